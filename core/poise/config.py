@@ -1,0 +1,114 @@
+"""What a run is, as plain data. No Hydra here; `compose.py` fills these in.
+
+The components of a run stay plain mappings (`{"entry": "bone", "r": 64}`) until the registry
+builds them, so a saved configuration is data and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from poise.errors import ConfigError, nearest
+from poise.options import check_options, fits, option, type_name
+
+CONFIG_VERSION = 1
+PARTS = ("recipe", "model", "quantizer", "adapter", "aggregator", "data", "tracker")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How the one training loop runs. A recipe that does not train ignores it."""
+
+    steps: int = option(300, "optimizer steps", low=0, unit="steps")
+    batch_size: int = option(64, "rows or sequences per optimizer step and accumulation part", low=1)
+    accumulate: int = option(1, "gradient accumulation: parts per optimizer step", low=1)
+    optimizer: str = option("adamw", "optimizer", choices=("sgd", "adam", "adamw"))
+    lr: float = option(1e-3, "peak learning rate", low=0)
+    momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
+    weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", low=0)
+    schedule: str = option(
+        "constant", "learning rate after warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup: int = option(0, "steps of linear warm-up", low=0, unit="steps")
+    clip: float | None = option(None, "largest norm of the gradient", above=0)
+    precision: str = option("fp32", "arithmetic of forward passes", choices=("fp32", "bf16"))
+    eval_every: int = option(100, "steps between evaluations; 0: only at the end", low=0)
+    log_every: int = option(10, "steps between recorded training losses", low=1)
+    checkpoint_every: int = option(100, "steps between checkpoints; 0: only at the end", low=0)
+    keep: int = option(2, "newest checkpoints kept (the best one is kept too)", low=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    model: dict[str, Any]
+    quantizer: dict[str, Any]
+    adapter: dict[str, Any]
+    aggregator: dict[str, Any]
+    tracker: dict[str, Any]
+    train: Train = field(default_factory=Train)
+    seed: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    tag: str = "run"
+    version: int = CONFIG_VERSION
+
+    def component(self, kind: str) -> dict[str, Any] | None:
+        """Return the plain mapping of a part, or None for `none`."""
+        part = getattr(self, kind)
+        return None if part["entry"] == "none" else part
+
+    def plain(self) -> dict[str, Any]:
+        """Return the whole configuration as nested plain values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> RunConfig:
+        """Check a plain mapping strictly and build the configuration.
+
+        Raises
+        ------
+        ConfigError
+            For another version, an unknown or missing key, a wrong type.
+        """
+        values = dict(values)
+        version = values.get("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise ConfigError(
+                f"version={version}: this configuration was written by another version of Poise; "
+                f"this one reads version {CONFIG_VERSION}"
+            )
+        fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+        for key in values:
+            if key not in fields:
+                raise ConfigError(f"no key {key!r}{nearest(key, list(fields))}")
+        for key in PARTS:
+            part = values.get(key)
+            if not isinstance(part, Mapping) or not isinstance(part.get("entry"), str):
+                raise ConfigError(f"{key}={part!r} is not a component: write {key}=NAME")
+            values[key] = dict(part)
+        values["train"] = _train(values.get("train", {}))
+        for key, hint in (("seed", int), ("threads", int), ("device", str), ("tag", str)):
+            if key in values and not fits(values[key], hint):
+                raise ConfigError(f"{key}={values[key]!r}: allowed is {type_name(hint)}")
+        config = RunConfig(**values)
+        if config.threads < 1:
+            raise ConfigError(f"threads={config.threads}: allowed is >= 1")
+        if not 0 <= config.seed < 2**63:
+            raise ConfigError(f"seed={config.seed}: allowed is 0 <= seed < 2**63")
+        return config
+
+
+def _train(values: Mapping[str, Any]) -> Train:
+    from poise.options import make
+
+    return make(Train, values, "train")

@@ -1,0 +1,63 @@
+"""What can go wrong, as types; each carries the exit code of `poise`.
+
+Every message is one line that says what was given, where, what is allowed and how to mend it.
+"""
+
+from __future__ import annotations
+
+
+class PoiseError(Exception):
+    """Any failure that Poise explains in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(PoiseError):
+    """A choice that cannot be carried out: unknown name, wrong type, out of range, task mismatch."""
+
+    exit_code = 2
+
+
+class MissingExtra(ConfigError):
+    """An optional dependency is absent; the message names the extra that brings it."""
+
+
+class DataError(PoiseError):
+    """Input data that cannot be used: missing, empty, truncated, not finite."""
+
+
+class FileError(PoiseError):
+    """A file of our own that is torn, altered or of another version."""
+
+
+class RunError(PoiseError):
+    """A run that cannot start, continue or finish."""
+
+
+def require(module: str, extra: str):
+    """Import an optional module, or raise `MissingExtra` naming the extra that installs it.
+
+    Raises
+    ------
+    MissingExtra
+        When the top-level package of `module` is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != module.split(".")[0]:
+            raise
+        package = module.split(".")[0]
+        raise MissingExtra(
+            f"needs {package}, which is not installed: pip install 'poise[{extra}]'"
+        ) from None
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return "; did you mean 'x'?" for the known word nearest to `word`, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,207 @@
+"""Files that are whole or not there: atomic writes, checksums, safetensors + JSON, nothing else.
+
+A bundle is a pair of files, `NAME.safetensors` and `NAME.json`; the JSON is written last, holds the
+checksum of the tensors and of itself, and so decides whether the bundle exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poise.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUNDLE_VERSION = 1
+_CHUNK = 1 << 20
+
+
+def checksum(path: Path | str) -> str:
+    """Return the SHA-256 of a file as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Replace a file atomically: temporary file in the same folder, fsync, rename.
+
+    Raises
+    ------
+    FileError
+        When the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Replace a JSON file atomically; NaN and infinities become strings."""
+    write_text(path, json.dumps(plain(value), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    FileError
+        When it is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise FileError(f"{path} is not valid JSON (torn or altered): {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Turn numpy scalars, paths, tuples and non-finite floats into what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    elif hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def save_bundle(stem: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write tensors and plain metadata as `stem.safetensors` and `stem.json`.
+
+    Parameters
+    ----------
+    stem : path without suffix
+    tensors : mapping of name to tensor
+        Saved contiguous; views of one storage are saved as separate tensors.
+    meta : mapping of plain JSON values
+    """
+    from safetensors.torch import save
+
+    stem = Path(stem)
+    data = save({k: v.detach().contiguous().clone() for k, v in tensors.items()})
+    body = {
+        "version": BUNDLE_VERSION,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "meta": plain(meta),
+    }
+    write_bytes(_tensors(stem), data)
+    write_json(_index(stem), {**body, "checksum": _own_checksum(body)})
+
+
+def load_bundle(stem: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_bundle` wrote, after checking every byte of it.
+
+    Raises
+    ------
+    FileError
+        Naming the file that is missing, torn, altered or of another version.
+    """
+    from safetensors.torch import load
+
+    meta = load_meta(stem)
+    return load(_tensors(Path(stem)).read_bytes()), meta
+
+
+def load_meta(stem: Path | str) -> dict[str, Any]:
+    """Check a bundle without loading its tensors and return its metadata."""
+    stem = Path(stem)
+    index, data = read_json(_index(stem)), _tensors(stem)
+    if not isinstance(index, dict) or "checksum" not in index:
+        raise FileError(f"{_index(stem)} is not a bundle of Poise (torn or altered)")
+    body = {k: v for k, v in index.items() if k != "checksum"}
+    if index["checksum"] != _own_checksum(body):
+        raise FileError(f"{_index(stem)} is altered: its checksum does not match")
+    if index["version"] != BUNDLE_VERSION:
+        raise FileError(
+            f"{_index(stem)} has version {index['version']}; this Poise reads {BUNDLE_VERSION}"
+        )
+    if not data.exists():
+        raise FileError(f"{data} is missing")
+    if data.stat().st_size != index["bytes"]:
+        raise FileError(
+            f"{data} is torn: {data.stat().st_size} bytes instead of {index['bytes']}"
+        )
+    if checksum(data) != index["sha256"]:
+        raise FileError(f"{data} is altered: its checksum does not match")
+    return index["meta"]
+
+
+def remove_bundle(stem: Path | str) -> None:
+    """Delete a bundle, index first, so that it never looks whole when it is not."""
+    _index(Path(stem)).unlink(missing_ok=True)
+    _tensors(Path(stem)).unlink(missing_ok=True)
+
+
+def _index(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".json")
+
+
+def _tensors(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".safetensors")
+
+
+def _own_checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder for things that can be made again, created when missing.
+
+    `POISE_CACHE`, else `XDG_CACHE_HOME/poise`, else `~/.cache/poise`; when that cannot be written,
+    a folder of this user in the system's temporary directory.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    chosen = Path(os.environ.get("POISE_CACHE") or Path(home) / "poise", *parts)
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=chosen):
+            return chosen
+    except OSError:
+        fallback = Path(tempfile.gettempdir(), f"poise-cache-{os.getuid()}", *parts)
+        fallback.mkdir(parents=True, exist_ok=True)
+        return fallback

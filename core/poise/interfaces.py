@@ -1,0 +1,351 @@
+"""The contracts. Implementing one needs no base class: having the methods is enough.
+
+Shapes: `out, in` are a weight's rows and columns, `T` tokens, `n` rows, `p` base models,
+`m` quantile levels, `d` features. `poise.testing` holds a conformance kit for each of the four
+component kinds (model, quantizer, adapter, aggregator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from poise.config import Train
+
+# ------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Rows with a target: tables and images.
+
+    Parameters
+    ----------
+    x : array, shape (n, d) float64 for tables, (n, channels, height, width) float32 for images
+    y : array, shape (n,), float64 for regression, int64 class indices for classification
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One piece of text; the loss of fine-tuning is taken on the completion only.
+
+    Parameters
+    ----------
+    prompt : str
+        What the model is given; empty for plain text.
+    completion : str
+        What it should continue with.
+    answer : str
+        The final answer to compare with by exact match; empty when there is none.
+    """
+
+    prompt: str
+    completion: str
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What `Data.load` returns.
+
+    Parameters
+    ----------
+    train, validation, test : Arrays, or sequence of Example
+    provenance : dict
+        Source, licence, checksums, sizes, and what was done to the data (plain JSON values).
+    spec : dict
+        What a model needs to know: `input_shape` and `n_classes` for images and tables,
+        `columns` and `target` for tables.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    provenance: dict[str, Any]
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A source of splits."""
+
+    def load(self, seed: int = 0) -> Splits:
+        """Read, check and split; the same seed gives the same splits.
+
+        Raises
+        ------
+        DataError
+            For a missing, empty, truncated or unusable source.
+        """
+        ...
+
+
+# ------------------------------------------------------------------ model
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a run trains, adapts, compresses or serves.
+
+    `build` returns one of three forms:
+
+    * neural: an `nn.Module`. Causal language models take `input_ids` (batch, time) and return an
+      object with `logits` (batch, time, vocab); classifiers return (batch, classes).
+    * quantile: an object with `levels` (m,), `fit(X, y, sample_weight=None)` and
+      `predict_quantiles(X, levels=None) -> (n, m)`.
+    * served: `logits(input_ids)`, `generate(...)`, `close()`.
+
+    A component for causal language models also has `tokenizer() -> Tokenizer`; one that comes
+    with trained weights has `trained = True`, which adapters that freeze their base require.
+    """
+
+    def build(self, spec: Mapping[str, Any] | None = None) -> Any:
+        """Return the model; `spec` is `Splits.spec`, for sizes that follow from the data."""
+        ...
+
+
+# ------------------------------------------------------------------ quantizer
+
+
+@runtime_checkable
+class QuantizedTensor(Protocol):
+    """Lossy storage of one matrix of shape (out, in)."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """True size in bytes: codes, scales and offsets."""
+        ...
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * nbytes / (out * in)."""
+        ...
+
+    def dequantize(self, rows: slice | None = None) -> Tensor:
+        """Return output rows `rows` (all without it), shape (len(rows), in)."""
+        ...
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return x @ W.T, shape (..., out), never holding the whole W."""
+        ...
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        """Return dy @ W, shape (..., in), never holding the whole W."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by name, as they go to disk."""
+        ...
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Makes `QuantizedTensor`s."""
+
+    def quantize(self, weight: Tensor) -> Any:
+        """Quantize a matrix (out, in); NaN and Inf are refused."""
+        ...
+
+    def from_tensors(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Any:
+        """Rebuild what `tensors()` returned."""
+        ...
+
+
+# ------------------------------------------------------------------ adapter
+
+
+@runtime_checkable
+class Attached(Protocol):
+    """An adapter on a model."""
+
+    model: nn.Module
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """Return torch parameter groups of all that trains, with their weight-decay rule."""
+        ...
+
+    def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
+        """Return an optimizer that drives every trainable parameter of the model."""
+        ...
+
+    def fold(self) -> None:
+        """Put the change into plain weights, in place; the output stays the same."""
+        ...
+
+    def unfold(self) -> None:
+        """Undo `fold`; the weights are restored."""
+        ...
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        """Return a plain checkpoint of the folded model; the live model is untouched."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the method's own tensors."""
+        ...
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned."""
+        ...
+
+    def detach(self) -> nn.Module:
+        """Remove the adapter and its change: a frozen base is back as it was before `attach`;
+        a reparameterised weight keeps its present value."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return counts, bytes and diagnostics as plain JSON values."""
+        ...
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """A change of how weights are parameterised, that trains and then folds away.
+
+    `freezes_base` says whether all but the adapter's own tensors stop training.
+    """
+
+    freezes_base: bool
+
+    def attach(self, model: nn.Module, name: str = "default") -> Attached:
+        """Attach to the matching layers, in place; the output does not change.
+
+        Raises
+        ------
+        ConfigError
+            When nothing matches, with candidates; when a weight cannot be represented.
+        """
+        ...
+
+
+# ------------------------------------------------------------------ aggregator
+
+
+@runtime_checkable
+class FittedAggregator(Protocol):
+    """Weights of an ensemble."""
+
+    def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
+        """Combine predictions (n, p, m) into (n, m)."""
+        ...
+
+    def weights(self, X: np.ndarray | None = None) -> np.ndarray:
+        """Return the weights: (p,) coarse, (p, m) medium, (p, m, m) fine; local ones lead with n."""
+        ...
+
+
+@runtime_checkable
+class Aggregator(Protocol):
+    """Learns how to combine p quantile models."""
+
+    def fit(
+        self,
+        Z: np.ndarray,
+        y: np.ndarray,
+        X: np.ndarray | None = None,
+        *,
+        levels: np.ndarray | None = None,
+        validation: tuple[np.ndarray, ...] | None = None,
+        sample_weight: np.ndarray | None = None,
+    ) -> FittedAggregator:
+        """Fit on predictions Z (n, p, m) and targets y (n,).
+
+        `levels` (m,) are increasing, in (0, 1); without them k / (m + 1), k = 1..m, is meant.
+        """
+        ...
+
+
+# ------------------------------------------------------------------ runs
+
+
+class Context(Protocol):
+    """What a recipe may ask of the world around it."""
+
+    directory: Path
+    seed: int
+    device: str
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics at a step."""
+        ...
+
+    def seed_for(self, purpose: str) -> int:
+        """Return a 63-bit seed derived from (seed, purpose)."""
+        ...
+
+    def progress(self, total: int | None, label: str) -> Any:
+        """Return a context manager with `advance(n=1, note="")`."""
+        ...
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a plain JSON value in the run's summary (provenance, reports, tables)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of a run; those that play no role are None."""
+
+    data: Data | None = None
+    model: Model | None = None
+    quantizer: Quantizer | None = None
+    adapter: Adapter | None = None
+    aggregator: Aggregator | None = None
+    train: Train | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A whole experiment in terms of the contracts."""
+
+    def run(self, parts: Parts, context: Any) -> dict[str, float]:
+        """Run and return the final metrics by name."""
+        ...
+
+
+class Tracker(Protocol):
+    """An optional mirror of the records."""
+
+    def start(self, directory: Path, name: str, config: Mapping[str, Any]) -> None: ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self, status: str, summary: Mapping[str, float]) -> None: ...
+
+
+__all__ = [
+    "Adapter", "Aggregator", "Arrays", "Attached", "Context", "Data", "Example",
+    "FittedAggregator", "Model", "Parts", "QuantizedTensor", "Quantizer", "Recipe",
+    "Splits", "Tokenizer", "Tracker",
+]

@@ -1,0 +1,224 @@
+"""Where implementations are found: by kind and name, from installed plugins.
+
+A plugin's `register(registry)` adds `Entry`s; the distribution names that function under the
+entry-point group `poise.plugins`. Installed means registered. Components are loaded when first
+used, so listing stays fast; this module imports neither torch nor Hydra.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from poise.errors import ConfigError, nearest
+
+KINDS = ("model", "quantizer", "adapter", "aggregator", "data", "recipe", "tracker", "command")
+GROUP = "poise.plugins"
+STRICT = "POISE_STRICT"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One implementation: what it is called, where it lives, what it is for.
+
+    Parameters
+    ----------
+    kind : str
+        One of `KINDS`.
+    name : str
+        Lower snake case, unique within its kind.
+    component : str
+        "module:attribute" of the component dataclass (for a command: of `main(argv)`).
+    summary : str
+        One line for `poise list`.
+    tasks : tuple of str
+        What it can be used for ("classification", "causal_lm", "quantile"); empty: anything.
+    example : dict
+        Options with which the contract kits build it in about a second.
+    paper : str
+        Where the method comes from, if anywhere.
+    plugin : str
+        Filled in by the registry: the plugin that brought it.
+    """
+
+    kind: str
+    name: str
+    component: str
+    summary: str = ""
+    tasks: tuple[str, ...] = ()
+    example: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    plugin: str = ""
+
+    def load(self) -> Any:
+        """Import and return the component."""
+        module, _, attribute = self.component.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.kind}={self.name} of plugin {self.plugin!r} does not load "
+                f"({self.component}): {error}"
+            ) from error
+
+
+class Registry:
+    """Entries by kind and name, and the configuration packages that plugins bring."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], Entry] = {}
+        self._plugin = "unknown"
+        self.conf_packages: list[str] = []
+
+    def add(
+        self,
+        kind: str,
+        name: str,
+        component: str,
+        summary: str = "",
+        *,
+        tasks: tuple[str, ...] = (),
+        example: dict[str, Any] | None = None,
+        paper: str = "",
+    ) -> None:
+        """Add one entry; see `Entry` for the parameters.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown kind, an ill-formed name, or a (kind, name) that is taken.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"no kind {kind!r}{nearest(kind, list(KINDS))}; kinds: {KINDS}")
+        if not (name.isidentifier() and name == name.lower()):
+            raise ConfigError(f"{kind} {name!r}: a name is lower snake case")
+        entry = Entry(kind, name, component, summary, tasks, example or {}, paper, self._plugin)
+        other = self._entries.setdefault((kind, name), entry)
+        if other is not entry:
+            raise ConfigError(
+                f"{kind}={name} is claimed by two plugins, {other.plugin!r} and {entry.plugin!r}: "
+                f"rename one or uninstall one"
+            )
+
+    def add_conf(self, package: str) -> None:
+        """Add a package of YAML files ("my_plugin.conf") to Hydra's search path."""
+        self.conf_packages.append(f"pkg://{package}")
+
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Return the entries of one kind, or all, sorted by kind and name."""
+        if kind is not None and kind not in KINDS:
+            raise ConfigError(
+                f"no kind {kind!r}{nearest(kind, list(KINDS))}; kinds: {', '.join(KINDS)}"
+            )
+        order = {k: i for i, k in enumerate(KINDS)}
+        found = [e for e in self._entries.values() if kind in (None, e.kind)]
+        return sorted(found, key=lambda e: (order[e.kind], e.name))
+
+    def get(self, kind: str, name: str) -> Entry:
+        """Return one entry.
+
+        Raises
+        ------
+        ConfigError
+            For an unknown kind or name, with what exists and the nearest name.
+        """
+        names = [e.name for e in self.entries(kind)]
+        if (kind, name) not in self._entries:
+            raise ConfigError(
+                f"no {kind} named {name!r}{nearest(name, names)} (have: {', '.join(names)})"
+            )
+        return self._entries[kind, name]
+
+    def build(self, kind: str, name: str, /, **options: Any) -> Any:
+        """Return a component: options checked, nothing heavy loaded."""
+        from poise.options import make
+
+        return make(self.get(kind, name).load(), options, f"{kind}={name}")
+
+    def build_from(self, kind: str, config: dict[str, Any]) -> Any:
+        """Build from a plain mapping with an `entry` key, as a run's configuration has it."""
+        from poise.options import make
+
+        options = dict(config)
+        name = options.pop("entry")
+        return make(self.get(kind, name).load(), options, f"{kind}={name}")
+
+    def load_plugins(self) -> None:
+        """Register every installed plugin, in the order of their names.
+
+        A plugin that raises is named on stderr and skipped, with whatever it had added;
+        set POISE_STRICT=1 to see its traceback.
+        """
+        from importlib.metadata import entry_points
+
+        for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name != "core", p.name)):
+            before, packages = dict(self._entries), list(self.conf_packages)
+            self._plugin = point.name
+            try:
+                point.load()(self)
+            except Exception as error:
+                if os.environ.get(STRICT):
+                    raise
+                if isinstance(error, ConfigError) and "claimed by two" in str(error):
+                    raise
+                self._entries, self.conf_packages = before, packages
+                print(
+                    f"poise: plugin {point.name!r} ({point.value}) is skipped: "
+                    f"{type(error).__name__}: {error} (set {STRICT}=1 for the traceback)",
+                    file=sys.stderr,
+                )
+
+
+_installed: Registry | None = None
+
+
+def installed() -> Registry:
+    """Return the registry of all installed plugins, read once per process."""
+    global _installed
+    if _installed is None:
+        registry = Registry()
+        registry.load_plugins()
+        _installed = registry
+    return _installed
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """Return all registered entries, or those of one kind."""
+    return installed().entries(kind)
+
+
+def build(kind: str, name: str, /, **options: Any) -> Any:
+    """Return a component by kind and name, for example `build("adapter", "bone", r=32)`."""
+    return installed().build(kind, name, **options)
+
+
+def describe(kind: str, name: str) -> str:
+    """Return what an entry is, its options, defaults, ranges and units, as text."""
+    import dataclasses
+    import typing
+
+    from poise.options import allowed, default_of, type_name
+
+    entry = installed().get(kind, name)
+    lines = [f"{kind}={name}: {entry.summary}", f"  plugin: {entry.plugin}   {entry.component}"]
+    if entry.paper:
+        lines.append(f"  paper:  {entry.paper}")
+    lines.append(f"  tasks:  {', '.join(entry.tasks) or 'any'}")
+    component = entry.load()
+    if not dataclasses.is_dataclass(component):
+        return "\n".join(lines)
+    hints = typing.get_type_hints(component)
+    fields = dataclasses.fields(component)
+    lines.append("  options:" if fields else "  options: none")
+    for f in fields:
+        default = default_of(f)
+        shown = "required" if default is dataclasses.MISSING else repr(default)
+        extra = "; ".join(x for x in (allowed(f), f.metadata.get("unit", "")) if x)
+        lines.append(f"    {f.name}: {type_name(hints[f.name])} = {shown}")
+        text = f.metadata.get("help", "")
+        if text or extra:
+            lines.append(f"        {text}{f' [{extra}]' if extra else ''}")
+    return "\n".join(lines)

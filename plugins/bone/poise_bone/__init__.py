@@ -1,0 +1,1 @@
+"""The bone plugin of Poise."""

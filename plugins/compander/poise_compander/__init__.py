@@ -1,0 +1,1 @@
+"""The compander plugin of Poise."""

@@ -1,0 +1,1 @@
+"""The edgemoe plugin of Poise."""

@@ -1,0 +1,1 @@
+"""The quantagg plugin of Poise."""
