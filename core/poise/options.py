@@ -62,6 +62,11 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
+def option_fields(component: Any) -> list[dataclasses.Field]:
+    """Return the fields of a component that are options; those with init=False are its own state."""
+    return [f for f in dataclasses.fields(component) if f.init]
+
+
 def allowed(field: dataclasses.Field) -> str:
     """Say in words which values an option takes; empty when any value of its type will do."""
     meta = field.metadata
@@ -84,7 +89,7 @@ def check_options(component: Any) -> None:
         Naming the option, the value and what is allowed.
     """
     hints = typing.get_type_hints(type(component))
-    for field in dataclasses.fields(component):
+    for field in option_fields(component):
         value = getattr(component, field.name)
         where = f"{type(component).__name__}.{field.name}"
         if not fits(value, hints[field.name]):
@@ -163,7 +168,7 @@ def make(component: type, options: typing.Mapping[str, Any], where: str) -> Any:
     ConfigError
         For an unknown or missing option, a wrong type or a value out of range.
     """
-    fields = {f.name: f for f in dataclasses.fields(component)}
+    fields = {f.name: f for f in option_fields(component)}
     for key in options:
         if key not in fields:
             have = ", ".join(sorted(fields)) or "none"

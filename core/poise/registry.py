@@ -200,7 +200,7 @@ def describe(kind: str, name: str) -> str:
     import dataclasses
     import typing
 
-    from poise.options import allowed, default_of, type_name
+    from poise.options import allowed, default_of, option_fields, type_name
 
     entry = installed().get(kind, name)
     lines = [f"{kind}={name}: {entry.summary}", f"  plugin: {entry.plugin}   {entry.component}"]
@@ -211,7 +211,7 @@ def describe(kind: str, name: str) -> str:
     if not dataclasses.is_dataclass(component):
         return "\n".join(lines)
     hints = typing.get_type_hints(component)
-    fields = dataclasses.fields(component)
+    fields = option_fields(component)
     lines.append("  options:" if fields else "  options: none")
     for f in fields:
         default = default_of(f)

@@ -1,0 +1,64 @@
+"""`poise report DIR…`: a table of runs, in the format asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from poise.errors import ConfigError
+
+FORMATS = ("terminal", "markdown", "csv", "html")
+USAGE = (
+    "usage: poise report DIR... [--format terminal|markdown|csv|html] [--metric PATTERN]... "
+    "[--out FILE]"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print or write the report of all runs at or below the directories."""
+    from poise.files import write_text
+    from poise.report.tables import report
+
+    directories, options = parse(argv, {"--format": "terminal", "--out": ""}, USAGE)
+    form = str(options["--format"])
+    if form not in FORMATS:
+        raise ConfigError(f"--format {form}: allowed is {', '.join(FORMATS)}")
+    if not directories:
+        raise ConfigError(USAGE)
+    metrics = list(options["--metric"])
+    out = str(options["--out"])
+    if form == "html":
+        from poise.report.page import write_page
+
+        target = Path(out or "report.html")
+        write_page(target, [("Runs", directories)], metrics=metrics)
+        print(f"report: {target.resolve()}")
+        return 0
+    text = report([Path(d) for d in directories], form=form, metrics=metrics)
+    if out:
+        write_text(out, text + "\n")
+        print(f"report: {Path(out).resolve()}")
+    else:
+        print(text)
+    return 0
+
+
+def parse(argv: list[str], known: dict[str, str], usage: str):
+    """Split argv into positional arguments and `--option value` pairs; `--metric` may repeat."""
+    positional: list[str] = []
+    options: dict = {**known, "--metric": []}
+    items = iter(argv)
+    for item in items:
+        key, has, value = item.partition("=")
+        if not item.startswith("--"):
+            positional.append(item)
+        elif key not in options:
+            raise ConfigError(f"no option {key}; {usage}")
+        else:
+            value = value if has else next(items, None)
+            if value is None:
+                raise ConfigError(f"{key} needs a value; {usage}")
+            if key == "--metric":
+                options[key].append(value)
+            else:
+                options[key] = value
+    return positional, options

@@ -1,0 +1,92 @@
+"""`poise run`: Hydra's grammar, resume, sweeps; what is printed before and after."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from poise.errors import ConfigError
+
+_SHOWING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--resolve", "--package",
+            "-p", "--shell-completion", "-sc")
+_SWEEPING = ("--multirun", "-m")
+
+
+def main(argv: list[str]) -> int:
+    """Run, resume, sweep, or show a configuration; return the exit code."""
+    from poise import compose
+
+    if any(a.split("=")[0] in _SHOWING for a in argv):
+        compose.show(argv)
+        return 0
+    flags = [a for a in argv if a.startswith("-")]
+    sweep = any(f in _SWEEPING for f in flags)
+    for flag in flags:
+        if flag not in _SWEEPING:
+            raise ConfigError(
+                f"no flag {flag!r}; there are --multirun, --cfg job|hydra|all, "
+                f"--info defaults|searchpath|plugins, --help"
+            )
+    overrides = [a for a in argv if not a.startswith("-")]
+    resume = [o for o in overrides if o.startswith("resume=")]
+    if resume:
+        return _resume(resume[-1].partition("=")[2], [o for o in overrides if o not in resume])
+    outcomes = compose.run_all(overrides, sweep=sweep, announce=announce)
+    return _conclude(outcomes)
+
+
+def _resume(directory: str, others: list[str]) -> int:
+    from poise.compose import parse_changes
+    from poise.runs.execute import execute, resumed_config
+
+    config = resumed_config(directory, parse_changes(others))
+    announce(config, Path(directory))
+    return _conclude([execute(config, directory, resume=True)])
+
+
+def announce(config: Any, directory: Path) -> None:
+    """Print the configuration as a tree, and where the run writes."""
+    from rich.console import Console
+    from rich.tree import Tree
+
+    tree = Tree(f"[bold]{config.tag}[/bold]  {directory}")
+    for key, value in config.plain().items():
+        if isinstance(value, dict):
+            head = value.get("entry", "")
+            if head == "none":
+                continue
+            options = ", ".join(f"{k}={v}" for k, v in value.items() if k != "entry")
+            branch = tree.add(f"{key}: [bold]{head}[/bold]" if head else f"{key}:")
+            if options:
+                branch.add(options)
+        elif key not in ("version", "tag"):
+            tree.add(f"{key}: {value}")
+    Console(stderr=True).print(tree)
+
+
+def _conclude(outcomes: list[Any]) -> int:
+    from poise.report.tables import report
+
+    directories = [o.run.directory for o in outcomes]
+    print(report(directories))
+    for outcome in outcomes:
+        if outcome.error is not None:
+            print(f"poise: {_sentence(outcome)}", file=sys.stderr)
+    root = directories[0] if len(directories) == 1 else directories[0].parent
+    print(f"records: {root}")
+    return max((o.exit_code for o in outcomes), default=0)
+
+
+def _sentence(outcome: Any) -> str:
+    from poise.errors import PoiseError
+
+    directory = outcome.run.directory
+    if outcome.exit_code == 130:
+        return f"interrupted; continue with: poise run resume={directory}"
+    if isinstance(outcome.error, PoiseError):
+        return " ".join(str(outcome.error).split())
+    return (
+        f"{type(outcome.error).__name__}: {outcome.error} (the traceback is in "
+        f"{directory}/traceback.txt)"
+    )

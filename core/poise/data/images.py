@@ -1,0 +1,260 @@
+"""Labelled images: packaged digits, IDX files, and folders of PNG files."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poise.data import packaged
+from poise.data.splits import provenance, read_bytes, split_rows
+from poise.errors import DataError, require
+from poise.interfaces import Arrays, Splits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Images (n, c, h, w) float32 in [0, 1] with labels (n,), perhaps with a test set of its own."""
+
+    x: np.ndarray
+    y: np.ndarray
+    source: str
+    licence: str
+    sums: dict[str, str]
+    test: tuple[np.ndarray, np.ndarray] | None = None
+    classes: list[str] | None = None
+
+
+# third byte of an IDX magic number: 8 is unsigned byte, the only type used for images
+_UNSIGNED_BYTE = 0x08
+
+
+# ------------------------------------------------------------------ packaged
+
+
+def load_digits(options, seed: int) -> Splits:
+    """Return scikit-learn's digits, scaled from 0..16 to [0, 1]."""
+    import numpy as np
+
+    bunch = require("sklearn.datasets", "images").load_digits()
+    x = (bunch.images[:, None] / 16).astype(np.float32)
+    path = packaged.located("scikit-learn", "sklearn/datasets/data/digits.csv.gz")
+    sums = {path.name: read_bytes(path)[1]} if path else {}
+    y = bunch.target.astype(np.int64)
+    loaded = Loaded(x, y, "scikit-learn load_digits", "CC BY 4.0 (UCI)", sums)
+    return _splits(loaded, options, seed)
+
+
+def load_mnist5k(options, seed: int) -> Splits:
+    """Return the packaged 5,000 MNIST digits, scaled from 0..255 to [0, 1]."""
+    import numpy as np
+
+    path, = packaged.verified("mnist5k")
+    raw, digest = read_bytes(path)
+    table = np.loadtxt(raw.decode().splitlines(), delimiter=",", dtype=np.float32)
+    x, y = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].astype(np.int64)
+    entry = packaged.PACKAGES["mnist5k"]
+    loaded = Loaded(x, y, entry.distribution, entry.licence, {path.name: digest})
+    return _splits(loaded, options, seed)
+
+
+# ------------------------------------------------------------------ files
+
+
+def load_images(options, seed: int) -> Splits:
+    """Return the splits of a `poise.data.components.Images`.
+
+    Raises
+    ------
+    DataError
+        For what is missing, torn, of mixed sizes, or not images.
+    """
+    path = Path(options.path) if options.path else packaged.shared("images/fashion-mnist")
+    if not path.exists():
+        raise DataError(f"{path} does not exist: check `path`")
+    sums: dict[str, str] = {}
+    pairs = _idx_pairs(path, options)
+    if pairs:
+        (x, y), *rest = [_idx_pair(*pair, sums) for pair in pairs]
+        test, classes = (rest[0] if rest else None), None
+    else:
+        x, y, test, classes = _folders(path, options, sums)
+    x = _shaped(x, options)
+    test = (_shaped(test[0], options), test[1]) if test else None
+    if test and test[0].shape[1:] != x.shape[1:]:
+        raise DataError(f"{path}: test images are {test[0].shape[1:]}, training ones "
+                        f"{x.shape[1:]}: give `size`")
+    loaded = Loaded(x, y, str(path), packaged.licence_of(path), sums, test, classes)
+    return _splits(loaded, options, seed)
+
+
+def _splits(loaded: Loaded, options, seed: int) -> Splits:
+    """Split by seed; a test set of its own is used as it is."""
+    import numpy as np
+
+    x, y, test, limit = loaded.x, loaded.y, loaded.test, options.limit
+    highest = max(int(y.max()), int(test[1].max()) if test else 0)
+    if limit and limit < len(y):
+        kept = np.sort(np.random.default_rng([seed, 1]).choice(len(y), limit, replace=False))
+        x, y = x[kept], y[kept]
+    held = 0.0 if test else options.test
+    rows = split_rows(len(y), held, options.validation, seed, loaded.source)
+    train, validation, rest = (Arrays(x[i], y[i]) for i in rows)
+    if test:
+        rest = Arrays(*(part[: limit or None] for part in test))
+    spec: dict[str, Any] = {
+        "input_shape": tuple(x.shape[1:]),
+        "n_classes": len(loaded.classes) if loaded.classes else highest + 1,
+    }
+    if loaded.classes:
+        spec["classes"] = loaded.classes
+    record = provenance(
+        loaded.source, loaded.licence, loaded.sums, (train, validation, rest), seed,
+        limit=limit, test="own files" if test else "held out",
+    )
+    return Splits(train, validation, rest, record, spec)
+
+
+def _shaped(x: np.ndarray, options) -> np.ndarray:
+    """Turn (n, h, w, c) bytes into (n, c, h, w) float32 in [0, 1], resized when asked."""
+    import numpy as np
+
+    if options.size and x.shape[1:3] != (options.size, options.size):
+        image = require("PIL.Image", "images")
+        side = (options.size, options.size)
+        resized = [image.fromarray(a.squeeze()).resize(side, image.Resampling.BILINEAR) for a in x]
+        x = np.stack([np.asarray(a).reshape(*side, x.shape[3]) for a in resized])
+    if options.channels == 3 and x.shape[3] == 1:
+        x = np.repeat(x, 3, axis=3)
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32) / 255
+
+
+# ------------------------------------------------------------------ IDX
+
+
+def _idx_pairs(path: Path, options) -> list[tuple[Path, Path]]:
+    """Return (images, labels) for training and perhaps for test; empty for a PNG folder."""
+    if path.is_dir():
+        pairs = [(_idx_file(path, f"{p}-images-idx3-ubyte"), _idx_file(path,
+                 f"{p}-labels-idx1-ubyte")) for p in ("train", "t10k")]
+        return [(a, b) for a, b in pairs if a and b]
+    if options.labels is None:
+        raise DataError(f"{path} is a file: give the IDX file of its labels as `labels`")
+    pairs = [(path, Path(options.labels))]
+    if options.test_path:
+        pairs.append((Path(options.test_path), Path(options.test_labels)))
+    return pairs
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+
+
+def _idx_pair(images: Path, labels: Path, sums: dict[str, str]) -> tuple[Any, Any]:
+    """Read images (n, h, w, 1) bytes and labels (n,) int64."""
+    import numpy as np
+
+    x, y = read_idx(images, 3, sums), read_idx(labels, 1, sums)
+    if len(x) != len(y):
+        raise DataError(f"{images} has {len(x)} images and {labels} {len(y)} labels: they must "
+                        f"be a pair")
+    if len(x) == 0:
+        raise DataError(f"{images} holds no images")
+    return x[..., None], y.astype(np.int64)
+
+
+def read_idx(path: Path, dimensions: int, sums: dict[str, str]) -> np.ndarray:
+    """Read an IDX file (or .gz) of unsigned bytes with so many dimensions; note its checksum.
+
+    Raises
+    ------
+    DataError
+        For another magic number, or a length that does not fit the header.
+    """
+    import numpy as np
+
+    raw, sums[str(path)] = read_bytes(path)
+    header = 4 + 4 * dimensions
+    if len(raw) < header:
+        raise DataError(f"{path} is truncated: {len(raw)} bytes, its header alone takes {header}")
+    if raw[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+        raise DataError(
+            f"{path} is not an IDX file of {dimensions}-dimensional bytes: it begins with "
+            f"0x{raw[:4].hex()} instead of 0x{bytes((0, 0, _UNSIGNED_BYTE, dimensions)).hex()}"
+        )
+    shape = struct.unpack(f">{dimensions}I", raw[4:header])
+    expected = header + int(np.prod(shape, dtype=object))
+    if len(raw) != expected:
+        fault = "truncated" if len(raw) < expected else "too long"
+        raise DataError(f"{path} is {fault}: {len(raw)} bytes, its header says {expected}")
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+# ------------------------------------------------------------------ PNG folders
+
+
+def _folders(path: Path, options, sums: dict[str, str]):
+    """Read CLASS/*.png below `path`, or below its train/ and test/."""
+    has_train = (path / "train").is_dir()
+    root = path / "train" if has_train else path
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and any(p.glob("*.png")))
+    if not classes:
+        raise DataError(
+            f"{root} has neither folders CLASS/*.png nor IDX files (train-images-idx3-ubyte)"
+        )
+    x, y = _pngs(root, classes, options, sums)
+    test = None
+    if has_train and (path / "test").is_dir():
+        unknown = {p.name for p in (path / "test").iterdir() if p.is_dir()} - set(classes)
+        if unknown:
+            raise DataError(f"{path / 'test'} has classes that train/ lacks: {sorted(unknown)}")
+        test = _pngs(path / "test", classes, options, sums)
+    return x, y, test, classes
+
+
+def _pngs(root: Path, classes: list[str], options, sums: dict[str, str]) -> tuple[Any, Any]:
+    """Return (n, h, w, c) bytes and class indices (n,)."""
+    import numpy as np
+
+    files = [(f, i) for i, name in enumerate(classes) for f in sorted((root / name).glob("*.png"))]
+    if not files:
+        raise DataError(f"{root} has no PNG files")
+    channels = options.channels or (1 if _mode(files[0][0]) in ("1", "L", "I;16") else 3)
+    images = []
+    for file, _ in files:
+        image = _png(file, channels, options.size, sums)
+        if images and image.shape != images[0].shape:
+            raise DataError(f"{file} is {image.shape[1]}x{image.shape[0]}, {files[0][0]} is "
+                            f"{images[0].shape[1]}x{images[0].shape[0]}: give `size`")
+        images.append(image)
+    return np.stack(images), np.array([i for _, i in files], dtype=np.int64)
+
+
+def _mode(file: Path) -> str:
+    image = require("PIL.Image", "images")
+    try:
+        with image.open(file) as opened:
+            return opened.mode
+    except OSError as error:
+        raise DataError(f"{file} is not a PNG image: {error}") from None
+
+
+def _png(file: Path, channels: int, size: int | None, sums: dict[str, str]) -> np.ndarray:
+    """Return one image as (h, w, c) bytes."""
+    import io
+
+    import numpy as np
+
+    image = require("PIL.Image", "images")
+    raw, sums[str(file)] = read_bytes(file)
+    try:
+        opened = image.open(io.BytesIO(raw)).convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{file} is not a whole PNG image: {error}") from None
+    if size:
+        opened = opened.resize((size, size), image.Resampling.BILINEAR)
+    return np.asarray(opened).reshape(opened.height, opened.width, channels)

@@ -1,0 +1,120 @@
+"""What all sources share: reading whole files, splitting by seed, provenance."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poise.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def read_bytes(path: Path | str) -> tuple[bytes, str]:
+    """Read a file whole, unpacking `.gz`; return the content and the file's own SHA-256.
+
+    Raises
+    ------
+    DataError
+        For a missing, unreadable or empty file, or a truncated or damaged gzip.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check `path`") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if not raw:
+        raise DataError(f"{path} is empty")
+    digest = hashlib.sha256(raw).hexdigest()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path} is not a whole gzip file ({error}): fetch or compress it again"
+            ) from None
+        if not raw:
+            raise DataError(f"{path} is empty inside its gzip")
+    return raw, digest
+
+
+def read_text(path: Path | str) -> tuple[str, str]:
+    """Read a UTF-8 text file (or `.gz`); return the text and the file's SHA-256.
+
+    Raises
+    ------
+    DataError
+        As `read_bytes`, and for bytes that are not UTF-8.
+    """
+    raw, digest = read_bytes(path)
+    try:
+        return raw.decode("utf-8-sig"), digest
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or check that it is "
+            f"the right file"
+        ) from None
+
+
+def check_fractions(component: Any) -> None:
+    """Refuse fractions `test` and `validation` that leave nothing to train on."""
+    total = component.test + component.validation
+    if total >= 1:
+        raise ConfigError(
+            f"{type(component).__name__}: test={component.test} and validation="
+            f"{component.validation} sum to {total:g}; they must sum to less than 1"
+        )
+
+
+def split_rows(
+    n: int, test: float, validation: float, seed: int, what: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split 0..n-1 at random into (train, validation, test) indices, each sorted.
+
+    A fraction above zero gets at least one row.
+
+    Raises
+    ------
+    DataError
+        When no row is left to train on.
+    """
+    import numpy as np
+
+    n_test, n_validation = (max(1, round(f * n)) if f else 0 for f in (test, validation))
+    if n - n_test - n_validation < 1:
+        raise DataError(
+            f"{what} has {n} row{'s' * (n != 1)}: too few to hold out {n_test} for test and "
+            f"{n_validation} for validation"
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    parts = np.split(order, [n_test, n_test + n_validation])
+    return np.sort(parts[2]), np.sort(parts[1]), np.sort(parts[0])
+
+
+def provenance(
+    source: str, licence: str, files: dict[str, str], parts: tuple[Any, Any, Any],
+    seed: int, **handled: Any,
+) -> dict[str, Any]:
+    """Return what a run records about its data, as plain JSON values.
+
+    Parameters
+    ----------
+    source, licence : str
+    files : dict
+        SHA-256 by path, of the files that were read.
+    parts : (train, validation, test)
+        Only their lengths are used.
+    handled
+        What was done to the data.
+    """
+    names = ("train", "validation", "test")
+    return {
+        "source": source, "licence": licence, "sha256": files,
+        "sizes": {k: len(v) for k, v in zip(names, parts)}, "seed": seed, "handled": handled,
+    }

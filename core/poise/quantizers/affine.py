@@ -1,0 +1,26 @@
+"""Asymmetric quantization between the smallest and the largest value of a group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poise.quantizers.packing import PackedMatrix, grouped, pack, stored_scale
+
+
+def quantize(weight: Tensor, bits: int, group: int) -> PackedMatrix:
+    """Quantize a matrix (out, in) with 2^bits levels per group.
+
+    The error of a weight is at most half its group's scale plus the rounding of the stored
+    minimum and scale.
+    """
+    blocks = grouped(weight, group)
+    levels = 2**bits - 1
+    low, high = blocks.amin(-1), blocks.amax(-1)
+    spread = (high - low) / levels
+    scale, minimum = stored_scale(torch.where(spread > 0, spread, torch.ones_like(spread)), low)
+    shifted = blocks - minimum.to(torch.float32).unsqueeze(-1)
+    codes = torch.round(shifted / scale.to(torch.float32).unsqueeze(-1)).clamp_(0, levels)
+    codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedMatrix(pack(codes, bits), scale, minimum, bits, group, shape, weight.dtype)

@@ -1,0 +1,173 @@
+"""Codes of 2 to 8 bits in bytes, and the matrix made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poise.errors import DataError, FileError
+
+SLICE_WEIGHTS = 1 << 18  # weights dequantized at a time: 1 MiB of fp32 stays in cache
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Return the bytes of one packed row."""
+    return -(-columns * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes (rows, columns) < 2^bits into bytes (rows, packed_width), little endian.
+
+    Eight codes of b bits fill b bytes; a row is padded to whole bytes.
+    """
+    rows, columns = codes.shape
+    if bits == 8:
+        return codes.to(torch.uint8)
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -columns % 8))
+    shifts = bits * torch.arange(8)
+    words = (padded.view(rows, -1, 8) << shifts).sum(-1)
+    octets = (words.unsqueeze(-1) >> (8 * torch.arange(bits))) & 255
+    return octets.to(torch.uint8).reshape(rows, -1)[:, : packed_width(columns, bits)].contiguous()
+
+
+def unpack(octets: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the uint8 codes (rows, columns) that `pack` packed."""
+    rows = octets.shape[0]
+    if bits == 8:
+        return octets
+    if bits in (2, 4):  # whole codes per byte: no wide words needed
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device)
+        codes = (octets.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return codes.reshape(rows, -1)[:, :columns]
+    padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % bits)).to(torch.int64)
+    shifts = 8 * torch.arange(bits, device=octets.device)
+    words = (padded.view(rows, -1, bits) << shifts).sum(-1)
+    codes = (words.unsqueeze(-1) >> (bits * torch.arange(8, device=octets.device))) & (2**bits - 1)
+    return codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix (out, in) as packed codes with a scale, and perhaps a minimum, per group.
+
+    Parameters
+    ----------
+    codes : uint8, shape (out, packed_width)
+    scale : fp16 or fp32, shape (out, groups); (1, 1) for one scale per tensor
+    minimum : like scale, or None for the symmetric scheme (codes are then offset by 2^(bits-1))
+    """
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+    bits: int
+    group: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """True size in bytes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight, scales included."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by name."""
+        found = {"codes": self.codes, "scale": self.scale}
+        return found if self.minimum is None else {**found, "minimum": self.minimum}
+
+    @staticmethod
+    def from_tensors(
+        tensors: Mapping[str, Tensor], bits: int, group: int, shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> PackedMatrix:
+        """Rebuild a matrix; sizes are checked.
+
+        Raises
+        ------
+        FileError
+            When the tensors do not fit the shape.
+        """
+        codes, scale = tensors["codes"], tensors["scale"]
+        if tuple(codes.shape) != (shape[0], packed_width(shape[1], bits)):
+            raise FileError(f"packed codes {tuple(codes.shape)} do not fit {shape} at {bits} bits")
+        return PackedMatrix(codes, scale, tensors.get("minimum"), bits, group, tuple(shape), dtype)
+
+    def dequantize(self, rows: slice | None = None) -> Tensor:
+        """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""
+        rows = rows or slice(None)
+        codes = unpack(self.codes[rows], self.bits, self.shape[1]).to(torch.float32)
+        if self.minimum is None:
+            codes -= 2 ** (self.bits - 1)
+        codes *= self._spread(self.scale, rows)
+        if self.minimum is not None:
+            codes += self._spread(self.minimum, rows)
+        return codes.to(self.dtype)
+
+    def _spread(self, per_group: Tensor, rows: slice) -> Tensor:
+        """Repeat a per-group value over its columns, for some rows."""
+        values = (per_group if self.group == -1 else per_group[rows]).to(torch.float32)
+        if self.group <= 0:
+            return values
+        return values.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+
+    def slices(self) -> Iterator[slice]:
+        """Yield slices of output rows, each at most half of the matrix."""
+        out, columns = self.shape
+        step = max(1, min(SLICE_WEIGHTS // columns, -(-out // 2)))
+        return (slice(i, min(i + step, out)) for i in range(0, out, step))
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return x @ W.T, shape (..., out), a slice of W at a time."""
+        parts = [x @ self.dequantize(rows).to(x.dtype).T for rows in self.slices()]
+        return torch.cat(parts, dim=-1)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        """Return dy @ W, shape (..., in), a slice of W at a time."""
+        total = dy.new_zeros((*dy.shape[:-1], self.shape[1]))
+        for rows in self.slices():
+            total += dy[..., rows] @ self.dequantize(rows).to(dy.dtype)
+        return total
+
+
+def grouped(weight: Tensor, group: int) -> Tensor:
+    """View a finite matrix (out, in) as (out, groups, width); one group (1, 1, all) for -1.
+
+    A last, shorter group is padded with its own last column, which changes neither its largest
+    nor its smallest value.
+
+    Raises
+    ------
+    DataError
+        For NaN, Inf or an empty matrix.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise DataError(f"cannot quantize a tensor of shape {tuple(weight.shape)}: give a matrix")
+    values = weight.detach().to(torch.float32)
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise DataError(f"holds {bad} values that are NaN or Inf: repair the weights first")
+    if group == -1:
+        return values.reshape(1, 1, -1)
+    width = values.shape[1] if group == 0 else group
+    missing = -values.shape[1] % width
+    if missing:
+        values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)
+    return values.view(values.shape[0], -1, width)
+
+
+def stored_scale(*per_group: Tensor) -> tuple[Tensor, ...]:
+    """Return values as fp16, or all as fp32 when one of them would overflow or vanish in fp16."""
+    half = tuple(v.to(torch.float16) for v in per_group)
+    lossless = all(
+        bool((torch.isfinite(h) & ((h != 0) | (v == 0))).all())
+        for h, v in zip(half, per_group, strict=True)
+    )
+    return half if lossless else tuple(v.to(torch.float32) for v in per_group)

@@ -1,0 +1,55 @@
+"""Core's recipes: what they need and do; the work is in `classify.py` and `finetune.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from poise.interfaces import Parts
+from poise.options import check_options, option
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Train a classifier on images or tables and report accuracy on held-out rows."""
+
+    def check(self, parts: Parts) -> None:
+        """Refuse parts that do not fit, before anything is loaded."""
+        from poise.recipes.prepare import check_parts
+
+        check_parts(parts, ("data", "model"))
+
+    def run(self, parts: Parts, context: Any) -> dict[str, float]:
+        """Train, evaluate, save; return the final metrics."""
+        from poise.recipes.classify import run
+
+        return run(parts, context)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Adapt or train a causal language model; the loss is on completions only."""
+
+    length: int = option(256, "tokens per sequence; longer examples are cut", low=8, unit="tokens")
+    packing: bool = option(True, "put several examples into one sequence, attention kept apart")
+    eval_examples: int = option(64, "held-out examples used for the loss", low=1)
+    generate: int = option(
+        0, "held-out examples answered by greedy generation for exact match; 0: none", low=0
+    )
+    new_tokens: int = option(128, "longest generated answer", low=1, unit="tokens")
+    save_folded: bool = option(True, "end by writing folded/, a plain transformers directory")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, parts: Parts) -> None:
+        """Refuse parts that do not fit, before anything is loaded."""
+        from poise.recipes.prepare import check_parts
+
+        check_parts(parts, ("data", "model"))
+
+    def run(self, parts: Parts, context: Any) -> dict[str, float]:
+        """Train, evaluate, fold, save; return the final metrics."""
+        from poise.recipes.finetune import run
+
+        return run(self, parts, context)

@@ -1,0 +1,216 @@
+"""The one training loop: accumulation, schedules, clipping, precision, records, checkpoints.
+
+A batch is a pure function of (seed, step, part), so continuing from a checkpoint needs no data
+position: the step is the position.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from poise.config import Train
+from poise.errors import RunError
+from poise.runs.checkpoint import pack_optimizer, unpack_optimizer
+from poise.runs.context import Interrupted, RunContext
+
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Task(Protocol):
+    """What is being trained, in the loop's terms."""
+
+    model: nn.Module
+
+    def batch(self, step: int, part: int) -> Any:
+        """Return a batch; the same (step, part) gives the same batch."""
+        ...
+
+    def size(self, batch: Any) -> int:
+        """Return how many targets the batch's mean loss is taken over."""
+        ...
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Return metrics on held-out data; `validation_loss` decides the best checkpoint."""
+        ...
+
+
+def build_optimizer(train: Train, model: nn.Module, attached: Any = None) -> torch.optim.Optimizer:
+    """Return the optimizer of a run; an adapter brings its own parameter groups or rule."""
+    options: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
+    if train.optimizer == "sgd":
+        options["momentum"] = train.momentum
+    cls = _OPTIMIZERS[train.optimizer]
+    if attached is not None:
+        return attached.optimizer(cls, **options)
+    return cls([p for p in model.parameters() if p.requires_grad], **options)
+
+
+def rate(train: Train, step: int) -> float:
+    """Return the factor on the learning rate at a step (counted from 0)."""
+    if step < train.warmup:
+        return (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def fit(task: Task, optimizer: torch.optim.Optimizer, train: Train, context: RunContext) -> float:
+    """Train for `train.steps` steps, from the context's checkpoint when it has one.
+
+    Returns
+    -------
+    float
+        Median seconds per step.
+
+    Raises
+    ------
+    RunError
+        When the loss is not finite; earlier checkpoints are intact.
+    Interrupted
+        After Ctrl-C, once a checkpoint is written.
+    """
+    torch.manual_seed(context.seed_for("dropout"))
+    start = _restore(task, optimizer, context)
+    times: list[float] = []
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    with context.graceful(), context.progress(train.steps - start, "training") as bar:
+        for step in range(start, train.steps):
+            began = time.perf_counter()
+            loss = _step(task, optimizer, train, step)
+            times.append(time.perf_counter() - began)
+            bar.advance(note=f"loss {loss:.4g}")
+            done = step + 1
+            if done % train.log_every == 0:
+                context.log(done, {"loss": loss, "lr": optimizer.param_groups[0]["lr"]})
+            score = _evaluate(task, context, done) if _due(done, train.eval_every, train) else None
+            if _due(done, train.checkpoint_every, train) or context.stopping:
+                _save(task, optimizer, context, done, score)
+            if context.stopping and done < train.steps:
+                raise Interrupted(f"interrupted at step {done} of {train.steps}")
+    return sorted(times)[len(times) // 2] if times else 0.0
+
+
+def _due(done: int, every: int, train: Train) -> bool:
+    return done == train.steps or (every > 0 and done % every == 0)
+
+
+def _step(task: Task, optimizer: torch.optim.Optimizer, train: Train, step: int) -> float:
+    """Take one optimizer step over all accumulation parts; return the mean loss."""
+    factor = rate(train, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    optimizer.zero_grad(set_to_none=True)
+    batches = [task.batch(step, part) for part in range(train.accumulate)]
+    sizes = [task.size(b) for b in batches]
+    total, loss_sum = sum(sizes), 0.0
+    device = next(task.model.parameters()).device.type
+    for batch, size in zip(batches, sizes, strict=True):
+        with torch.autocast(device, torch.bfloat16, enabled=train.precision == "bf16"):
+            loss = task.loss(batch)
+        # parts are weighted by their targets, so accumulating equals one large batch
+        part = loss if total == size else loss * (size / total)
+        part.backward()
+        loss_sum += float(part.detach())
+    if not math.isfinite(loss_sum):
+        raise RunError(f"the loss is {loss_sum} at step {step + 1}: lower train.lr or set train.clip")
+    if train.clip:
+        trained = [p for g in optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(trained, train.clip)
+    optimizer.step()
+    return loss_sum
+
+
+def _evaluate(task: Task, context: RunContext, step: int) -> float | None:
+    """Evaluate without disturbing the generator of training."""
+    state, training = torch.get_rng_state(), task.model.training
+    task.model.eval()
+    with torch.no_grad():
+        metrics = task.evaluate()
+    task.model.train(training)
+    torch.set_rng_state(state)
+    context.log(step, metrics)
+    return metrics.get("validation_loss")
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes: trainable parameters and running statistics."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return found | {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in _RUNNING}
+
+
+def _save(
+    task: Task, optimizer: torch.optim.Optimizer, context: RunContext, step: int,
+    score: float | None,
+) -> None:
+    tensors, plain = pack_optimizer(optimizer)
+    tensors |= {f"model.{n}": t for n, t in trained_tensors(task.model).items()}
+    tensors["rng"] = torch.get_rng_state()
+    meta = {"optimizer": plain, "score": score, "rows": context.records.rows}
+    context.checkpoints.save(step, tensors, meta)
+
+
+def _restore(task: Task, optimizer: torch.optim.Optimizer, context: RunContext) -> int:
+    saved = context.resume_from
+    if saved is None:
+        return 0
+    model = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
+    _copy_into(trained_tensors(task.model), model)
+    unpack_optimizer(optimizer, saved.tensors, saved.meta["optimizer"])
+    torch.set_rng_state(saved.tensors["rng"])
+    return saved.step
+
+
+def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if live.keys() != saved.keys():
+        odd = sorted(live.keys() ^ saved.keys())
+        raise RunError(f"the checkpoint is of another model: {len(odd)} tensors differ, first {odd[0]}")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])
+
+
+class Order:
+    """Which rows make up a batch: epochs shuffled by (seed, epoch), every row once per epoch.
+
+    Parameters
+    ----------
+    n : int
+        Rows; at least one.
+    batch_size : int
+        Rows per batch; a batch may span two epochs.
+    seed : int
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def rows(self, index: int) -> Tensor:
+        """Return the row numbers of batch `index`, shape (batch_size,)."""
+        start, wanted = index * self.batch_size, self.batch_size
+        parts = []
+        while wanted:
+            epoch, offset = divmod(start, self.n)
+            part = self._permutation(epoch)[offset : offset + wanted]
+            parts.append(part)
+            start, wanted = start + len(part), wanted - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
+            self._epoch = (epoch, torch.randperm(self.n, generator=generator))
+        return self._epoch[1]

@@ -1,0 +1,81 @@
+"""What every recipe that trains a network does first and last: build, quantize, attach; fold, save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from poise.errors import ConfigError
+from poise.files import save_bundle
+from poise.interfaces import Parts
+from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
+from poise.runs.context import RunContext
+from poise.walk import count
+
+
+def check_parts(parts: Parts, needed: tuple[str, ...]) -> None:
+    """Refuse, before anything is loaded, a run that lacks a part or adapts an untrained model.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for kind in needed:
+        if getattr(parts, kind) is None:
+            raise ConfigError(f"{kind}=none: this recipe needs a {kind} (see: poise list {kind})")
+    adapter, model = parts.adapter, parts.model
+    freezes = adapter is not None and adapter.freezes_base
+    trained = getattr(model, "trained", False)
+    if freezes and not trained:
+        raise ConfigError(
+            f"adapter={parts.names.get('adapter')} freezes its base, and "
+            f"model={parts.names.get('model')} is untrained: choose trained weights "
+            f"(model=smollm2, model.path=DIR) or an adapter that trains the base"
+        )
+    if parts.quantizer is not None and not freezes and getattr(parts.train, "steps", 0):
+        raise ConfigError(
+            f"quantizer={parts.names.get('quantizer')} freezes the weights it packs: add an "
+            f"adapter that trains beside them (adapter=bone), or only evaluate (train.steps=0)"
+        )
+
+
+def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> tuple[Any, Any]:
+    """Build the model, quantize it, attach the adapter; note sizes in the summary.
+
+    Returns
+    -------
+    model, attached
+        `attached` is None without an adapter.
+    """
+    import torch
+
+    assert parts.model is not None
+    with context.seeded("init"):
+        model = parts.model.build(spec).to(torch.device(context.device))
+    if parts.quantizer is not None:
+        made = quantize_model(model, parts.quantizer)
+        context.note("quantized", {k: v for k, v in made.items() if k != "kept"})
+    with context.seeded("adapter"):
+        attached = parts.adapter.attach(model) if parts.adapter is not None else None
+    if attached is not None:
+        context.note("adapter", attached.report())
+    context.note("size", {**count(model), **{f"bytes_{k}": v for k, v in stored_bytes(model).items()}})
+    return model, attached
+
+
+def sizes(model: Any) -> dict[str, float]:
+    """Return the counts that every summary holds."""
+    return {
+        "trainable_parameters": float(count(model)["trainable"]),
+        "model_bytes": float(stored_bytes(model)["total"]),
+    }
+
+
+def save_final(model: Any, attached: Any, context: RunContext) -> None:
+    """Write the trained model as one plain, folded checkpoint: `final.safetensors`."""
+    meta = {"folded": attached is not None}
+    save_bundle(context.directory / "final", folded_tensors(model, attached), meta)
+
+
+def folded_tensors(model: Any, attached: Any) -> dict[str, Any]:
+    """Return the plain checkpoint of a model, with its adapter folded in."""
+    return attached.folded_state_dict() if attached is not None else dense_state_dict(model)

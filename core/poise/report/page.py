@@ -1,0 +1,83 @@
+"""One self-contained HTML page: tables and pictures of runs, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from poise.files import write_text
+from poise.report import plots
+from poise.report.tables import Table, group, metric_names, tables, varied_keys
+from poise.runs.records import Run, find_runs, load_run
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-weight:600}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin-bottom:.3rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+td,th{padding:.25rem .6rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}th{background:#f6f6f4}
+img{max-width:100%;margin:.6rem 0}pre{background:#f6f6f4;padding:.8rem;overflow-x:auto}
+p.note{color:#555}
+"""
+
+
+def write_page(
+    target: Path | str, sections: Sequence[tuple[str, Sequence[Path | str]]],
+    title: str = "Poise report", intro: str = "", closing: str = "", metrics: Sequence[str] = (),
+) -> Path:
+    """Write a page with one section per (heading, directories of runs).
+
+    Parameters
+    ----------
+    target : path of the HTML file
+    sections : list of (heading, run directories)
+    intro, closing : HTML put before and after the sections
+    """
+    body = [f"<h1>{html.escape(title)}</h1>", intro]
+    for heading, directories in sections:
+        runs = [load_run(d) for d in find_runs(directories)]
+        body += [f"<h2>{html.escape(heading)}</h2>", *section(runs, metrics)]
+    body.append(closing)
+    text = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}"
+        f"</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
+    )
+    write_text(target, text)
+    return Path(target)
+
+
+def section(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[str]:
+    """Return the HTML of some runs: tables, curves, and the figures they drew themselves."""
+    parts = [table_html(t) for t in tables(runs, metrics) if t.rows]
+    done = [r for r in runs if r.state == "done"]
+    groups = group(done, varied_keys(runs))
+    pictures = [plots.curves(groups, n) for n in ("validation_loss", "loss")]
+    pictures += [plots.dots(groups, n) for n in metric_names(done, metrics)[:2]]
+    parts += [image(p) for p in pictures if p]
+    for run in done:
+        for path in sorted((run.directory / "figures").glob("*.png")):
+            parts.append(image(path.read_bytes(), path.stem.replace("_", " ")))
+    for run in runs:
+        parts.append(f"<p class='note'>records: {html.escape(str(run.directory))}</p>")
+    return parts
+
+
+def table_html(table: Table) -> str:
+    """Return a table as HTML."""
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in table.rows
+    )
+    return (
+        f"<h3>{html.escape(table.title)}</h3><div class='wide'><table><tr>{head}</tr>{rows}</table>"
+        f"</div>"
+    )
+
+
+def image(data: bytes, caption: str = "") -> str:
+    """Return a PNG inlined as HTML."""
+    code = base64.b64encode(data).decode()
+    heading = f"<h3>{html.escape(caption)}</h3>" if caption else ""
+    return f"{heading}<img alt='{html.escape(caption or 'figure')}' src='data:image/png;base64,{code}'>"

@@ -1,0 +1,270 @@
+"""From the records of runs to tables: varied choices by metrics, mean ± sd, paired differences."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poise.errors import ConfigError
+from poise.runs.records import Run, find_runs, load_run
+from poise.runs.trackers import flat
+
+_NOT_A_CHOICE = ("version", "tag", "seed")
+SHOWN = 8  # metrics shown when none are asked for
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of strings."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def render(self, form: str) -> str:
+        """Return the table as terminal text, markdown or CSV."""
+        return {"terminal": _terminal, "markdown": _markdown, "csv": _csv}[form](self)
+
+
+def report(
+    directories: Sequence[Path | str], form: str = "terminal", metrics: Sequence[str] = ()
+) -> str:
+    """Return the report of all runs at or below the directories.
+
+    Parameters
+    ----------
+    directories : paths of runs, sweeps, or folders of either
+    form : terminal, markdown or csv
+    metrics : shell patterns; without any, the first few of the runs' final metrics
+    """
+    runs = [load_run(d) for d in find_runs(directories)]
+    return "\n\n".join(t.render(form) for t in tables(runs, metrics) if t.rows)
+
+
+def tables(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[Table]:
+    """Return the summary table, paired differences, the runs' own tables, and what did not finish."""
+    done = [r for r in runs if r.state == "done"]
+    names = metric_names(done, metrics)
+    varied = varied_keys(runs)
+    groups = group(done, varied)
+    found = [summary(groups, varied, names)]
+    if len(groups) > 1:
+        found.append(paired(groups, varied, names))
+    found += [t for r in done[:12] for t in own_tables(r, runs)]
+    return [*found, unfinished(runs)]
+
+
+def metric_names(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
+    """Return the metrics to show, in the order the runs wrote them.
+
+    Raises
+    ------
+    ConfigError
+        For a pattern that matches no metric.
+    """
+    names = list(dict.fromkeys(n for r in runs for n in r.metrics))
+    for p in patterns:
+        if names and not any(fnmatch.fnmatchcase(n, p) for n in names):
+            raise ConfigError(f"--metric {p} matches none of: {', '.join(names)}")
+    if patterns:
+        return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    preferred = ("test_accuracy", "test_loss", "loss_before", "loss_after", "perplexity",
+                 "exact_match", "trainable_parameters", "model_bytes", "step_seconds")
+    chosen = [n for n in preferred if n in names]
+    return chosen or names[:SHOWN]
+
+
+def varied_keys(runs: Sequence[Run]) -> list[str]:
+    """Return the configuration keys, seeds apart, in which the runs differ.
+
+    Options of a component count only among runs that chose the same component.
+    """
+    configs = [flat(r.config) for r in runs]
+    keys = list(dict.fromkeys(k for c in configs for k in c if k not in _NOT_A_CHOICE))
+    varied = []
+    for key in keys:
+        head, _, rest = key.partition(".")
+        entries = {c.get(f"{head}.entry") for c in configs}
+        having = [c[key] for c in configs if key in c]
+        differs = len({repr(v) for v in having}) > 1
+        if differs and (rest == "entry" or not (rest and len(entries) > 1 and _follows(configs, key))):
+            varied.append(key)
+    return varied
+
+
+def _follows(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Tell whether a key's value follows from which component was chosen."""
+    head = key.partition(".")[0]
+    seen: dict[Any, set[str]] = {}
+    for c in configs:
+        if key in c:
+            seen.setdefault(c.get(f"{head}.entry"), set()).add(repr(c[key]))
+    return all(len(v) == 1 for v in seen.values())
+
+
+def label(run: Run, varied: Sequence[str]) -> str:
+    """Return the choices that set a run apart from the others."""
+    values = flat(run.config)
+    parts = [f"{k.removesuffix('.entry')}={values[k]}" for k in varied if k in values]
+    return " ".join(parts) or run.config.get("tag", "run")
+
+
+def group(runs: Sequence[Run], varied: Sequence[str]) -> dict[str, list[Run]]:
+    """Group runs that differ only in their seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(label(run, varied), []).append(run)
+    return groups
+
+
+def summary(groups: Mapping[str, list[Run]], varied: Sequence[str], names: list[str]) -> Table:
+    """Return mean ± sd over seeds of every metric, a row per group."""
+    rows = []
+    for name, runs in groups.items():
+        values = [spread([r.metrics[n] for r in runs if n in r.metrics]) for n in names]
+        rows.append([name, str(len(runs)), *values])
+    return Table("Runs", ["choices", "runs", *names], rows)
+
+
+def paired(groups: Mapping[str, list[Run]], varied: Sequence[str], names: list[str]) -> Table:
+    """Return differences to the first group over the seeds that both have."""
+    (base_name, base), *others = groups.items()
+    by_seed = {r.config.get("seed"): r for r in base}
+    rows = []
+    for name, runs in others:
+        pairs = [(r, by_seed[s]) for r in runs if (s := r.config.get("seed")) in by_seed]
+        if not pairs:
+            continue
+        cells = [
+            difference([a.metrics[n] - b.metrics[n] for a, b in pairs
+                        if n in a.metrics and n in b.metrics])
+            for n in names
+        ]
+        rows.append([name, str(len(pairs)), *cells])
+    title = f"Paired differences to: {base_name} (same seeds; mean ± sd, t)"
+    return Table(title, ["choices", "pairs", *names], rows)
+
+
+def own_tables(run: Run, among: Sequence[Run]) -> list[Table]:
+    """Return the tables that a recipe left in its notes (lists of rows), with where they are from."""
+    where = "" if len(among) == 1 else f" [{run.directory.name}]"
+    found = []
+    for key, rows in run.notes.items():
+        if isinstance(rows, list) and rows and all(isinstance(r, dict) for r in rows):
+            columns = list(dict.fromkeys(k for r in rows for k in r))
+            cells = [[_cell(r.get(c, "")) for c in columns] for r in rows]
+            found.append(Table(f"{key}{where}", columns, cells))
+    return found
+
+
+def unfinished(runs: Sequence[Run]) -> Table:
+    """Return the runs that failed, were interrupted or killed, or are still running."""
+    rows = [
+        [str(r.directory), r.state, str(r.status.get("reason", ""))]
+        for r in runs if r.state != "done"
+    ]
+    return Table("Not finished", ["run", "state", "reason"], rows)
+
+
+def compare(
+    a: Path | str, b: Path | str, form: str = "terminal", metrics: Sequence[str] = ()
+) -> str:
+    """Return what differs between two runs (or folders of runs): choices, then metrics."""
+    sides = [[load_run(d) for d in find_runs([side])] for side in (a, b)]
+    left, right = (flat(side[0].config) for side in sides)
+    keys = [k for k in dict.fromkeys([*left, *right]) if left.get(k) != right.get(k)]
+    rows = [[k, _cell(left.get(k, "-")), _cell(right.get(k, "-"))] for k in keys]
+    choices = Table("Choices that differ", ["key", str(a), str(b)], rows)
+    done = [[r for r in side if r.state == "done"] for side in sides]
+    names = metric_names([*done[0], *done[1]], metrics or ["*"])
+    values = Table("Metrics", ["metric", str(a), str(b), "b - a"], [
+        [n, *_both(done, n)] for n in names
+    ])
+    left_out = unfinished([r for side in sides for r in side])
+    found = [t for t in (choices, values, left_out) if t.rows]
+    return "\n\n".join(t.render(form) for t in found) or "nothing differs, and no run is done"
+
+
+def _both(done: Sequence[Sequence[Run]], name: str) -> list[str]:
+    left, right = (
+        {r.config.get("seed"): r.metrics[name] for r in side if name in r.metrics} for side in done
+    )
+    common = [s for s in left if s in right]
+    if common:
+        change = difference([right[s] - left[s] for s in common])
+    elif left and right:
+        change = number(statistics.fmean(right.values()) - statistics.fmean(left.values()))
+    else:
+        change = "-"
+    return [spread(list(left.values())), spread(list(right.values())), change]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return mean ± sd, or the one value."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values), 2)}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """Return mean ± sd of paired differences and their t value."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:+.4g}"
+    sd = statistics.stdev(values)
+    t = mean / (sd / math.sqrt(len(values))) if sd > 0 else math.inf if mean else 0.0
+    return f"{mean:+.4g} ± {number(sd, 2)} (t={t:.1f})"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Return a number the way a person would write it."""
+    value = float(value)
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}"
+
+
+def _cell(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _terminal(table: Table) -> str:
+    """Draw with plain characters: widths fit the content, numbers right."""
+    widths = [
+        max(len(c), *(len(r[i]) for r in table.rows)) if table.rows else len(c)
+        for i, c in enumerate(table.columns)
+    ]
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))]
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([table.title, line(table.columns), rule, *map(line, table.rows)])
+
+
+def _markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    rule = "|" + "---|" * len(table.columns)
+    return "\n".join([f"**{table.title}**", "", line(table.columns), rule, *map(line, table.rows)])
+
+
+def _csv(table: Table) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([f"# {table.title}"])
+    writer.writerow(table.columns)
+    writer.writerows(table.rows)
+    return out.getvalue().rstrip("\n")

@@ -1,0 +1,1 @@
+"""Ways to combine the quantiles of several models."""

@@ -1,0 +1,1 @@
+"""Base models: regressors that predict several quantiles."""

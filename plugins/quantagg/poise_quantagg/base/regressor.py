@@ -1,0 +1,80 @@
+"""What the base regressors share: levels, checks, one estimator per level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from poise.errors import ConfigError, DataError, require
+from poise_quantagg.checks import check_levels, finite, level_index, row_weights, same_rows
+
+
+class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
+    """Base of the regressors; a subclass has `_fit(X, y, sample_weight)` and `_predict(X, levels)`.
+
+    Follows scikit-learn: options are constructor arguments, fitting sets attributes that end in
+    an underscore.
+    """
+
+    levels: Sequence[float]
+
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None):
+        """Fit on features (n, d) and targets (n,).
+
+        Raises
+        ------
+        DataError
+            For shapes that do not fit, values that are not finite, unusable weights.
+        """
+        X, y = finite("X", X, 2), finite("y", y, 1)
+        same_rows("X", X, len(y))
+        if sample_weight is not None:
+            sample_weight = row_weights(sample_weight, len(y))
+        self.levels_ = check_levels(self.levels)
+        self.n_features_in_ = X.shape[1]
+        self._fit(X, y, sample_weight)
+        return self
+
+    def predict_quantiles(
+        self, X: np.ndarray, levels: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """Return quantiles, shape (n, m), at `levels` (default: those of the constructor).
+
+        Raises
+        ------
+        ConfigError
+            Before `fit`; for a level that was not trained, where the model needs training.
+        DataError
+            For another number of features, or values that are not finite.
+        """
+        if not hasattr(self, "levels_"):
+            raise ConfigError(f"{type(self).__name__} is not fitted: call fit(X, y) first")
+        X = finite("X", X, 2)
+        if X.shape[1] != self.n_features_in_:
+            raise DataError(f"X has {X.shape[1]} features; fitted on {self.n_features_in_}")
+        return self._predict(X, self.levels_ if levels is None else check_levels(levels))
+
+    def _fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None) -> None:
+        raise NotImplementedError
+
+    def _predict(self, X: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+class PerLevelRegressor(QuantileRegressor):
+    """One single-quantile estimator per level; a subclass has `_estimator(level)`."""
+
+    def _estimator(self, level: float) -> Any:
+        raise NotImplementedError
+
+    def _fit(self, X, y, sample_weight) -> None:
+        self.estimators_ = [
+            self._estimator(float(level)).fit(X, y, sample_weight=sample_weight)
+            for level in self.levels_
+        ]
+
+    def _predict(self, X, levels) -> np.ndarray:
+        chosen = [self.estimators_[k] for k in level_index(self.levels_, levels)]
+        return np.column_stack([estimator.predict(X) for estimator in chosen])
