@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Images (n, c, h, w) float32 in [0, 1] with labels (n,), perhaps with a test set of its own."""
+    """Images (n, c, h, w) float32 in [0, 1], labels (n,), perhaps their own test set."""
 
     x: np.ndarray
     y: np.ndarray

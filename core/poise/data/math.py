@@ -20,6 +20,7 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Splits
 
 MARK = "####"
+_PATIENCE = 2000  # problems in a row that are not new
 
 
 # ------------------------------------------------------------------ generated
@@ -55,15 +56,18 @@ def load_gsm_symbolic(options, seed: int) -> Splits:
 def _different(templates: list[int], seed: int, wanted: int) -> list[Example]:
     """Return the first `wanted` problems with different prompts."""
     found: dict[str, Example] = {}
-    for tried, example in enumerate(_stream(templates, seed)):
-        if example is not None:
-            found.setdefault(example.prompt, example)
+    in_vain = 0
+    for example in _stream(templates, seed):
+        new = example is not None and example.prompt not in found
+        if example is not None and new:
+            found[example.prompt] = example
+        in_vain = 0 if new else in_vain + 1
         if len(found) == wanted:
             break
-        if tried > 20 * wanted + 1000:
+        if in_vain == _PATIENCE:
             raise DataError(
-                f"gsm_symbolic: templates {templates} gave only {len(found)} different problems "
-                f"in {tried} tries, {wanted} are asked for: use more templates or a smaller n"
+                f"gsm_symbolic: templates {templates} gave only {len(found)} different problems, "
+                f"{wanted} are asked for: use more templates or a smaller n"
             )
     return list(found.values())
 

@@ -82,7 +82,8 @@ def _check_directory(directory: Path, transformers: Any) -> None:
 
 
 def save_model(
-    model: Any, tokenizer: Any, directory: Path | str, state_dict: Mapping[str, Tensor] | None = None
+    model: Any, tokenizer: Any, directory: Path | str,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a plain transformers directory: config, safetensors, tokenizer.
 
@@ -141,13 +142,13 @@ def random(options) -> nn.Module:
     fields = _fields(options, cls.config_class)
     try:
         config = cls.config_class(**{**fields, **options.overrides})
-        model = cls(config)
+        # not model.to(dtype), which would round the rotary tables too
+        return cls._from_config(config, dtype=getattr(torch, options.dtype))
     # configs validate themselves, each with errors of its own
     except Exception as error:
         raise ConfigError(
             f"{options.architecture} refuses these options ({_line(error)}): see `overrides`"
         ) from error
-    return model.to(getattr(torch, options.dtype))
 
 
 def _architecture(name: str, transformers: Any) -> Any:
@@ -180,9 +181,13 @@ def _fields(options, config_class: type) -> dict[str, Any]:
         "moe_intermediate_size": wide,
         "shared_expert_intermediate_size": wide,
         "n_inner": wide,
-        "bos_token_id": last, "eos_token_id": last, "pad_token_id": last,
+        # without padding: a padding token's embedding would never train
+        "bos_token_id": last, "eos_token_id": last, "pad_token_id": None,
         **_experts(options, plain),
     }
+    if hasattr(plain, "qk_rope_head_dim"):
+        # multi-head latent attention derives head_dim from its parts
+        del wanted["head_dim"]
     alias = getattr(config_class, "attribute_map", None) or {}
     return {alias.get(k, k): v for k, v in wanted.items() if hasattr(plain, k)}
 

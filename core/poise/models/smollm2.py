@@ -52,12 +52,18 @@ def load(dtype: str = "float32") -> nn.Module:
     model.tie_weights()
     if unknown or set(missing) - {"lm_head.weight"}:
         raise FileError(f"{path} has other tensors than expected: {(missing + unknown)[:3]}")
-    return model.to(getattr(torch, dtype)).eval()
+    # not model.to(dtype): the rotary table stays float32
+    model.config.dtype = getattr(torch, dtype)
+    return model.eval()
 
 
 @lru_cache(maxsize=1)
 def tokenizer() -> FastTokenizer:
-    """Return the byte-level BPE; digits are tokens of their own ("smollm" in llama.cpp)."""
+    """Return the byte-level BPE; digits are tokens of their own ("smollm" in llama.cpp).
+
+    The vocabulary lacks 21 of the 256 bytes (six control characters, and bytes that occur only in
+    planes of Unicode without characters, or never): `encode` leaves those out.
+    """
     tokenizers = require("tokenizers", "bone")
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -131,7 +137,7 @@ def _tensor(entry: Any, heads: tuple[int, int]) -> Tensor:
     elif ".attn_k." in entry.name:
         values = _unpermute(values, heads[1])
     # the file is mapped read-only: float32 tensors are copied out of it
-    return torch.from_numpy(values.copy())
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:

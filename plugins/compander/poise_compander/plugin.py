@@ -4,4 +4,15 @@ from __future__ import annotations
 
 
 def register(registry) -> None:
-    """Add the plugin's entries."""
+    """Add the compander and its control arm."""
+    paper = "arXiv 2306.16993"
+    registry.add(
+        "adapter", "compander", "poise_compander.components:Compander",
+        "every weight as w = a arctan(v / b); v trains", paper=paper,
+        tasks=("classification", "causal_lm"),
+    )
+    registry.add(
+        "adapter", "lr_matched", "poise_compander.components:LrMatched",
+        "control arm: plain weights at the learning rate a compander amounts to",
+        tasks=("classification", "causal_lm"), paper=f"{paper}, control not in the paper",
+    )

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from poise.interfaces import FittedAggregator, Parts
 
 LEVELS = [round(0.05 * k, 2) for k in range(1, 20)]
-
-
-def _levels() -> Any:
-    return option(LEVELS, "quantile levels, increasing", above=0, below=1)
+_LEVELS = "quantile levels, increasing"
 
 
 def _seed() -> Any:
@@ -125,7 +122,7 @@ class GlobalCoarse(_Aggregator):
 class _Forest(_Checked):
     """Options that both kinds of forest share."""
 
-    levels: list[float] = _levels()
+    levels: list[float] = option(LEVELS, _LEVELS, above=0, below=1)
     n_estimators: int = option(100, "trees", low=1)
     min_samples_leaf: int = option(8, "fewest rows in a leaf", low=1, unit="rows")
     max_depth: int | None = option(None, "deepest level; null: no limit", low=1)
@@ -161,7 +158,7 @@ class ExtraTrees(_Forest):
 class LightGBM(_Checked):
     """Gradient boosting with LightGBM's quantile objective, one model per level."""
 
-    levels: list[float] = _levels()
+    levels: list[float] = option(LEVELS, _LEVELS, above=0, below=1)
     n_estimators: int = option(50, "boosting rounds", low=1)
     learning_rate: float = option(0.1, "shrinkage", above=0)
     num_leaves: int = option(31, "leaves of a tree", low=2)
@@ -180,7 +177,7 @@ class LightGBM(_Checked):
 class HistBoosting(_Checked):
     """scikit-learn's histogram gradient boosting, one model per level."""
 
-    levels: list[float] = _levels()
+    levels: list[float] = option(LEVELS, _LEVELS, above=0, below=1)
     max_iter: int = option(100, "boosting rounds", low=1)
     learning_rate: float = option(0.1, "shrinkage", above=0)
     max_leaf_nodes: int = option(15, "leaves of a tree", low=2)
@@ -199,7 +196,7 @@ class HistBoosting(_Checked):
 class Linear(_Checked):
     """Linear quantile regression on standardised features, one exact program per level."""
 
-    levels: list[float] = _levels()
+    levels: list[float] = option(LEVELS, _LEVELS, above=0, below=1)
     alpha: float = option(0.0, "L1 penalty on the slopes", low=0)
 
     def build(self, spec: Mapping[str, Any] | None = None):
@@ -228,7 +225,7 @@ class QuantileEnsemble(_Checked):
     aggregators: list[str] = option(
         ["average", "median", "global_coarse"], "registered aggregators, default options"
     )
-    levels: list[float] = _levels()
+    levels: list[float] = option(LEVELS, _LEVELS, above=0, below=1)
     folds: int = option(5, "parts of the cross-fitting", low=2)
     n_jobs: int = option(1, "processes for models x folds", low=1)
     figures: bool = option(True, "draw reliability.png and fan.png")

@@ -56,7 +56,7 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
         raise ConfigError("recipe=quantile needs data: choose data=tabular")
     splits = parts.data.load(context.seed)
     context.note("provenance", splits.provenance)
-    train, test = _standardised(splits)
+    train, test, scale = _standardised(splits)
     with context.progress(len(models) * (recipe.folds + 1), "cross-fitting") as bar:
         fits = cross_fit(
             models, train.x, train.y, recipe.levels, folds=recipe.folds,
@@ -69,8 +69,9 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
     context.note("weights", weights)
     context.note("units", "WIS in standard deviations of the target; coverage, crossing: shares")
     if recipe.figures:
-        folder, target = Path(context.directory), splits.spec.get("target", "target")
-        context.note("figures", _draw(raw, test.y, fits.levels, folder, target))
+        target = splits.spec.get("target", "target")
+        context.note("figures", _draw(raw, test.y, fits.levels, scale=scale, target=target,
+                                      folder=Path(context.directory)))
     metrics = {f"{key}/{row['name']}": row[key] for row in rows
                for key in ("wis_mean", "coverage_80", "crossing_raw")}
     context.log(0, metrics)
@@ -109,8 +110,8 @@ def _aggregators(recipe: QuantileEnsemble, parts: Parts) -> dict[str, Any]:
     return aggregators
 
 
-def _standardised(splits: Splits) -> tuple[Arrays, Arrays]:
-    """Return (train and validation rows together, test rows), on the scale of the former."""
+def _standardised(splits: Splits) -> tuple[Arrays, Arrays, tuple[float, float]]:
+    """Return train and validation rows together, the test rows on their scale, (mean, std) of y."""
     x, y = (
         finite(f"train and validation {part}", np.concatenate(
             [getattr(splits.train, part), getattr(splits.validation, part)]), axes)
@@ -119,10 +120,12 @@ def _standardised(splits: Splits) -> tuple[Arrays, Arrays]:
     if y.std() == 0:
         raise DataError("the target is constant on the training rows: nothing to predict")
     width = np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)  # a constant column stays zero
-    def scale(a: np.ndarray, b: np.ndarray) -> Arrays:
-        return Arrays((a - x.mean(axis=0)) / width, (b - y.mean()) / y.std())
-    test = splits.test
-    return scale(x, y), scale(finite("test x", test.x, 2), finite("test y", test.y, 1))
+    test = Arrays(finite("test x", splits.test.x, 2), finite("test y", splits.test.y, 1))
+    train, test = (
+        Arrays((a.x - x.mean(axis=0)) / width, (a.y - y.mean()) / y.std())
+        for a in (Arrays(x, y), test)
+    )
+    return train, test, (float(y.mean()), float(y.std()))
 
 
 def _predictions(
@@ -152,15 +155,19 @@ def _row(name: str, kind: str, raw: np.ndarray, y: np.ndarray, levels: np.ndarra
     }
 
 
-def _draw(raw, y, levels, folder: Path, target: str) -> list[str]:
-    """Draw the figures; the fan is that of the last aggregator, or model without any."""
+def _draw(raw, y, levels, *, scale: tuple[float, float], target: str, folder: Path) -> list[str]:
+    """Draw the figures; the fan is that of the last aggregator, in the target's own unit."""
     from poise_quantagg import plots
 
-    last = list(raw)[-1]
-    drawn = {name: sort(q) for name, (_, q) in raw.items()}
+    mean, std = scale
+    titles = {"model": "base models", "aggregator": "aggregators"}
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for name, (kind, q) in raw.items():
+        panels.setdefault(titles[kind], {})[name] = sort(q)
+    last, (_, q) = list(raw.items())[-1]
     files = ["figures/reliability.png", "figures/fan.png"]
-    plots.reliability(folder / files[0], y, drawn, levels,
-                      title=f"Calibration on {len(y)} test rows")
-    plots.fan(folder / files[1], y, drawn[last], levels, title=f"Predictions of {last}",
-              unit=f"{target} (standard deviations from its mean)")
+    plots.reliability(folder / files[0], y, panels, levels,
+                      title=f"Calibration on {len(y)} test rows, after sorting")
+    plots.fan(folder / files[1], mean + std * y, mean + std * q, levels,
+              title=f"Predictions of {last}", unit=target)
     return files

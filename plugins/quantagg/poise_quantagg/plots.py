@@ -17,16 +17,17 @@ MARKERS = "osD^vPX*"
 BANDS = ((0.9, "#c9dcee"), (0.8, "#93bbdc"), (0.5, "#4c8cbf"))
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float, panels: int = 1):
     figure = require("matplotlib.figure", "quantagg").Figure(
         figsize=(width, height), layout="constrained"
     )
     require("matplotlib.backends.backend_agg", "quantagg").FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", linewidth=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
+    all_axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, all_axes
 
 
 def _save(figure, path: Path | str) -> Path:
@@ -37,7 +38,7 @@ def _save(figure, path: Path | str) -> Path:
 
 
 def reliability(
-    path: Path | str, y: np.ndarray, predictions: dict[str, np.ndarray], levels: np.ndarray,
+    path: Path | str, y: np.ndarray, panels: dict[str, dict[str, np.ndarray]], levels: np.ndarray,
     *, title: str = "", band: float = 0.9,
 ) -> Path:
     """Draw how far the share of y <= quantile is from the level it was predicted for.
@@ -51,7 +52,7 @@ def reliability(
     path : path
         Where the PNG goes; folders are made.
     y : array, shape (n,)
-    predictions : dict of name to array, shape (n, m)
+    panels : dict of panel title to (dict of name to array, shape (n, m))
     levels : array, shape (m,)
     title : str
     band : float
@@ -59,18 +60,20 @@ def reliability(
     """
     stats = require("scipy.stats", "quantagg")
     n, percent = len(y), 100 * np.asarray(levels)
-    figure, axes = _figure(8.4, 4.8)
+    figure, all_axes = _figure(1.0 + 4.6 * len(panels), 5.6, len(panels))
     low, high = (100 * stats.binom.ppf(q, n, levels) / n - percent
                  for q in ((1 - band) / 2, (1 + band) / 2))
-    axes.fill_between(percent, low, high, color="#e9e9e9", zorder=0,
-                      label=f"calibrated: {band:.0%} band, n = {n}")
-    axes.axhline(0, color="#777777", linewidth=1)
-    for i, (name, q) in enumerate(predictions.items()):
-        axes.plot(percent, 100 * coverage(y, q) - percent, label=name, linewidth=1.6,
-                  color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4)
-    axes.set(xlim=(0, 100), xlabel="nominal level (%)", title=title,
-             ylabel="share of test rows with y ≤ quantile\nminus level (percentage points)")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    for axes, (name, predictions) in zip(all_axes, panels.items()):
+        axes.fill_between(percent, low, high, color="#e9e9e9", zorder=0,
+                          label=f"{band:.0%} band if calibrated")
+        axes.axhline(0, color="#777777", linewidth=1)
+        for i, (label, q) in enumerate(predictions.items()):
+            axes.plot(percent, 100 * coverage(y, q) - percent, label=label, linewidth=1.6,
+                      color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=4)
+        axes.set(xlim=(0, 100), xlabel="nominal level (%)", title=name)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, ncols=2)
+    all_axes[0].set_ylabel("share of rows with y ≤ quantile\nminus level (percentage points)")
+    figure.suptitle(title)
     return _save(figure, path)
 
 
@@ -95,11 +98,11 @@ def fan(
     rows : int
         Largest number of rows drawn; more are thinned evenly after sorting.
     """
-    middle = level_index(levels, [0.5])[0]
+    q, middle = sort(q), level_index(levels, [0.5])[0]
     order = np.argsort(q[:, middle], kind="stable")
     order = order[np.linspace(0, len(y) - 1, min(rows, len(y))).round().astype(int)]
-    y, q, place = y[order], sort(q)[order], np.arange(len(order)) + 1
-    figure, axes = _figure(8.4, 4.8)
+    y, q, place = y[order], q[order], np.arange(len(order)) + 1
+    figure, (axes,) = _figure(8.4, 5.4)
     widest = np.ones(len(y), dtype=bool)
     for nominal, colour in BANDS:
         ends = _ends(levels, nominal)
@@ -116,7 +119,7 @@ def fan(
                  label="observed, outside 90%")
     axes.set(xlim=(0.5, len(y) + 0.5), ylabel=unit, title=title,
              xlabel=f"test rows by predicted median ({len(y)} drawn)")
-    axes.legend(loc="upper left", frameon=False, ncols=2)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False, ncols=3)
     return _save(figure, path)
 
 

@@ -1,0 +1,129 @@
+"""What every model keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from poise.testing.faults import expect, expect_methods, expect_refusal
+
+
+def check_model(component: Any, task: str) -> None:
+    """Run a model component through the contract of its task.
+
+    Parameters
+    ----------
+    component : Model
+    task : classification, causal_lm or quantile
+
+    Raises
+    ------
+    ContractError
+        Naming the first fault.
+    """
+    expect_methods(component, ("build",), "the model component")
+    kits = {"classification": _classifier, "causal_lm": _causal_lm, "quantile": _quantile}
+    expect(task in kits, f"there is no kit for the task {task!r}")
+    kits[task](component)
+
+
+def _classifier(component: Any) -> None:
+    import torch
+
+    model = _built_twice(component)
+    shape = _input_shape(model)
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    out = model(x)
+    expect(out.ndim == 2 and out.shape[0] == 5, f"a classifier returns (batch, classes), not {tuple(out.shape)}")
+    expect(torch.allclose(model(x[2:3]), out[2:3], atol=1e-4), "a row's output depends on the batch")
+    _trains(model, out.square().sum())
+    _walk_is_whole(model)
+
+
+def _input_shape(model: Any) -> tuple[int, ...]:
+    """Return a fitting input shape from the first layer."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            return (module.in_features,)
+        if isinstance(module, nn.Conv2d):
+            return (module.in_channels, 12, 12)
+    return (1,)
+
+
+def _causal_lm(component: Any) -> None:
+    import torch
+
+    expect_methods(component, ("tokenizer",), "a causal language model component")
+    model = _built_twice(component)
+    tokenizer = component.tokenizer()
+    text = "Weights on a balance, 3 + 4 = 7."
+    ids = tokenizer.encode(text)
+    expect(tokenizer.decode(ids) == text, "the tokenizer does not decode what it encodes")
+    expect(isinstance(tokenizer.eos_id, int), "the tokenizer has no end token")
+    batch = torch.tensor([ids])
+    model.eval()
+    logits = model(input_ids=batch).logits
+    expect(logits.shape[:2] == batch.shape, "logits are not (batch, time, vocab)")
+    expect(max(*ids, tokenizer.eos_id) < logits.shape[-1], "the tokenizer has ids beyond the vocabulary")
+    changed = batch.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % logits.shape[-1]
+    same = torch.allclose(model(input_ids=changed).logits[:, :-1], logits[:, :-1], atol=1e-4)
+    expect(same, "the model is not causal: a later token changes earlier logits")
+    _trains(model, logits.float().logsumexp(-1).sum())
+    _walk_is_whole(model)
+
+
+def _built_twice(component: Any) -> Any:
+    """Build twice from the same seed and check that the models are the same."""
+    import torch
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(component.build())
+    first, second = (m.state_dict() for m in models)
+    expect(first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first),
+           "building twice from the same seed gives different models")
+    return models[0]
+
+
+def _trains(model: Any, loss: Any) -> None:
+    loss.backward()
+    got = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+    expect(bool(got), "no parameter gets a gradient")
+    model.zero_grad()
+
+
+def _walk_is_whole(model: Any) -> None:
+    from poise.walk import weights
+
+    met = sum(w.numel for w in weights(model))
+    unique = {id(p): p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith("bias")}
+    held = sum(p.numel() for p in unique.values())
+    expect(met == held, f"the walk meets {met} weights of {held}: some are missed or met twice")
+
+
+def _quantile(component: Any) -> None:
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(120, 3))
+    y = X[:, 0] + 0.3 * rng.normal(size=120)
+    model = component.build()
+    expect_methods(model, ("levels", "fit", "predict_quantiles"), "a quantile model")
+    levels = np.asarray(model.levels)
+    expect(bool((np.diff(levels) > 0).all() and levels[0] > 0 and levels[-1] < 1),
+           "levels do not increase inside (0, 1)")
+    model.fit(X, y)
+    out = model.predict_quantiles(X)
+    expect(out.shape == (120, len(levels)), f"predict_quantiles has shape {out.shape}, not (n, m)")
+    expect(bool(np.isfinite(out).all()), "predict_quantiles holds NaN or Inf")
+    expect(bool(out.mean(0)[-1] > out.mean(0)[0]), "the level order is ignored")
+    other = component.build()
+    other.fit(X, y)
+    expect(np.array_equal(other.predict_quantiles(X), out), "fitting twice on the same data differs")
+    error = np.abs(out[:, len(levels) // 2] - y).mean() / np.abs(y - np.median(y)).mean()
+    expect(error < 1.0, "the median prediction is no better than a constant")
+    expect_refusal(lambda: model.predict_quantiles(X[:, :2]), "another number of columns is accepted")

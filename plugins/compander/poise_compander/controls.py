@@ -1,0 +1,70 @@
+"""The control arm: plain weights at the learning rate that a compander amounts to near zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.walk import Weight, select
+from poise_compander.attached import KINDS
+from poise_compander.components import LrMatched
+
+
+def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched:
+    """Choose the weights whose learning rate is scaled; see `LrMatched.attach`."""
+    return AttachedLrMatched(options, model, select(model, None, options.exclude or None, KINDS))
+
+
+class AttachedLrMatched:
+    """Nothing but parameter groups: the weights' learning rate times (a / b)^2."""
+
+    def __init__(self, options: LrMatched, model: nn.Module, chosen: list[Weight]) -> None:
+        self.options, self.model = options, model
+        self.layers = {w.name: w.module for w in chosen}
+
+    @property
+    def factor(self) -> float:
+        """(a / b)^2."""
+        return (self.options.a / self.options.b) ** 2
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """Return the chosen weights, and all else that trains."""
+        own = [layer.weight for layer in self.layers.values()]
+        ids = {id(p) for p in own}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        return [{"params": own}, {"params": rest}] if rest else [{"params": own}]
+
+    def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
+        """Return a torch optimizer with the scaled rate on the chosen weights."""
+        own, *rest = self.trainable()
+        return cls([{**own, "lr": options["lr"] * self.factor}, *rest], **options)
+
+    def fold(self) -> None:
+        """Do nothing: the weights are plain."""
+
+    def unfold(self) -> None:
+        """Do nothing: the weights are plain."""
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        """Return the model's checkpoint."""
+        return self.model.state_dict()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the chosen weights."""
+        return {f"{n}.weight": m.weight.detach() for n, m in self.layers.items()}  # type: ignore[union-attr]
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the chosen weights."""
+        for name, weight in self.state_dict().items():
+            weight.copy_(tensors[name])
+
+    def detach(self) -> nn.Module:
+        """Return the model."""
+        return self.model
+
+    def report(self) -> dict[str, Any]:
+        """Return the factor and the number of layers."""
+        return {"method": "lr_matched", "effective_lr_factor": self.factor, "layers": len(self.layers)}
