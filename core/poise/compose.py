@@ -176,6 +176,14 @@ def _initialized():
     return initialize_config_dir(root, version_base=HYDRA_VERSION_BASE)
 
 
+def experiments() -> list[str]:
+    """Return the names of all experiments on the search path."""
+    install()
+    with _initialized():
+        loader = GlobalHydra.instance().config_loader()
+        return sorted(loader.get_group_options("experiment"))
+
+
 def from_hydra(whole: DictConfig) -> RunConfig:
     """Turn a composed Hydra config into a `RunConfig`, strictly."""
     values = {}

@@ -13,7 +13,13 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Arrays, Parts, Splits
 from poise.registry import build
 from poise_quantagg import GlobalCoarse, cross_fit
-from poise_quantagg.components import HistBoosting, Linear, QuantileEnsemble, QuantileForest
+from poise_quantagg.components import (
+    ExtraTrees,
+    HistBoosting,
+    Linear,
+    QuantileEnsemble,
+    QuantileForest,
+)
 from poise_quantagg.crossfit import assign_folds
 
 LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
@@ -113,6 +119,21 @@ def test_forests_predict_levels_they_were_not_given_and_others_refuse():
     linear = Linear(levels=[0.5]).build().fit(x, y)
     with pytest.raises(ConfigError, match=r"level 0\.3 is not among \[0\.5\]"):
         linear.predict_quantiles(x, [0.3])
+
+
+def test_forest_quantiles_are_those_of_meinshausens_weights():
+    x, y = table()
+    fitted = ExtraTrees(n_estimators=20).build().fit(x[:150], y[:150])
+    seen, new = (fitted.forest_.apply(part) for part in (x[:150], x[150:]))
+    same = (new[:, None] == seen[None]).astype(float)  # (new rows, training rows, trees)
+    weight = (same / same.sum(axis=1, keepdims=True)).mean(axis=2)
+    order = np.argsort(y[:150])
+    cumulative = np.cumsum(weight[:, order], axis=1)
+    for level in (0.1, 0.29, 0.5, 0.9):
+        exact = y[:150][order][(cumulative >= level - 1e-12).argmax(axis=1)]
+        # the package interpolates between neighbouring targets, hence not equal
+        error = fitted.predict_quantiles(x[150:], [level])[:, 0] - exact
+        assert np.abs(error).mean() < 0.005 * np.ptp(y)
 
 
 def test_the_linear_model_does_not_depend_on_the_units_of_the_features():

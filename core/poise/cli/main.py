@@ -10,6 +10,7 @@ COMMANDS = {
     "describe": "options, defaults and units of one entry: poise describe KIND NAME",
     "report": "table of runs: varied choices by metrics",
     "compare": "what differs between two runs",
+    "demo": "a short form of every experiment, and one page about them",
     "doctor": "versions, threads, memory, extras, packaged data",
     "data": "which data are here, their licences, how to get the rest",
 }

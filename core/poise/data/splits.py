@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,12 @@ def check_fractions(component: Any) -> None:
         )
 
 
+def held_out(n: int, fraction: float) -> int:
+    """Return how many of n a fraction is: rounded down, at least one unless it is zero."""
+    # 0.29 * 100 is a hair below 29
+    return max(1, int(fraction * n + 1e-9)) if fraction else 0
+
+
 def split_rows(
     n: int, test: float, validation: float, seed: int, what: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,7 +93,7 @@ def split_rows(
     """
     import numpy as np
 
-    n_test, n_validation = (max(1, round(f * n)) if f else 0 for f in (test, validation))
+    n_test, n_validation = held_out(n, test), held_out(n, validation)
     if n - n_test - n_validation < 1:
         raise DataError(
             f"{what} has {n} row{'s' * (n != 1)}: too few to hold out {n_test} for test and "
@@ -98,7 +105,7 @@ def split_rows(
 
 
 def provenance(
-    source: str, licence: str, files: dict[str, str], parts: tuple[Any, Any, Any],
+    source: str, licence: str, files: dict[str, str], parts: Sequence[Any],
     seed: int, **handled: Any,
 ) -> dict[str, Any]:
     """Return what a run records about its data, as plain JSON values.

@@ -50,7 +50,8 @@ def load(options, seed: int) -> Splits:
     import numpy as np
 
     table = read(Path(options.path)) if options.path else named(options.name)
-    frame, what = table.frame, table.source
+    frame: Any = table.frame
+    what = table.source
     target = _column(frame, options.target, what) if options.target else frame.columns[-1]
     dropped = [_column(frame, name, what) for name in options.drop]
     y = _target(frame[target], what)
@@ -62,12 +63,13 @@ def load(options, seed: int) -> Splits:
     rows = split_rows(len(y), options.test, options.validation, seed, what)
     encoder = Encoder(options.categories, options.missing_indicator).fit(frame, rows[0], what)
     x = encoder.transform(frame)
-    parts = tuple(Arrays(x[i], y[i]) for i in rows)
+    parts = [Arrays(x[i], y[i]) for i in rows]
     spec = {"input_shape": (x.shape[1],), "columns": encoder.columns, "target": str(target)}
-    return Splits(*parts, provenance(
+    record = provenance(
         what, table.licence, table.sha256, parts, seed, rows=len(y), note=table.note,
         dropped=[str(d) for d in dropped], **encoder.handled,
-    ), spec)
+    )
+    return Splits(parts[0], parts[1], parts[2], record, spec)
 
 
 # ------------------------------------------------------------------ sources
@@ -247,8 +249,8 @@ class Encoder:
         self.handled: dict[str, Any] = {}
         self._plan: list[tuple[str, str, Any]] = []
 
-    def fit(self, frame: pd.DataFrame, train: np.ndarray, what: str) -> Encoder:
-        """Learn from the rows `train` (indices) of a frame.
+    def fit(self, frame: Any, train: np.ndarray, what: str) -> Encoder:
+        """Learn from the rows `train` (indices) of a pandas frame.
 
         Raises
         ------
@@ -274,7 +276,7 @@ class Encoder:
         self.handled = done
         return self
 
-    def transform(self, frame: pd.DataFrame) -> np.ndarray:
+    def transform(self, frame: Any) -> np.ndarray:
         """Return the rows as (n, d) float64."""
         import numpy as np
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from poise.data import packaged
-from poise.data.splits import provenance, read_text, split_rows
+from poise.data.splits import held_out, provenance, read_text, split_rows
 from poise.errors import DataError
 from poise.interfaces import Example, Splits
 
@@ -34,14 +34,12 @@ def load_text(options, seed: int) -> Splits:
     text, digest = read_text(path)
     text = text[: options.limit] if options.limit else text
     n = len(text)
-    n_test, n_validation = (
-        max(1, round(f * n)) if f else 0 for f in (options.test, options.validation)
-    )
+    n_test, n_validation = held_out(n, options.test), held_out(n, options.validation)
     cut_1, cut_2 = n - n_test - n_validation, n - n_test
     if cut_1 < 1:
         raise DataError(f"{path} has {n} characters: too few to split")
-    parts = tuple(cut(t, options.chunk) for t in (text[:cut_1], text[cut_1:cut_2], text[cut_2:]))
-    return Splits(*parts, provenance(
+    parts = [cut(t, options.chunk) for t in (text[:cut_1], text[cut_1:cut_2], text[cut_2:])]
+    return Splits(parts[0], parts[1], parts[2], provenance(
         str(path), packaged.licence_of(path), {str(path): digest}, parts, seed,
         characters=n, chunk=options.chunk, split="contiguous",
     ))
@@ -63,12 +61,12 @@ def load_sotu(options, seed: int) -> Splits:
         kept = np.random.default_rng([seed, 1]).choice(len(names), options.limit, replace=False)
         names = [names[i] for i in sorted(kept)]
     rows = split_rows(len(names), options.test, options.validation, seed, "sotu")
-    parts = tuple(
+    parts = [
         [example for i in part for example in cut(speeches[names[i]], options.chunk)]
         for part in rows
-    )
+    ]
     entry = packaged.PACKAGES["sotu"]
-    return Splits(*parts, provenance(
+    return Splits(parts[0], parts[1], parts[2], provenance(
         entry.distribution, entry.licence, dict(entry.files), parts, seed,
         speeches=dict(zip(("train", "validation", "test"), map(len, rows))), chunk=options.chunk,
     ))

@@ -111,17 +111,24 @@ def save_model(
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
-            fresh = Path(name)
-            state = dict(state_dict) if state_dict is not None else None
-            model.save_pretrained(fresh, state_dict=state)
-            if tokenizer is not None:
-                tokenizer.save(fresh)
-            for path in sorted(fresh.iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, directory / path.name)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as fresh:
+            _write(model, tokenizer, Path(fresh), directory, state_dict)
     except OSError as error:
         raise FileError(f"cannot write {directory}: {error.strerror or error}") from error
     return directory
+
+
+def _write(
+    model: Any, tokenizer: Any, fresh: Path, directory: Path,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Write to `fresh`, then move every file to `directory`."""
+    state = dict(state_dict) if state_dict is not None else None
+    model.save_pretrained(fresh, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save(fresh)
+    for path in sorted(fresh.iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, directory / path.name)
 
 
 # ------------------------------------------------------------------ random models

@@ -26,6 +26,7 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 def check_adapter(
     adapter: Any, make_model: Callable[[], nn.Module] = small_model, inputs: Tensor | None = None,
     output: Callable[[Any], Tensor] = lambda y: y,
+    make_plain: Callable[[], nn.Module] | None = None,
 ) -> None:
     """Run an adapter through its contract on a small model.
 
@@ -38,6 +39,9 @@ def check_adapter(
         What the model is called with.
     output : callable
         Picks the tensor to compare from what the model returns.
+    make_plain : callable, optional
+        Returns the model that folded checkpoints load into, when it is another than `make_model`'s
+        (a quantized base folds into a dense one).
 
     Raises
     ------
@@ -47,7 +51,7 @@ def check_adapter(
     expect_methods(adapter, ("attach", "freezes_base"), "the adapter")
     if inputs is None:
         inputs = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
-    kit = _Kit(adapter, make_model, inputs, output)
+    kit = _Kit(adapter, make_model, inputs, output, make_plain or make_model)
     expect_refusal(lambda: adapter.attach(nn.Sequential(nn.Tanh())),
                    "attach to a model without a matching layer is accepted")
     kit.attaching()
@@ -58,8 +62,11 @@ def check_adapter(
 
 
 class _Kit:
-    def __init__(self, adapter: Any, make: Callable, inputs: Tensor, output: Callable) -> None:
+    def __init__(
+        self, adapter: Any, make: Callable, inputs: Tensor, output: Callable, plain: Callable
+    ) -> None:
         self.adapter, self.make, self.inputs, self.output = adapter, make, inputs, output
+        self.plain = plain
 
     def call(self, model: nn.Module) -> Tensor:
         model.eval()
@@ -127,7 +134,7 @@ class _Kit:
     def folding(self, trained: Any) -> None:
         before = self.call(trained.model)
         tensors = {n: p.detach().clone() for n, p in trained.model.state_dict().items()}
-        plain = self.make()
+        plain = self.plain()
         folded = {k: v.clone() for k, v in trained.folded_state_dict().items()}
         now = trained.model.state_dict()
         expect(now.keys() == tensors.keys() and all(torch.equal(now[k], v) for k, v in tensors.items()),

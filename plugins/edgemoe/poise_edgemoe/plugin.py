@@ -4,4 +4,16 @@ from __future__ import annotations
 
 
 def register(registry) -> None:
-    """Add the plugin's entries."""
+    """Add the small mixture-of-experts model and the bitwidth experiment."""
+    components = "poise_edgemoe.components"
+    registry.add(
+        "model", "byte_moe", f"{components}:ByteMoE",
+        "byte-level Mixtral, trained on speeches in about a minute, then cached",
+        tasks=("causal_lm",),
+        example={"layers": 2, "experts": 4, "hidden": 32, "steps": 2, "length": 32},
+    )
+    registry.add(
+        "recipe", "edgemoe_bits", f"{components}:EdgeMoEBits",
+        "held-out loss and bytes of experts at 16, 8, 4, 2 bits and in mixed plans",
+        tasks=("causal_lm",), paper="arXiv 2308.14352 section III-B",
+    )

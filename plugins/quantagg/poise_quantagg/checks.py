@@ -56,7 +56,7 @@ def level_index(levels: np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.
     return distance.argmin(axis=0)
 
 
-def finite(name: str, array: np.ndarray, ndim: int) -> np.ndarray:
+def finite(name: str, array: np.ndarray | Sequence, ndim: int) -> np.ndarray:
     """Return a finite float64 array of `ndim` axes with at least one element.
 
     Raises

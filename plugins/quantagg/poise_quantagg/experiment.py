@@ -92,8 +92,10 @@ def _models(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, A
         models[parts.names.get("model", "model")] = parts.model
     if not models:
         raise ConfigError("base=[]: name at least one model")
-    return {name: _seeded(model, recipe.base_options.get(name, {}), context.seed_for(name))
-            for name, model in models.items()}
+    return {
+        name: _seeded(model, recipe.base_options.get(name, {}), context.seed_for(f"model/{name}"))
+        for name, model in models.items()
+    }
 
 
 def _seeded(model: Any, options: dict[str, Any], seed: int) -> Any:

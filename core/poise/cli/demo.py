@@ -1,0 +1,67 @@
+"""`poise demo`: a short form of every experiment, then one page about what they did.
+
+An experiment named `*_demo` takes part; plugins need do no more.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from poise.errors import ConfigError, PoiseError
+
+NEXT = (
+    ("poise list", "what is installed"),
+    ("poise run", "the default: a small network on handwritten digits"),
+    ("poise run experiment=compander_digits", "the full experiment, three arms by three seeds"),
+    ("poise run --multirun seed=0,1,2 train.lr=1e-3,1e-2", "a sweep of your own"),
+    ("poise describe adapter bone", "options, defaults and units of one entry"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run every demo experiment; print the path of the page. Returns 1 when one of them failed."""
+    from poise.compose import experiments, run_all
+
+    if len(argv) > 1 or any(a.startswith("-") for a in argv):
+        raise ConfigError("usage: poise demo [OUTPUT DIRECTORY]")
+    out = Path(argv[0] if argv else "runs/demo")
+    names = [n for n in experiments() if n.endswith("_demo")]
+    sections, failed = [], []
+    for i, name in enumerate(names, start=1):
+        print(f"[{i}/{len(names)}] poise run experiment={name}", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        try:
+            outcomes = run_all([f"experiment={name}", f"paths.out={out}"])
+        except PoiseError as error:
+            failed.append(f"{name}: {error}")
+            continue
+        seconds = time.perf_counter() - started
+        print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
+        failed += [f"{name}: {o.error}" for o in outcomes if o.error is not None]
+        heading = f"{name.removesuffix('_demo')} (short form, {seconds:.0f} s)"
+        sections.append((heading, [o.run.directory for o in outcomes]))
+    page = _page(out, sections, names)
+    for line in failed:
+        print(f"poise: {line}", file=sys.stderr)
+    print(f"\nthe page of these runs: {page.resolve()}\n\nwhat to try next:")
+    for command, what in NEXT:
+        print(f"  {command:<52} {what}")
+    return 1 if failed else 0
+
+
+def _page(out: Path, sections: list, names: list[str]) -> Path:
+    from poise.report.page import write_page
+
+    intro = (
+        "<p>Short forms of every experiment, made by <code>poise demo</code> on this machine. They "
+        "show that the parts work together; their figures are too small to decide anything. The "
+        "full forms: " + ", ".join(
+            f"<code>poise run experiment={n.removesuffix('_demo')}</code>" for n in names) + ".</p>"
+    )
+    closing = "<h2>What to try next</h2><pre>" + "\n".join(
+        f"{c:<52} # {w}" for c, w in NEXT) + "</pre>"
+    return write_page(
+        out / "index.html", sections, title="Poise: what just ran", intro=intro, closing=closing
+    )
