@@ -132,12 +132,10 @@ def _node(label: str, component: type, entry: str | None) -> type:
 
 @dataclass(frozen=True)
 class Composed:
-    """A checked configuration and where Hydra's settings want it to run."""
+    """A checked configuration, None for an experiment that sweeps, and where Hydra wants it to run."""
 
-    config: RunConfig
+    config: RunConfig | None
     run_dir: Path
-    sweep_dir: Path
-    is_sweep: bool
     explicit_dir: bool
 
 
@@ -155,16 +153,9 @@ def compose(overrides: list[str]) -> Composed:
         whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)
         hydra = whole.hydra
-        is_sweep = hydra.mode == RunMode.MULTIRUN
-        config = None if is_sweep else from_hydra(whole)
-        explicit = any(o.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for o in overrides)
-        return Composed(
-            config or _any_config(whole), Path(hydra.run.dir), Path(hydra.sweep.dir), is_sweep, explicit
-        )
-
-
-def _any_config(whole: DictConfig) -> RunConfig:
-    return RunConfig(**{k: {"entry": "none"} for k in PARTS}, tag=str(whole.tag))
+        config = None if hydra.mode == RunMode.MULTIRUN else from_hydra(whole)
+        explicit = any(o.startswith("hydra.run.dir=") for o in overrides)
+        return Composed(config, Path(hydra.run.dir), explicit)
 
 
 def _initialized():
@@ -266,9 +257,18 @@ def explain(error: BaseException, overrides: list[str]) -> str:
             f"{ambiguous[1]}: several values; to sweep over them add --multirun, "
             f"for one list write '{key}=[{value}]', for one string quote it"
         )
-    key = getattr(cause, "full_key", None)
+    root = _root_cause(error)
+    key = getattr(root, "full_key", None)
     given = next((o for o in overrides if key and o.lstrip("+").startswith(f"{key}=")), "")
-    return f"{given}: {_short(text)}" if given else _short(text)
+    said = _short(" ".join(str(root).split()))
+    return f"{given}: {said}" if given else said
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first OmegaConf error behind an error of Hydra's, which says what is wrong."""
+    while error.__cause__ is not None and isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    return error
 
 
 def _short(text: str) -> str:
@@ -360,9 +360,8 @@ def run_all(overrides: list[str], *, sweep: bool = False, quiet: bool = False, a
         check_overrides(overrides)
         raise ConfigError(explain_sweep(overrides))
     composed = None if sweep else compose(overrides)
-    if sweep or (composed and composed.is_sweep):
+    if composed is None or composed.config is None:
         return _sweep(overrides, quiet)
-    assert composed is not None
     build_parts(composed.config)
     directory = composed.run_dir
     if not composed.explicit_dir:

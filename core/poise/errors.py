@@ -47,9 +47,9 @@ def require(module: str, extra: str):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != module.split(".")[0]:
+        if (error.name or "").split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise
-        package = module.split(".")[0]
+        package = module.split(".", maxsplit=1)[0]
         raise MissingExtra(
             f"needs {package}, which is not installed: pip install 'poise[{extra}]'"
         ) from None

@@ -64,6 +64,8 @@ class PackedLinear(nn.Module):
     bias : Parameter or None
     """
 
+    packed: _Stored
+
     def __init__(self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = stored.shape

@@ -96,9 +96,10 @@ class PackedMatrix:
             When the tensors do not fit the shape.
         """
         codes, scale = tensors["codes"], tensors["scale"]
+        shape = (shape[0], shape[1])
         if tuple(codes.shape) != (shape[0], packed_width(shape[1], bits)):
             raise FileError(f"packed codes {tuple(codes.shape)} do not fit {shape} at {bits} bits")
-        return PackedMatrix(codes, scale, tensors.get("minimum"), bits, group, tuple(shape), dtype)
+        return PackedMatrix(codes, scale, tensors.get("minimum"), bits, group, shape, dtype)
 
     def dequantize(self, rows: slice | None = None) -> Tensor:
         """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""

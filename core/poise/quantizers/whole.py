@@ -27,8 +27,8 @@ def quantize_model(
     quantizer : Quantizer
         Used where the plan gives only bits, and everywhere when there is no plan.
     plan : mapping of name or pattern to bits, quantizer, or {"entry": name, ...}
-        Later lines win; 16 or 32 leaves a weight as it is; weights not named stay as they are. Without a plan every linear and expert is
-        quantized, except tied ones.
+        Later lines win; 16 or 32 leaves a weight as it is, and so does not naming it. Without a
+        plan every linear and expert is quantized, except tied ones.
 
     Returns
     -------
@@ -57,10 +57,9 @@ def quantize_model(
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Return bytes held in packed weights, in all else, and in total; shared tensors count once."""
     packed = sum(
-        getattr(stored(), "nbytes", 0)
-        for module in model.modules() if hasattr(module, "packed_weights")
-        for _, _, stored in module.packed_weights("")
-        if not isinstance(stored(), nn.Parameter) and hasattr(stored(), "bits_per_weight")
+        stored().nbytes
+        for module in model.modules() if isinstance(module, (PackedLinear, PackedExperts))
+        for _, _, stored in module.packed_weights("") if hasattr(stored(), "bits_per_weight")
     )
     plain = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"packed": packed, "plain": plain, "total": packed + plain}
@@ -77,7 +76,7 @@ def _choose(
         hits = [n for n in names if n == pattern or matches(n, pattern)]
         if not hits:
             raise ConfigError(f"plan: {pattern!r} matches no weight{nearest(pattern, names)}")
-        by_name.update({n: value for n in hits})
+        by_name.update(dict.fromkeys(hits, value))
     chosen = []
     for w in found:
         if w.name in by_name and (q := _quantizer(quantizer, w.name, by_name[w.name])) is not None:

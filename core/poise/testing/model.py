@@ -36,7 +36,8 @@ def _classifier(component: Any) -> None:
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     model.eval()
     out = model(x)
-    expect(out.ndim == 2 and out.shape[0] == 5, f"a classifier returns (batch, classes), not {tuple(out.shape)}")
+    expect(out.ndim == 2 and out.shape[0] == 5,
+           f"a classifier returns (batch, classes), not {tuple(out.shape)}")
     expect(torch.allclose(model(x[2:3]), out[2:3], atol=1e-4), "a row's output depends on the batch")
     _trains(model, out.square().sum())
     _walk_is_whole(model)

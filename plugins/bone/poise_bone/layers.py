@@ -21,15 +21,17 @@ class BoneLinear(nn.Module):
 
     wraps_base = True  # the walk over weights looks through this layer
 
-    def __init__(self, base: nn.Module, r: int) -> None:
+    base: nn.Linear | PackedLinear
+
+    def __init__(self, base: nn.Linear | PackedLinear, r: int) -> None:
         super().__init__()
         self.base = base
-        where = base.weight if isinstance(base, nn.Linear) else next(base.buffers())
-        wide = base.weight.dtype if isinstance(base, nn.Linear) else torch.float32
+        held = base.weight if isinstance(base, nn.Linear) else next(base.buffers())
+        dtype = base.weight.dtype if isinstance(base, nn.Linear) else torch.float32
         # the update is small: half-precision bases get a full-precision one
-        wide = torch.promote_types(wide, torch.float32)
-        self.D = nn.Parameter(torch.zeros(r, int(base.out_features), dtype=wide, device=where.device))
-        self._unfolded: nn.Module | Tensor | None = None
+        wide = torch.promote_types(dtype, torch.float32)
+        self.D = nn.Parameter(torch.zeros(r, base.out_features, dtype=wide, device=held.device))
+        self._unfolded: PackedLinear | Tensor | None = None
 
     @property
     def folded(self) -> bool:
@@ -57,16 +59,17 @@ class BoneLinear(nn.Module):
             self._unfolded = self.base
             plain = self.base.dense()
             plain.requires_grad_(False)
+            plain.weight.data = weight
             self.base = plain
         else:
             # the original is kept: subtracting the change again would not restore it bit for bit
             self._unfolded = self.base.weight.detach().clone()
-        self.base.weight.data = weight
+            self.base.weight.data = weight
 
     def unfold(self) -> None:
         """Restore the base exactly as it was before `fold`."""
-        if isinstance(self._unfolded, nn.Module):
+        if isinstance(self._unfolded, PackedLinear):
             self.base = self._unfolded
-        elif self._unfolded is not None:
+        elif self._unfolded is not None and isinstance(self.base, nn.Linear):
             self.base.weight.data = self._unfolded
         self._unfolded = None
