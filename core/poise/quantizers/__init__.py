@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from poise.quantizers.components import AbsMax, Affine
+    from poise.quantizers.layers import PackedExperts, PackedLinear
+    from poise.quantizers.packing import PackedMatrix
+    from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
+
 _HOMES = {
     "AbsMax": "components", "Affine": "components", "PackedMatrix": "packing",
     "PackedLinear": "layers", "PackedExperts": "layers",
     "quantize_model": "whole", "stored_bytes": "whole", "dense_state_dict": "whole",
 }
-__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "AbsMax", "Affine", "PackedExperts", "PackedLinear", "PackedMatrix", "dense_state_dict",
+    "quantize_model", "stored_bytes",
+]
 
 
 def __getattr__(name: str):

@@ -105,19 +105,25 @@ class PackedMatrix:
         """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""
         rows = rows or slice(None)
         codes = unpack(self.codes[rows], self.bits, self.shape[1]).to(torch.float32)
+        blocks = self._blocks(codes)
         if self.minimum is None:
-            codes -= 2 ** (self.bits - 1)
-        codes *= self._spread(self.scale, rows)
-        if self.minimum is not None:
-            codes += self._spread(self.minimum, rows)
-        return codes.to(self.dtype)
+            blocks.sub_(2 ** (self.bits - 1)).mul_(self._per_block(self.scale, rows))
+        else:
+            blocks.mul_(self._per_block(self.scale, rows)).add_(self._per_block(self.minimum, rows))
+        dense = blocks.reshape(codes.shape[0], -1)[:, : self.shape[1]]
+        return dense.to(self.dtype)
 
-    def _spread(self, per_group: Tensor, rows: slice) -> Tensor:
-        """Repeat a per-group value over its columns, for some rows."""
-        values = (per_group if self.group == -1 else per_group[rows]).to(torch.float32)
+    def _blocks(self, codes: Tensor) -> Tensor:
+        """View codes (rows, in) as (rows, groups, width); a copy only when a group is short."""
         if self.group <= 0:
-            return values
-        return values.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+            return codes.unsqueeze(1)
+        missing = -self.shape[1] % self.group
+        padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+        return padded.view(codes.shape[0], -1, self.group)
+
+    def _per_block(self, values: Tensor, rows: slice) -> Tensor:
+        """Return a value per group in the shape that spreads over `_blocks`."""
+        return (values if self.group == -1 else values[rows]).to(torch.float32).unsqueeze(-1)
 
     def slices(self) -> Iterator[slice]:
         """Yield slices of output rows, each at most half of the matrix."""

@@ -31,6 +31,7 @@ def attach(bone: Bone, model: nn.Module, name: str) -> AttachedBone:
     model.requires_grad_(False)
     layers: dict[str, BoneLinear] = {}
     for w in chosen:
+        assert isinstance(w.module, (nn.Linear, PackedLinear))
         layers[w.name] = BoneLinear(w.module, bone.r)
         replace_module(model, path_of(model, w.module), layers[w.name])
     return AttachedBone(bone, model, name, layers, were_trainable)

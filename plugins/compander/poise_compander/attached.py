@@ -22,14 +22,19 @@ def attach(options: Compander, model: nn.Module, name: str) -> AttachedCompander
     """Reparameterize the weights of linears and convolutions; see `Compander.attach`."""
     chosen = select(model, None, options.exclude or None, KINDS)
     refuse_tied(chosen, "compander")
-    inside = {w.name: within_bound(w.module.get_parameter("weight").detach(), options.a, w.name, options.bound)
-              for w in chosen}
+    inside = {
+        w.name: within_bound(_plain(w).detach(), options.a, w.name, options.bound) for w in chosen
+    }
     for w in chosen:  # nothing is changed before every weight is known to fit
         values, moved = inside[w.name]
         if moved:
-            w.module.get_parameter("weight").data.copy_(values)
+            _plain(w).data.copy_(values)
         _register(w.module, options)
     return AttachedCompander(options, model, name, chosen, {n: m for n, (_, m) in inside.items()})
+
+
+def _plain(weight: Weight) -> nn.Parameter:
+    return weight.module.get_parameter("weight")
 
 
 def _register(module: nn.Module, options: Compander) -> None:

@@ -1,0 +1,657 @@
+"""A kit is worth something when it refuses: each fault below is planted, and must be named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from poise.errors import ConfigError
+from poise.models.components import MLP, CausalLM
+from poise.quantizers import AbsMax
+from poise.testing import (
+    ContractError,
+    check_adapter,
+    check_aggregator,
+    check_model,
+    check_quantizer,
+)
+from poise_bone import Bone
+from poise_compander import Compander
+from poise_quantagg.aggregators.fitted import CoarseFit
+from poise_quantagg.components import Average
+
+
+def planted(*faults):
+    """Parametrize over (name, fault, words of the message)."""
+    return pytest.mark.parametrize(
+        ("fault", "words"), [pytest.param(f, w, id=n) for n, f, w in faults])
+
+
+class Wrapped:
+    """Another object with some of its attributes replaced."""
+
+    def __init__(self, real, **replaced):
+        self.__dict__.update(replaced)
+        self._real = real
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+
+# ------------------------------------------------------------------ adapter
+
+
+class FaultyAdapter:
+    """An adapter with a fault planted into what it attaches."""
+
+    def __init__(self, plant, real=None):
+        self.plant, self.real = plant, real or Bone(r=4)
+        self.freezes_base = self.real.freezes_base
+
+    def attach(self, model, name="default"):
+        attached = self.real.attach(model)
+        return self.plant(attached) or attached
+
+
+def first(attached):
+    return next(iter(attached.layers.values()))
+
+
+def changes_the_output(attached):
+    list(attached.layers.values())[-1].D.data.fill_(0.1)
+
+
+def renames(attached):
+    attached.model[3] = nn.Sequential(attached.model[3])
+
+
+def reports_a_tensor(attached):
+    attached.report = lambda: {"change": torch.zeros(2)}
+
+
+def trains_nothing(attached):
+    attached.trainable = lambda: [{"params": []}]
+
+
+def trains_a_frozen_tensor(attached):
+    attached.trainable = lambda: [{"params": [first(attached).base.weight]}]
+
+
+def leaves_the_norm_trainable(attached):
+    attached.model[1].requires_grad_(True)
+
+
+def forgets_a_layer(attached):
+    attached.optimizer = lambda cls, **options: cls([first(attached).D], **options)
+
+
+def returns_no_optimizer(attached):
+    attached.optimizer = lambda cls, **options: object()
+
+
+def moves(parameter_of):
+    """Return a fault whose optimizer pushes a parameter it must not touch."""
+
+    def plant(attached):
+        real = attached.optimizer
+
+        def optimizer(cls, **options):
+            made = real(cls, **options)
+            made.register_step_post_hook(lambda *_: parameter_of(attached).data.add_(1e-3))
+            return made
+
+        attached.optimizer = optimizer
+
+    return plant
+
+
+def never_steps(attached):
+    real = attached.optimizer
+    attached.optimizer = lambda cls, **options: real(cls, **{**options, "lr": 0.0})
+
+
+def loses_a_layer(attached):
+    full = attached.state_dict
+    kept = list(full())[0]
+    attached.state_dict = lambda: {kept: full()[kept]}
+    attached.load_state_dict = lambda tensors: [full()[k].copy_(t) for k, t in tensors.items()]
+
+
+def saves_nothing(attached):
+    attached.state_dict = dict
+
+
+def folds_too_much(attached):
+    real = attached.fold
+
+    def fold():
+        real()
+        first(attached).base.weight.data.mul_(1.01)
+
+    attached.fold = fold
+
+
+def never_unfolds(attached):
+    attached.unfold = lambda: None
+
+
+def unfolds_by_rounding(attached):
+    def unfold():
+        for layer in attached.layers.values():
+            layer.unfold()
+            layer.base.weight.data = layer.base.weight.data.half().float()
+
+    attached.unfold = unfold
+
+
+def saves_its_own_names(attached):
+    attached.folded_state_dict = attached.model.state_dict
+
+
+def saves_the_base(attached):
+    real = attached.folded_state_dict
+    attached.folded_state_dict = lambda: {
+        **real(), "0.weight": first(attached).base.weight.detach()}
+
+
+def folds_the_live_model(attached):
+    real = attached.folded_state_dict
+
+    def folded():
+        plain = real()
+        attached.fold()
+        return plain
+
+    attached.folded_state_dict = folded
+
+
+def stays_on_detach(attached):
+    attached.detach = lambda: attached.model
+
+
+def folds_on_detach(attached):
+    real = attached.detach
+
+    def detach():
+        plain = {k: v.clone() for k, v in attached.folded_state_dict().items()}
+        model = real()
+        model.load_state_dict(plain)
+        return model
+
+    attached.detach = detach
+
+
+def lacks_methods(attached):
+    kept = ("model", "trainable", "optimizer", "fold")
+    return SimpleNamespace(**{n: getattr(attached, n) for n in kept})
+
+
+@planted(
+    ("output", changes_the_output, "attach changes the output"),
+    ("names", renames, "attach changes the names"),
+    ("report", reports_a_tensor, r"report\(\) holds what JSON cannot"),
+    ("empty", trains_nothing, r"trainable\(\) is empty"),
+    ("frozen", trains_a_frozen_tensor, "does not require a gradient"),
+    ("loose", leaves_the_norm_trainable, r"outside trainable\(\) require gradients"),
+    ("left out", forgets_a_layer, "leaves out trainable parameters"),
+    ("no optimizer", returns_no_optimizer, "no torch optimizer"),
+    ("moves base", moves(lambda a: first(a).base.weight), "0.base.weight moves"),
+    ("moves norm", moves(lambda a: a.model[1].weight), "1.weight moves"),
+    ("still", never_steps, "training does not change the output"),
+    ("loses", loses_a_layer, "saving and loading does not restore"),
+    ("saves nothing", saves_nothing, r"state_dict\(\) is empty"),
+    ("fold", folds_too_much, "fold changes the output"),
+    ("no unfold", never_unfolds, "unfold does not restore"),
+    ("unfold rounds", unfolds_by_rounding, "unfold does not restore"),
+    ("checkpoint names", saves_its_own_names, "no plain checkpoint"),
+    ("checkpoint values", saves_the_base, "the folded checkpoint gives another output"),
+    ("checkpoint folds", folds_the_live_model, "changes the live model"),
+    ("stays", stays_on_detach, "detach does not give a plain model back"),
+    ("detach folds", folds_on_detach, "detach does not restore the frozen base"),
+    ("methods", lacks_methods, "what attach returns lacks unfold, folded_state_dict"),
+)
+def test_a_faulty_adapter_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_adapter(FaultyAdapter(fault))
+
+
+def test_an_adapter_that_matches_nothing_must_say_so():
+    class AcceptsAnything(FaultyAdapter):
+        def attach(self, model, name="default"):
+            try:
+                return super().attach(model)
+            except ConfigError:
+                return SimpleNamespace(model=model)
+
+    with pytest.raises(ContractError, match="without a matching layer is accepted"):
+        check_adapter(AcceptsAnything(lambda attached: None))
+
+
+def test_an_adapter_must_refuse_in_poises_own_words():
+    class RaisesValueError(FaultyAdapter):
+        def attach(self, model, name="default"):
+            raise ValueError("nothing matches")
+
+    with pytest.raises(ContractError, match="it raises ValueError instead"):
+        check_adapter(RaisesValueError(lambda attached: None))
+
+
+def test_a_reparameterisation_that_forgets_its_training_is_refused():
+    def plant(attached):
+        start = {k: v.clone() for k, v in attached.folded_state_dict().items()}
+        real = attached.detach
+
+        def detach():
+            model = real()
+            model.load_state_dict(start)
+            return model
+
+        attached.detach = detach
+
+    with pytest.raises(ContractError, match="detach changes the output of a reparameterised"):
+        check_adapter(FaultyAdapter(plant, Compander()))
+
+
+def test_a_reparameterisation_that_leaves_biases_out_is_refused():
+    def plant(attached):
+        attached.optimizer = lambda cls, **options: cls(attached.trainable()[:1], **options)
+
+    with pytest.raises(ContractError, match="leaves out trainable parameters"):
+        check_adapter(FaultyAdapter(plant, Compander()))
+
+
+# ------------------------------------------------------------------ quantizer
+
+
+class FaultyQuantizer:
+    """Absmax with a fault planted into what it stores."""
+
+    real = AbsMax(bits=4, group=8)
+
+    def __init__(self, **replaced):
+        self.replaced = replaced
+
+    def quantize(self, weight):
+        stored = self.real.quantize(weight)
+        return Wrapped(stored, **{
+            k: (lambda *args, v=v: v(stored, *args)) if callable(v) else v
+            for k, v in self.replaced.items()
+        })
+
+    def from_tensors(self, tensors, shape, dtype):
+        return self.real.from_tensors(tensors, shape, dtype)
+
+
+def shifted_rows(stored, rows=None):
+    dense = stored.dequantize()
+    return dense if rows is None else dense.roll(1, 0)[rows]
+
+
+@planted(
+    ("bytes", {"nbytes": 100}, "nbytes lies: it says 100"),
+    ("bits", {"bits_per_weight": 4.0}, r"bits_per_weight is 4.0, its tensors take 6.0"),
+    ("shape", {"shape": (40, 24)}, r"shape is \(40, 24\)"),
+    ("rows", {"dequantize": shifted_rows}, "differs from those rows of the whole"),
+    ("zeros", {"dequantize": lambda s, r=slice(None): torch.zeros(s.shape)[r]}, "no better than zeros"),
+    ("NaN", {"dequantize": lambda s, r=slice(None): s.dequantize(r) / 0}, "holds NaN or Inf"),
+    ("dtype", {"dequantize": lambda s, r=slice(None): s.dequantize(r).double()}, "another dtype"),
+    ("transposed", {"dequantize": lambda s, r=slice(None): s.dequantize(r).T}, "another shape"),
+    ("matmul", {"matmul": lambda s, x: 1.001 * s.matmul(x)}, r"matmul\(x\) differs"),
+    ("matmul_t", {"matmul_t": lambda s, y: s.matmul_t(y.flip(-1))}, r"matmul_t\(dy\) differs"),
+    ("product shape", {"matmul": lambda s, x: s.matmul(x)[..., :-1]}, r"matmul\(x\) has shape"),
+)
+def test_a_faulty_quantized_tensor_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_quantizer(FaultyQuantizer(**fault))
+
+
+class Rerolls(FaultyQuantizer):
+    draws = 0
+
+    def quantize(self, weight):
+        self.draws += 1
+        return self.real.quantize(weight + 0.1 * self.draws)
+
+
+class AcceptsNaN(FaultyQuantizer):
+    def quantize(self, weight):
+        return self.real.quantize(weight.nan_to_num(nan=0.0))
+
+
+class AcceptsInf(FaultyQuantizer):
+    def quantize(self, weight):
+        return self.real.quantize(torch.where(weight.isinf(), 0.0, weight))
+
+
+class RaisesValueError(FaultyQuantizer):
+    def quantize(self, weight):
+        if not weight.isfinite().all():
+            raise ValueError("not finite")
+        return self.real.quantize(weight)
+
+
+class ForgetsTheScale(FaultyQuantizer):
+    def from_tensors(self, tensors, shape, dtype):
+        ones = torch.ones_like(tensors["scale"])
+        return self.real.from_tensors({**tensors, "scale": ones}, shape, dtype)
+
+
+class StoresNothing(FaultyQuantizer):
+    def quantize(self, weight):
+        return weight
+
+
+@planted(
+    ("random", Rerolls, "quantizing the same weight twice differs"),
+    ("NaN", AcceptsNaN, "a weight that holds nan is accepted"),
+    ("Inf", AcceptsInf, "a weight that holds inf is accepted"),
+    ("ValueError", RaisesValueError, "raises ValueError instead"),
+    ("from_tensors", ForgetsTheScale, r"from_tensors\(tensors\(\)\) dequantizes differently"),
+    ("methods", StoresNothing, "the quantized tensor lacks bits_per_weight"),
+)
+def test_a_faulty_quantizer_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_quantizer(fault())
+
+
+# ------------------------------------------------------------------ aggregator
+
+
+class FaultyAggregator:
+    """The average, with another prediction, other weights or another fit."""
+
+    def __init__(self, **replaced):
+        self.replaced = replaced
+
+    def fit(self, Z, y, X=None, *, levels=None, validation=None, sample_weight=None):
+        fitted = Average().fit(Z, y, levels=levels, sample_weight=sample_weight)
+        return Wrapped(fitted, **{
+            k: (lambda *args, v=v: v(fitted, *args)) if callable(v) else v
+            for k, v in self.replaced.items()
+        })
+
+
+def plus(extra):
+    return lambda fitted, Z: fitted.predict(Z) + extra(Z)
+
+
+@planted(
+    ("order", {"predict": lambda f, Z: f.predict(Z)[:, ::-1]}, "the level order is ignored"),
+    ("shape", {"predict": lambda f, Z: f.predict(Z).T}, r"predict has shape \(5, 80\)"),
+    ("NaN", {"predict": lambda f, Z: f.predict(Z) * np.nan}, "holds NaN or Inf"),
+    ("weights", {"weights": lambda f: 2 * f.weights()}, r"not the sum of weights\(\) times Z"),
+    ("weights shape", {"weights": lambda f: np.ones(7)}, r"weights\(\) has shape \(7,\)"),
+    ("position", {"linear": False, "predict": plus(lambda Z: np.arange(len(Z))[:, None])},
+     "depends on the other rows"),
+    ("batch", {"linear": False, "predict": plus(lambda Z: Z.mean() - Z.mean((1, 2))[:, None])},
+     "depends on the other rows"),
+    ("offset", {"linear": False, "predict": plus(lambda Z: 1.0)}, "not affine equivariant"),
+    ("first model", {"linear": False, "predict": lambda f, Z: f.predict(Z) * 0 + Z[:, 0]},
+     "depends on the order of the models"),
+    ("fewer levels", {"predict": lambda f, Z: Z.mean(1)}, "another number of levels"),
+)
+def test_a_faulty_fitted_aggregator_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_aggregator(FaultyAggregator(**fault))
+
+
+class Mutates(FaultyAggregator):
+    def fit(self, Z, y, X=None, **options):
+        fitted = Average().fit(Z, y, **options)
+        y -= y.mean()
+        return fitted
+
+
+class Rerandomizes(FaultyAggregator):
+    draws = 0
+
+    def fit(self, Z, y, X=None, **options):
+        self.draws += 1
+        w = np.array([0.2, 0.3, 0.5]) ** self.draws
+        return CoarseFit(w / w.sum(), Z.shape[2])
+
+
+class WeighsOnes(FaultyAggregator):
+    def fit(self, Z, y, X=None, *, sample_weight=None, **options):
+        w = np.array([1.0, 1.0, 1.0]) if sample_weight is None else np.array([2.0, 1.0, 1.0])
+        return CoarseFit(w / w.sum(), Z.shape[2])
+
+
+class AcceptsFewerModels(FaultyAggregator):
+    def fit(self, Z, y, X=None, **options):
+        fitted = Average().fit(Z, y, **options)
+
+        def predict(Z):
+            return fitted.predict(np.concatenate([Z, Z[:, -1:]], 1) if Z.shape[1] == 2 else Z)
+
+        return Wrapped(fitted, predict=predict)
+
+
+class AcceptsNaNPredictions(FaultyAggregator):
+    def fit(self, Z, y, X=None, **options):
+        return Average().fit(np.nan_to_num(Z), y, **options)
+
+
+class AcceptsAnyLevels(FaultyAggregator):
+    def fit(self, Z, y, X=None, *, levels=None, **options):
+        return Average().fit(Z, y, levels=np.sort(levels), **options)
+
+
+class AcceptsFewerTargets(FaultyAggregator):
+    def fit(self, Z, y, X=None, **options):
+        return Average().fit(Z, np.resize(y, len(Z)), **options)
+
+
+class NoWeights(FaultyAggregator):
+    def fit(self, Z, y, X=None, **options):
+        return SimpleNamespace(predict=Average().fit(Z, y, **options).predict)
+
+
+@planted(
+    ("mutates", Mutates, "fit changes its inputs"),
+    ("random", Rerandomizes, "fitting twice on the same data differs"),
+    ("ones", WeighsOnes, "sample weights of one change the result"),
+    ("fewer models", AcceptsFewerModels, "another number of models"),
+    ("NaN", AcceptsNaNPredictions, "fit accepts NaN predictions"),
+    ("levels", AcceptsAnyLevels, "fit accepts decreasing levels"),
+    ("targets", AcceptsFewerTargets, "fit accepts fewer targets than rows"),
+    ("methods", NoWeights, "what fit returns lacks weights"),
+)
+def test_a_faulty_aggregator_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_aggregator(fault())
+
+
+# ------------------------------------------------------------------ model: causal_lm
+
+
+class FaultyModel:
+    """A component with another `build`, another model or another tokenizer."""
+
+    def __init__(self, real, change=lambda model: model, tokenizer=None):
+        self.real, self.change, self._tokenizer = real, change, tokenizer
+
+    def build(self, spec=None):
+        return self.change(self.real.build(spec))
+
+    def tokenizer(self):
+        return self._tokenizer or self.real.tokenizer()
+
+
+LLAMA = CausalLM(architecture="LlamaForCausalLM", hidden_size=16, layers=1)
+
+
+def output(change):
+    """Return a model change that alters the logits by a function."""
+
+    def change_model(model):
+        real = model.forward
+        model.forward = lambda **inputs: SimpleNamespace(logits=change(real(**inputs).logits))
+        return model
+
+    return change_model
+
+
+class Reseeds(FaultyModel):
+    builds = 0
+
+    def build(self, spec=None):
+        self.builds += 1
+        torch.manual_seed(self.builds)
+        return self.real.build(spec)
+
+
+def tokens(**replaced):
+    return Wrapped(LLAMA.tokenizer(), **replaced)
+
+
+def hides_a_matrix(model):
+    """Claim to wrap a base, as adapters do, with a matrix beside it that the walk then skips."""
+    model.extra = nn.Linear(3, 3)
+    model.extra.wraps_base = True
+    return model
+
+
+@planted(
+    ("looks ahead", FaultyModel(LLAMA, output(lambda y: y + y.mean(1, keepdim=True))), "not causal"),
+    ("one time short", FaultyModel(LLAMA, output(lambda y: y[:, :-1])), "not \\(batch, time, vocab\\)"),
+    ("lossy", FaultyModel(LLAMA, tokenizer=tokens(encode=lambda t: list(t.lower().encode()))),
+     "does not decode what it encodes"),
+    ("no end", FaultyModel(LLAMA, tokenizer=tokens(eos_id=None)), "no end token"),
+    ("too many ids", FaultyModel(LLAMA, tokenizer=tokens(eos_id=257)), "ids beyond the vocabulary"),
+    ("random", Reseeds(LLAMA), "building twice from the same seed"),
+    ("no gradient", FaultyModel(LLAMA, output(lambda y: y.detach())), "no parameter gets a gradient"),
+    ("hidden matrix", FaultyModel(LLAMA, hides_a_matrix), "the walk meets"),
+    ("no tokenizer", SimpleNamespace(build=LLAMA.build), "component lacks tokenizer"),
+)
+def test_a_faulty_language_model_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_model(fault, "causal_lm")
+
+
+# ------------------------------------------------------------------ model: classification
+
+
+PLAIN = MLP(in_features=6, classes=3, hidden=[4])
+
+
+def after(change):
+    def change_model(model):
+        real = model.forward
+        model.forward = lambda x: change(real(x))
+        return model
+
+    return change_model
+
+
+@planted(
+    ("batch", FaultyModel(PLAIN, after(lambda y: y - y.mean(0))), "depends on the batch"),
+    ("three axes", FaultyModel(PLAIN, after(lambda y: y[..., None])), r"\(batch, classes\), not \(5, 3, 1\)"),
+    ("one row", FaultyModel(PLAIN, after(lambda y: y[:1])), r"\(batch, classes\), not \(1, 3\)"),
+    ("random", Reseeds(PLAIN), "building twice from the same seed"),
+    ("no gradient", FaultyModel(PLAIN, after(lambda y: y.detach())), "no parameter gets a gradient"),
+    ("no build", SimpleNamespace(), "the model component lacks build"),
+)
+def test_a_faulty_classifier_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_model(fault, "classification")
+
+
+# ------------------------------------------------------------------ model: quantile
+
+
+class Quantiles:
+    """Least squares for the centre, the residuals' quantiles around it."""
+
+    levels = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
+
+    def fit(self, X, y, sample_weight=None):
+        self.beta = np.linalg.lstsq(X, y, rcond=None)[0]
+        self.spread = np.quantile(y - X @ self.beta, np.sort(self.levels))
+        return self
+
+    def predict_quantiles(self, X, levels=None):
+        if X.shape[1] != len(self.beta):
+            raise ConfigError("another number of columns")
+        return (X @ self.beta)[:, None] + self.spread
+
+
+class Unsorted(Quantiles):
+    levels = Quantiles.levels[::-1]
+
+
+class Reversed(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return super().predict_quantiles(X)[:, ::-1]
+
+
+class Crossing(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return super().predict_quantiles(X)[:, [0, 3, 2, 1, 4]]
+
+
+class OneLevelShort(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return super().predict_quantiles(X)[:, 1:]
+
+
+class NotFinite(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return super().predict_quantiles(X) * np.inf
+
+
+class Drifts(Quantiles):
+    fits = 0
+
+    def fit(self, X, y, sample_weight=None):
+        Drifts.fits += 1
+        super().fit(X, y)
+        self.spread = self.spread + 1e-3 * Drifts.fits
+        return self
+
+
+class Useless(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return -super().predict_quantiles(X) + 2 * self.spread
+
+
+class AnyColumns(Quantiles):
+    def predict_quantiles(self, X, levels=None):
+        return super().predict_quantiles(np.resize(X, (len(X), len(self.beta))) if X.shape[1] < 3 else X)
+
+
+def test_the_quantile_model_without_fault_passes():
+    check_model(SimpleNamespace(build=Quantiles), "quantile")
+
+
+@planted(
+    ("unsorted", Unsorted, "levels do not increase"),
+    ("reversed", Reversed, "the level order is ignored"),
+    ("crossing", Crossing, "the level order is ignored"),
+    ("shape", OneLevelShort, r"predict_quantiles has shape \(120, 4\)"),
+    ("finite", NotFinite, "holds NaN or Inf"),
+    ("drifts", Drifts, "fitting twice on the same data differs"),
+    ("useless", Useless, "no better than a constant"),
+    ("columns", AnyColumns, "another number of columns is accepted"),
+    ("methods", SimpleNamespace, "a quantile model lacks levels, fit, predict_quantiles"),
+)
+def test_a_faulty_quantile_model_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_model(SimpleNamespace(build=fault), "quantile")
+
+
+def test_a_task_without_a_kit_is_named():
+    with pytest.raises(ContractError, match="no kit for the task 'painting'"):
+        check_model(PLAIN, "painting")
+
+
+def test_what_is_planted_into_is_sound():
+    check_adapter(FaultyAdapter(lambda attached: None))
+    check_quantizer(FaultyQuantizer())
+    check_aggregator(FaultyAggregator())
+    check_model(FaultyModel(LLAMA), "causal_lm")
+    check_model(FaultyModel(PLAIN), "classification")
