@@ -210,7 +210,7 @@ def spread(values: Sequence[float]) -> str:
     """Return mean ± sd, or the one value."""
     if not values:
         return "-"
-    if len(values) == 1:
+    if len(set(values)) == 1:
         return number(values[0])
     return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values), 2)}"
 
@@ -222,8 +222,10 @@ def difference(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:+.4g}"
+    if not any(values):
+        return "0"
     sd = statistics.stdev(values)
-    t = mean / (sd / math.sqrt(len(values))) if sd > 0 else math.inf if mean else 0.0
+    t = mean / (sd / math.sqrt(len(values))) if sd > 0 else math.copysign(math.inf, mean)
     return f"{mean:+.4g} ± {number(sd, 2)} (t={t:.1f})"
 
 
