@@ -1,0 +1,155 @@
+"""Reports: of one run, a sweep, a mixture; in every format; with what did not finish."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_helpers import TINY, call, cut_back, edit_json
+
+import poise
+
+
+@pytest.fixture
+def mixture(here, finished) -> Path:
+    """Two finished runs beside one that failed, one interrupted, one killed."""
+    for name in ("a", "b"):
+        shutil.copytree(finished / name, here / name)
+    for name, state in (("c", "failed"), ("d", "interrupted"), ("e", "running")):
+        shutil.copytree(finished / "a", here / name)
+        cut_back(here / name, 3)
+        edit_json(here / name / "status.json", state=state, pid=0, reason=f"why {name}")
+    return here
+
+
+def rows(text: str) -> list[list[str]]:
+    return [r for r in csv.reader(io.StringIO(text)) if r]
+
+
+def test_one_run_is_one_row(capsys, finished):
+    text = call(capsys, "report", finished / "a").is_done().out
+    accuracy = poise.load_run(finished / "a").metrics["test_accuracy"]
+    assert text.startswith("Runs\n") and f"{accuracy:.4g}" in text
+    assert "Not finished" not in text and "Paired" not in text
+
+
+def test_two_runs_that_differ_are_two_rows_named_by_what_differs(capsys, finished):
+    title, head, first, second, *_ = rows(call(capsys, "report", finished, "--format=csv").out)
+    assert title == ["# Runs"] and head[:2] == ["choices", "runs"]
+    assert "hidden=[8]" in first[0] and "hidden=[12]" in second[0]
+
+
+def test_seeds_of_one_choice_are_one_row_with_mean_and_spread(capsys, here):
+    poise.run([*TINY, f"hydra.run.dir={here}/0"])
+    poise.run([*TINY, "seed=1", f"hydra.run.dir={here}/1"])
+    a, b = (poise.load_run(here / n).metrics["test_loss"] for n in "01")
+    (_, _, row, *_) = rows(call(capsys, "report", here, "--format", "csv", "--metric", "test_loss").out)
+    assert row[1] == "2" and row[2].startswith(f"{(a + b) / 2:.4g} ± ")
+
+
+def test_paired_differences_use_the_same_seeds(capsys, here):
+    for width in (8, 12):
+        for seed in (0, 1):
+            poise.run([*TINY, f"seed={seed}", f"model.hidden=[{width}]",
+                       f"hydra.run.dir={here}/{width}-{seed}"])
+    losses = {n: poise.load_run(here / n).metrics["test_loss"] for n in ("8-0", "8-1", "12-0", "12-1")}
+    mean = (losses["12-0"] - losses["8-0"] + losses["12-1"] - losses["8-1"]) / 2
+    order = [here / n for n in ("8-0", "8-1", "12-0", "12-1")]
+    text = call(capsys, "report", *order, "--metric=test_loss").is_done().out
+    assert "Paired differences to: model.hidden=[8]" in text and f"{mean:+.4g} ± " in text
+
+
+@pytest.mark.parametrize("form", ["terminal", "markdown", "csv", "html"])
+def test_what_did_not_finish_is_listed_with_its_reason(capsys, mixture, form):
+    call(capsys, "report", mixture, "--format", form, "--out", "page").is_done()
+    text = Path("page").read_text()
+    for word in ("Not finished", "failed", "interrupted", "killed", "why c", "why d", "why e"):
+        assert word in text
+
+
+def test_a_folder_where_nothing_finished_is_reported_too(capsys, mixture):
+    text = call(capsys, "report", mixture / "c", mixture / "d").is_done().out
+    assert "why c" in text and "why d" in text
+
+
+def test_markdown_is_a_table(capsys, finished):
+    lines = call(capsys, "report", finished, "--format", "markdown").is_done().out.splitlines()
+    assert lines[0] == "**Runs**" and set(lines[3]) == set("|-")
+    assert all(x.count("|") == lines[2].count("|") for x in lines[2:6])
+
+
+@pytest.mark.parametrize(
+    "patterns, shown",
+    [(["test_*"], {"test_loss", "test_accuracy"}), (["train_loss", "model_bytes"],
+     {"train_loss", "model_bytes"}), (["*"], None)],
+    ids=["pattern", "two", "all"],
+)
+def test_metrics_are_chosen_by_pattern(capsys, finished, patterns, shown):
+    asked = [x for p in patterns for x in ("--metric", p)]
+    _, head, *_ = rows(call(capsys, "report", finished / "a", "--format=csv", *asked).is_done().out)
+    assert set(head[2:]) == (shown or set(poise.load_run(finished / "a").metrics))
+
+
+def test_a_pattern_that_matches_nothing_is_refused(capsys, finished):
+    call(capsys, "report", finished, "--metric", "tset_*").refuses(2, "tset_*", "test_loss")
+
+
+def test_the_page_fetches_nothing(capsys, here, mixture):
+    call(capsys, "report", mixture, "--format", "html", "--out", here / "page.html").is_done()
+    text = (here / "page.html").read_text()
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", text)
+    assert links and all(x.startswith("data:") for x in links)
+    assert "<script" not in text and "<link" not in text and "@import" not in text
+
+
+def test_the_page_escapes_what_people_wrote(capsys, here):
+    poise.run([*TINY, "tag='<b>x</b>'", f"hydra.run.dir={here}/one"])
+    call(capsys, "report", "one", "--format", "html").is_done()
+    assert "<b>x</b>" not in Path("report.html").read_text()
+
+
+def test_no_run_no_report(capsys, here):
+    call(capsys, "report", "nowhere").refuses(1, "nowhere")
+    call(capsys, "report", here).refuses(1, here, "no run")
+
+
+def test_compare_tells_choices_and_metrics(capsys, finished):
+    text = call(capsys, "compare", finished / "a", finished / "b", "--format=csv").is_done().out
+    a, b = (poise.load_run(finished / n).metrics["trainable_parameters"] for n in "ab")
+    assert ["model.hidden", "[8]", "[12]"] in rows(text) and ["seed", "0", "1"] in rows(text)
+    (row,) = [r for r in rows(text) if r[0] == "trainable_parameters"]
+    assert [x.replace(",", "") for x in row[1:]] == [f"{a:.0f}", f"{b:.0f}", f"{b - a:.0f}"]
+
+
+def test_compare_of_a_run_with_itself_shows_no_choice(capsys, finished):
+    text = call(capsys, "compare", finished / "a", finished / "a").is_done().out
+    assert "Choices that differ" not in text and "Metrics" in text
+
+
+DAMAGE = {
+    "status.json": ["", "{", "[]", "null", "3"],
+    "summary.json": ["", '{"metrics": ', "[]", '{"metrics": 3}'],
+    "environment.json": ["", "[]"],
+    "metrics.jsonl": ["null\n", '{"step": 1}\n', '[1, 2]\n', '{"step": 1, "name": "x", "value": "a b"}\n'],
+    "resolved.yaml": ["", "a: [", "- 1", "\x00"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, text", [(n, t) for n, texts in DAMAGE.items() for t in texts], ids=repr)
+def test_damaged_records_are_named(capsys, here, finished, name, text):
+    shutil.copytree(finished / "a", here / "a")
+    (here / "a" / name).write_text(text)
+    call(capsys, "report", "a").refuses(1, f"a/{name}")
+
+
+def test_a_last_row_torn_by_a_kill_is_left_out(capsys, here, finished):
+    shutil.copytree(finished / "a", here / "a")
+    path = here / "a" / "metrics.jsonl"
+    whole = poise.load_run("a").rows
+    path.write_bytes(path.read_bytes()[:-9])
+    assert poise.load_run("a").rows == whole[:-1]
