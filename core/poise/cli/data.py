@@ -7,9 +7,9 @@ from poise.errors import ConfigError
 
 def main(argv: list[str]) -> int:
     """Print the inventory; `--check` verifies checksums."""
-    from rich.console import Console
     from rich.table import Table
 
+    from poise.cli.console import console
     from poise.data.packaged import inventory
 
     if [a for a in argv if a != "--check"]:
@@ -24,5 +24,5 @@ def main(argv: list[str]) -> int:
             item["name"], here, item["licence"],
             str(item["path"]) if item["present"] else item["how"],
         )
-    Console().print(table)
+    console().print(table)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,8 +27,9 @@ _EXTRAS = {
 
 def main(argv: list[str]) -> int:
     """Print the findings: `poise doctor [DIRECTORY]` also tests O_DIRECT in that directory."""
-    from rich.console import Console
     from rich.table import Table
+
+    from poise.cli.console import console
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         raise ConfigError("usage: poise doctor [DIRECTORY]")
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     table = Table("what", "finding", show_header=False)
     for what, finding in findings(directory):
         table.add_row(what, finding)
-    Console().print(table)
+    console().print(table)
     return 0
 
 
@@ -105,12 +107,12 @@ def o_direct(directory: Path) -> str:
 def _torch() -> str:
     import torch
 
-    config = torch.__config__.show()
-    blas = next((p.strip() for p in config.split(",") if "BLAS_INFO" in p), "BLAS unknown")
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    blas = found[1] if found else "unknown"
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
     return (
         f"{torch.__version__}, {torch.get_num_threads()} threads by default, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {blas}, {cuda}"
+        f"{torch.backends.cpu.get_cpu_capability()}, BLAS {blas}, {cuda}"
     )
 
 

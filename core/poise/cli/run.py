@@ -47,8 +47,9 @@ def _resume(directory: str, others: list[str]) -> int:
 
 def announce(config: Any, directory: Path) -> None:
     """Print the configuration as a tree, and where the run writes."""
-    from rich.console import Console
     from rich.tree import Tree
+
+    from poise.cli.console import console
 
     tree = Tree(f"[bold]{config.tag}[/bold]  {directory}")
     for key, value in config.plain().items():
@@ -62,7 +63,7 @@ def announce(config: Any, directory: Path) -> None:
                 branch.add(options)
         elif key not in ("version", "tag"):
             tree.add(f"{key}: {value}")
-    Console(stderr=True).print(tree)
+    console(stderr=True).print(tree)
 
 
 def _conclude(outcomes: list[Any]) -> int:
