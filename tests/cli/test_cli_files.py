@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,6 @@ def test_a_file_system_that_is_read_only_is_named(capsys, here, tmpfs):
 
 
 def test_a_full_disk_fails_the_run_and_keeps_the_checkpoints_before_it(capsys, here, tmpfs):
-    import subprocess
-
     folder = tmpfs("size=256k")
     words = [*LONGER, "train.checkpoint_every=4", "model.hidden=[32]"]
     call(capsys, "run", *words, f"hydra.run.dir={folder}/run").refuses(1, "cannot write", "No space left")
@@ -211,7 +211,7 @@ def test_a_damaged_configuration_is_refused(capsys, here, whole, text):
     assert contents(directory) == before
 
 
-@pytest.mark.parametrize("key", ["train", "seed", "threads", "device", "tag", "version"])
+@pytest.mark.parametrize("key", ["train", "seed", "version"])
 def test_a_configuration_torn_before_a_key_is_refused(capsys, here, whole, key):
     directory = killed(whole, here / "run", keep=(30,))
     text = (directory / "resolved.yaml").read_text()
@@ -260,8 +260,6 @@ def test_a_finished_run_is_not_resumed(capsys, here, whole):
 
 
 def test_a_run_that_still_runs_is_not_resumed(capsys, here, whole):
-    import os
-
     directory = killed(whole, here / "run", keep=(30,))
     edit_json(directory / "status.json", state="running", pid=os.getppid())
     unchanged(capsys, directory, 1, "still running", str(os.getppid()))

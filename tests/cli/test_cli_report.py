@@ -131,10 +131,10 @@ def test_compare_of_a_run_with_itself_shows_no_choice(capsys, finished):
 
 
 DAMAGE = {
-    "status.json": ["", "{", "[]", "null", "3"],
+    "status.json": ["", "{", "[]", "null"],
     "summary.json": ["", '{"metrics": ', "[]", '{"metrics": 3}'],
     "environment.json": ["", "[]"],
-    "metrics.jsonl": ["null\n", '{"step": 1}\n', '[1, 2]\n', '{"step": 1, "name": "x", "value": "a b"}\n'],
+    "metrics.jsonl": ["null\n", '{"step": 1}\n', '{"step": 1, "name": "x", "value": "a b"}\n'],
     "resolved.yaml": ["", "a: [", "- 1", "\x00"],
 }
 

@@ -220,6 +220,8 @@ def difference(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean = statistics.fmean(values)
+    if abs(mean) < 1e-12 * max(map(abs, values), default=0.0):
+        mean = 0.0  # what is left of a sum that cancels
     if len(values) == 1:
         return f"{mean:+.4g}"
     if not any(values):

@@ -1,0 +1,133 @@
+"""What surrounds a run: other runs at the same instant, no home, no terminal, another hash seed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_helpers import POISE, TINY, call, contents, environment, finish, result, shell, start, wait_for
+
+import poise
+from poise.runs.records import find_runs, load_run
+
+# a run of some seconds that is interrupted, not awaited
+LONG = ("threads=1", "train.steps=100000", "train.eval_every=0", "train.checkpoint_every=50")
+
+
+def test_two_runs_started_at_once_get_directories_of_their_own(here):
+    both = [start("run", *TINY, f"seed={s}", cwd=here) for s in (0, 1)]
+    for process in both:
+        finish(process).is_done()
+    runs = [load_run(d) for d in find_runs([here])]
+    assert sorted(r.config["seed"] for r in runs) == [0, 1]
+    assert all(r.state == "done" for r in runs)
+
+
+def test_runs_of_the_very_same_instant_get_directories_of_their_own(here):
+    same = "hydra.run.dir"
+    words = [*TINY, "paths.out=out"]
+    instant = Path("out/run/the-same-instant")
+    directories = []
+    for _ in range(3):
+        from poise.compose import _free
+
+        directories.append(_free(instant))
+        poise.run([*words, f"{same}={directories[-1]}"])
+    assert len(set(directories)) == 3 == len(find_runs([here]))
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_stays_as_it_was(capsys, here):
+    call(capsys, "run", *TINY, "hydra.run.dir=one").is_done()
+    before = contents(here / "one")
+    again = call(capsys, "run", *TINY, "seed=1", "hydra.run.dir=one")
+    again.refuses(1, "one already holds a run", "resume=")
+    assert contents(here / "one") == before
+
+
+def test_a_sweep_into_a_directory_that_holds_one_is_refused_and_it_stays_as_it_was(capsys, here):
+    words = ["run", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=one"]
+    call(capsys, *words).is_done()
+    before = contents(here / "one")
+    call(capsys, *words).refuses(1, "already holds a run")
+    assert contents(here / "one") == before
+
+
+def test_of_two_processes_for_one_directory_one_runs(here):
+    both = [start("run", *TINY, f"seed={s}", "hydra.run.dir=one", cwd=here) for s in (0, 1)]
+    ended = [finish(p) for p in both]
+    assert sorted(e.code for e in ended) == [0, 1]
+    ended[ended[0].code == 0].refuses(1, "already holds a run")
+    winner = 0 if ended[0].code == 0 else 1
+    poise.run([*TINY, f"seed={winner}", "hydra.run.dir=alone"])
+    assert result(here / "one") == result(here / "alone")
+
+
+def test_a_run_in_progress_is_not_resumed_by_another_process(capsys, here):
+    process = start("run", *LONG, "hydra.run.dir=one", cwd=here)
+    wait_for((here / "one/checkpoints/step-00000050.json").exists, process)
+    call(capsys, "run", "resume=one").refuses(1, "still running", process.pid)
+    process.terminate()
+    assert finish(process).code == 130
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "file", "/nonexistent/home"])
+def test_no_home_is_needed(here, home):
+    (here / "file").write_text("")
+    home = str(here / "file") if home == "file" else home
+    shell("run", *TINY, cwd=here, HOME=home, POISE_CACHE=None, XDG_CACHE_HOME=None).is_done()
+    assert (here / "file").read_text() == ""
+
+
+def test_without_a_terminal_lines_are_plain(here):
+    import subprocess
+
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", POISE, "run", *TINY], cwd=here, env=environment(),
+        capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout + done.stderr
+    assert "test_accuracy" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_does_not_lose_the_run(here, closed):
+    import subprocess
+
+    subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", POISE, "run", *TINY, "hydra.run.dir=one"],
+        cwd=here, env=environment(), capture_output=True, timeout=300, check=False,
+    )
+    assert load_run(here / "one").state == "done"
+
+
+def test_a_reader_that_leaves_early_is_no_error(here):
+    import subprocess
+
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {POISE} list | head -1"], cwd=here, env=environment(),
+        capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert done.stdout == "model:\n" and done.stderr == ""
+
+
+def test_the_hash_seed_changes_nothing(here):
+    words = [*TINY, "model.dropout=0.1"]
+    for seed in ("0", "1", "4242"):
+        shell("run", *words, f"hydra.run.dir={seed}", cwd=here, PYTHONHASHSEED=seed).is_done()
+    assert result(here / "0") == result(here / "1") == result(here / "4242")
+
+
+def test_the_current_directory_may_have_vanished(here):
+    import subprocess
+
+    gone = here / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", f'rmdir "{gone}"; exec "$@"', "sh", POISE, "run", *TINY, f"paths.out={here}/out"],
+        cwd=gone, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert not gone.exists()
+    shutil.rmtree(here / "out", ignore_errors=True)
