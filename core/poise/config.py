@@ -111,4 +111,6 @@ class RunConfig:
 def _train(values: Mapping[str, Any]) -> Train:
     from poise.options import make
 
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"train={values!r} is not a set of options: write train.steps=100 and so on")
     return make(Train, values, "train")

@@ -172,6 +172,25 @@ def load_meta(stem: Path | str) -> dict[str, Any]:
     return index["meta"]
 
 
+def copy_checked(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Copy saved tensors into a method's own ones, in place, once names and shapes agree.
+
+    Raises
+    ------
+    FileError
+        Naming the first tensor that is missing, not of this model, or of another shape.
+    """
+    if odd := sorted(own.keys() ^ saved.keys()):
+        raise FileError(f"{what}: {odd[0]} is {'missing' if odd[0] in own else 'not of this model'}")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise FileError(
+                f"{what}: {name} has shape {tuple(saved[name].shape)}, here {tuple(tensor.shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
 def remove_bundle(stem: Path | str) -> None:
     """Delete a bundle, index first, so that it never looks whole when it is not."""
     _index(Path(stem)).unlink(missing_ok=True)

@@ -168,7 +168,16 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module in the place of the one at a dotted path."""
+    """Put a module in the place of the one at a dotted path.
+
+    Raises
+    ------
+    ConfigError
+        For the empty path: the model itself has no parent to hold another module.
+    """
+    if not path:
+        kind = type(model).__name__
+        raise ConfigError(f"the model itself is the layer ({kind}): wrap it, nn.Sequential(model)")
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
 
@@ -283,7 +292,8 @@ def _packed(path: str, module: nn.Module) -> Iterator[Weight]:
 
 def _key(module: nn.Module, name: str) -> tuple[Any, ...]:
     if parametrize.is_parametrized(module, name):
-        return (id(module.parametrizations[name].original),)  # type: ignore[index]
+        held = module.parametrizations[name]  # type: ignore[index]
+        return (id(held.original if hasattr(held, "original") else held.original0),)
     return (id(getattr(module, name)),)
 
 
@@ -303,6 +313,8 @@ def _is_inside_adapter(model: nn.Module, path: str) -> bool:
     if "parametrizations" in parts:
         return True
     module = model
+    if not parts:
+        return getattr(model, "wraps_base", False)
     for i, part in enumerate(parts):
         if getattr(module, "wraps_base", False) and part != "base":
             return True

@@ -43,7 +43,9 @@ class AbsMax:
         """Rebuild what `PackedMatrix.tensors` returned."""
         from poise.quantizers.packing import PackedMatrix
 
-        return PackedMatrix.from_tensors(tensors, self.bits, self.group, shape, dtype)
+        return PackedMatrix.from_tensors(
+            tensors, self.bits, self.group, shape, dtype, with_minimum=False
+        )
 
 
 @dataclass(frozen=True)
@@ -71,4 +73,6 @@ class Affine:
         """Rebuild what `PackedMatrix.tensors` returned."""
         from poise.quantizers.packing import PackedMatrix
 
-        return PackedMatrix.from_tensors(tensors, self.bits, self.group, shape, dtype)
+        return PackedMatrix.from_tensors(
+            tensors, self.bits, self.group, shape, dtype, with_minimum=True
+        )

@@ -48,6 +48,12 @@ class _Stored(nn.Module):
         tensors = {n: getattr(self, n) for n in self.names}
         return self.quantizer.from_tensors(tensors, self.shape, self.dtype)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in self.names:  # a checkpoint may hold scales of another width than ours
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, torch.empty_like(getattr(self, name), dtype=saved.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def put(self, matrix: Tensor) -> None:
         for name, tensor in self.quantizer.quantize(matrix.to(self.dtype)).tensors().items():
             setattr(self, name, tensor)
@@ -62,12 +68,17 @@ class PackedLinear(nn.Module):
     quantizer : Quantizer
         The one that made it; used to rebuild and to requantize.
     bias : Parameter or None
+    transposed : bool
+        Whether the layer it replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
     """
 
     packed: _Stored
 
-    def __init__(self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None, transposed: bool = False
+    ) -> None:
         super().__init__()
+        self.transposed = transposed
         self.out_features, self.in_features = stored.shape
         self.packed = _Stored(stored, quantizer)
         self.bias = bias
@@ -143,6 +154,11 @@ class PackedExperts(nn.Module):
         e = int(index)
         plain = self._parameters.get(f"plain_{e}")
         return plain if plain is not None else _Expert(self.stored(e), self.transposed)
+
+    def pack(self, index: int, stored: Any, quantizer: Any) -> None:
+        """Put a packed matrix in the place of one expert."""
+        self._parameters.pop(f"plain_{index}", None)
+        self.add_module(f"packed_{index}", _Stored(stored, quantizer))
 
     def stored(self, index: int) -> Any:
         """Return the `QuantizedTensor` of one expert."""

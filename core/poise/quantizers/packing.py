@@ -41,12 +41,12 @@ def unpack(octets: Tensor, bits: int, columns: int) -> Tensor:
     if bits in (2, 4):  # whole codes per byte: no wide words needed
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device)
         codes = (octets.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return codes.reshape(rows, -1)[:, :columns]
+        return codes.flatten(1)[:, :columns]
     padded = torch.nn.functional.pad(octets, (0, -octets.shape[1] % bits)).to(torch.int64)
     shifts = 8 * torch.arange(bits, device=octets.device)
-    words = (padded.view(rows, -1, bits) << shifts).sum(-1)
+    words = (padded.view(rows, padded.shape[1] // bits, bits) << shifts).sum(-1)
     codes = (words.unsqueeze(-1) >> (bits * torch.arange(8, device=octets.device))) & (2**bits - 1)
-    return codes.to(torch.uint8).reshape(rows, -1)[:, :columns]
+    return codes.to(torch.uint8).flatten(1)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,23 @@ class PackedMatrix:
     @staticmethod
     def from_tensors(
         tensors: Mapping[str, Tensor], bits: int, group: int, shape: tuple[int, int],
-        dtype: torch.dtype,
+        dtype: torch.dtype, *, with_minimum: bool,
     ) -> PackedMatrix:
-        """Rebuild a matrix; sizes are checked.
+        """Rebuild a matrix; names and sizes are checked.
 
         Raises
         ------
         FileError
-            When the tensors do not fit the shape.
+            When a tensor is missing or does not fit the shape.
         """
+        names = {"codes", "scale", "minimum"} if with_minimum else {"codes", "scale"}
+        if odd := sorted(names ^ tensors.keys()):
+            raise FileError(f"packed tensors should be {sorted(names)}; {odd[0]} is missing or extra")
         codes, scale = tensors["codes"], tensors["scale"]
+        groups = (1, 1) if group == -1 else (shape[0], -(-shape[1] // group) if group else 1)
+        for name in names - {"codes"}:
+            if tuple(tensors[name].shape) != groups:
+                raise FileError(f"packed {name} of shape {tuple(tensors[name].shape)} do not fit {groups}")
         shape = (shape[0], shape[1])
         if tuple(codes.shape) != (shape[0], packed_width(shape[1], bits)):
             raise FileError(f"packed codes {tuple(codes.shape)} do not fit {shape} at {bits} bits")
@@ -110,8 +117,7 @@ class PackedMatrix:
             blocks.sub_(2 ** (self.bits - 1)).mul_(self._per_block(self.scale, rows))
         else:
             blocks.mul_(self._per_block(self.scale, rows)).add_(self._per_block(self.minimum, rows))
-        dense = blocks.reshape(codes.shape[0], -1)[:, : self.shape[1]]
-        return dense.to(self.dtype)
+        return blocks.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
     def _blocks(self, codes: Tensor) -> Tensor:
         """View codes (rows, in) as (rows, groups, width); a copy only when a group is short."""
@@ -119,7 +125,7 @@ class PackedMatrix:
             return codes.unsqueeze(1)
         missing = -self.shape[1] % self.group
         padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
-        return padded.view(codes.shape[0], -1, self.group)
+        return padded.view(codes.shape[0], padded.shape[1] // self.group, self.group)
 
     def _per_block(self, values: Tensor, rows: slice) -> Tensor:
         """Return a value per group in the shape that spreads over `_blocks`."""
@@ -171,10 +177,13 @@ def grouped(weight: Tensor, group: int) -> Tensor:
 
 
 def stored_scale(*per_group: Tensor) -> tuple[Tensor, ...]:
-    """Return values as fp16, or all as fp32 when one of them would overflow or vanish in fp16."""
+    """Return values as fp16, or all as fp32 when fp16 would distort one of them.
+
+    A relative error of 2^-9 still keeps the largest of 256 codes within half a step.
+    """
     half = tuple(v.to(torch.float16) for v in per_group)
-    lossless = all(
-        bool((torch.isfinite(h) & ((h != 0) | (v == 0))).all())
+    good = all(
+        bool(((h.to(torch.float32) - v).abs() <= v.abs() * 2.0**-9).all())
         for h, v in zip(half, per_group, strict=True)
     )
-    return half if lossless else tuple(v.to(torch.float32) for v in per_group)
+    return half if good else tuple(v.to(torch.float32) for v in per_group)

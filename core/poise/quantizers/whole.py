@@ -117,7 +117,8 @@ def _place(model: nn.Module, found: list[Weight], packed: Mapping[str, tuple[Any
         if w.kind == "expert":
             fused.setdefault((id(w.module), w.parameter), []).append(w)
         elif w.name in packed:
-            layer = PackedLinear(*packed[w.name], getattr(w.module, "bias", None))
+            bias = getattr(w.module, "bias", None)
+            layer = PackedLinear(*packed[w.name], bias, transposed=w.kind == "conv1d")
             replace_module(model, path_of(model, w.module), layer)
     for group in fused.values():
         if any(w.name in packed for w in group):
@@ -126,6 +127,11 @@ def _place(model: nn.Module, found: list[Weight], packed: Mapping[str, tuple[Any
 
 def _place_experts(model: nn.Module, group: list[Weight], packed: Mapping[str, Any]) -> None:
     module, name = group[0].module, group[0].parameter
+    if isinstance(module, PackedExperts):  # some experts were packed before, these were not
+        for w in group:
+            if w.name in packed and w.index is not None:
+                module.pack(w.index, *packed[w.name])
+        return
     tensor = getattr(module, name)
     experts = [packed[w.name] if w.name in packed else tensor[w.index].detach() for w in group]
     delattr(module, name)
@@ -146,14 +152,15 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
             packed_paths.append(f"{path}.")
-            owned[f"{path}.weight"] = module.packed.get().dequantize()
+            dense = module.packed.get().dequantize()
+            owned[f"{path}.weight"] = dense.T.contiguous() if module.transposed else dense
             if module.bias is not None:
                 owned[f"{path}.bias"] = module.bias.detach()
         elif isinstance(module, PackedExperts):
             packed_paths.append(f"{path}.")
             rows = [get() for _, _, get in module.packed_weights(path)]
-            dense = [r.detach() if isinstance(r, torch.Tensor) else r.dequantize() for r in rows]
-            owned[path] = torch.stack([d.T if module.transposed else d for d in dense])
+            whole = [r.detach() if isinstance(r, torch.Tensor) else r.dequantize() for r in rows]
+            owned[path] = torch.stack([m.T if module.transposed else m for m in whole])
     plain = {
         k: v for k, v in model.state_dict().items() if not k.startswith(tuple(packed_paths))
     } if packed_paths else model.state_dict()

@@ -177,6 +177,12 @@ def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     if live.keys() != saved.keys():
         odd = sorted(live.keys() ^ saved.keys())
         raise RunError(f"the checkpoint is of another model: {len(odd)} tensors differ, first {odd[0]}")
+    for name, tensor in live.items():
+        if tensor.shape != saved[name].shape:
+            raise RunError(
+                f"the checkpoint is of another model: {name} has shape {tuple(saved[name].shape)}, "
+                f"here {tuple(tensor.shape)}"
+            )
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(saved[name])

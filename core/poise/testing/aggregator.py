@@ -78,8 +78,8 @@ def _weights(fitted: Any, Z: np.ndarray, out: np.ndarray) -> None:
 
 
 def _rows(fitted: Any, Z: np.ndarray, out: np.ndarray) -> None:
-    order = np.arange(len(Z))[::-1]
-    expect(np.allclose(fitted.predict(Z[order])[order], out, atol=1e-10),
+    some = np.arange(len(Z))[::-3]
+    expect(np.allclose(fitted.predict(Z[some]), out[some], atol=1e-10),
            "a row's prediction depends on the other rows")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.errors import ConfigError, FileError
+from poise.errors import ConfigError
+from poise.files import copy_checked
 from poise.quantizers import PackedLinear, dense_state_dict
 from poise.walk import path_of, refuse_tied, replace_module, select
 from poise_bone.components import Bone
@@ -27,6 +28,8 @@ def attach(bone: Bone, model: nn.Module, name: str) -> AttachedBone:
     for w in chosen:
         if bone.r > w.shape[1]:
             raise ConfigError(f"bone: r={bone.r} exceeds the {w.shape[1]} inputs of {w.name}: lower r")
+    if any(w.module is model for w in chosen):
+        raise ConfigError("bone: the model itself is the Linear: wrap it, nn.Sequential(model)")
     were_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     layers: dict[str, BoneLinear] = {}
@@ -84,7 +87,7 @@ class AttachedBone:
             if layer is None:
                 tensors[key] = value
             elif last != "D":
-                folded = layer.folded_weight() if last == "weight" else value
+                folded = layer.checkpoint_weight() if last == "weight" else value
                 tensors[f"{owner}.{last}".lstrip(".")] = folded
         return tensors
 
@@ -100,15 +103,7 @@ class AttachedBone:
         FileError
             When names or shapes differ, naming the first.
         """
-        own = self.state_dict()
-        if odd := sorted(own.keys() ^ tensors.keys()):
-            raise FileError(f"bone: {odd[0]} is {'missing' if odd[0] in own else 'not of this model'}")
-        for name, D in own.items():
-            if D.shape != tensors[name].shape:
-                raise FileError(
-                    f"bone: {name} has shape {tuple(tensors[name].shape)}, here {tuple(D.shape)}"
-                )
-            D.copy_(tensors[name])
+        copy_checked(self.state_dict(), tensors, "bone")
 
     def detach(self) -> nn.Module:
         """Remove the adapter and its change; what trained before attach trains again."""

@@ -50,6 +50,12 @@ class BoneLinear(nn.Module):
         weight = self.base.weight.detach()
         return weight if self.folded else fold_weight(weight, self.D.detach())
 
+    def checkpoint_weight(self) -> Tensor:
+        """Return `folded_weight` the way round that the model's own checkpoint has it."""
+        held = self._unfolded if self.folded else self.base
+        flipped = isinstance(held, PackedLinear) and held.transposed
+        return self.folded_weight().T.contiguous() if flipped else self.folded_weight()
+
     def fold(self) -> None:
         """Put the change into the base; a packed base makes room for a plain one."""
         if self.folded:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from poise.errors import FileError
+from poise.files import copy_checked
 from poise.walk import Weight, refuse_tied, select
 from poise_compander.components import Compander
 from poise_compander.optimizer import companded
@@ -131,13 +131,7 @@ class AttachedCompander:
         FileError
             When names or shapes differ, naming the first.
         """
-        own = self.state_dict()
-        if odd := sorted(own.keys() ^ tensors.keys()):
-            raise FileError(f"compander: {odd[0]} is {'missing' if odd[0] in own else 'not here'}")
-        for name, v in own.items():
-            if v.shape != tensors[name].shape:
-                raise FileError(f"compander: {name} has another shape than here {tuple(v.shape)}")
-            v.copy_(tensors[name])
+        copy_checked(self.state_dict(), tensors, "compander")
 
     def detach(self) -> nn.Module:
         """Fold for good and return the plain model."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.files import copy_checked
 from poise.walk import Weight, select
 from poise_compander.attached import KINDS
 from poise_compander.components import LrMatched
@@ -57,9 +58,8 @@ class AttachedLrMatched:
         return {f"{n}.weight": m.weight.detach() for n, m in self.layers.items()}  # type: ignore[union-attr]
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the chosen weights."""
-        for name, weight in self.state_dict().items():
-            weight.copy_(tensors[name])
+        """Load the chosen weights; raises `FileError` when names or shapes differ."""
+        copy_checked(self.state_dict(), tensors, "lr_matched")
 
     def detach(self) -> nn.Module:
         """Return the model."""

@@ -87,7 +87,7 @@ def windows(examples: Any, tokens: Any, length: int, count: int) -> Tensor:
         When the text is shorter than one window.
     """
     stream = torch.tensor([t for e in examples for t in tokens.encode(e.completion)])
-    if len(stream) <= length + 1:
+    if len(stream) < length + 1:
         raise DataError(f"the held-out text has {len(stream)} tokens, one window needs {length + 1}")
     starts = torch.linspace(0, len(stream) - length - 1, count).long()
     return stream[starts[:, None] + torch.arange(length + 1)]
