@@ -151,7 +151,7 @@ def test_it_is_peft_miss(sizes):
 # ------------------------------------------------------------------ attach
 
 
-def test_attaching_changes_nothing_and_freezes_all_but_D():
+def test_attaching_changes_nothing_and_freezes_all_but_the_blocks():
     model = network()
     x = randn(3, 10, dtype=torch.float32)
     before = model(x).detach()
@@ -264,7 +264,7 @@ def test_the_folded_checkpoint_is_plain_and_the_live_model_goes_on_training():
     assert torch.allclose(plain(x), before, atol=1e-6)
 
 
-def test_state_dicts_hold_D_only_and_are_checked():
+def test_state_dicts_hold_blocks_only_and_are_checked():
     attached = randomize(Bone(r=4).attach(network()))
     saved = {k: v.clone() for k, v in attached.state_dict().items()}
     assert {k: tuple(v.shape) for k, v in saved.items()} == {"0.D": (4, 7), "2.D": (4, 3)}
@@ -344,7 +344,7 @@ def test_folding_a_packed_base_puts_a_plain_layer_in_its_place_and_back():
         assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-def test_a_packed_layer_with_a_half_precision_base_keeps_D_in_fp32():
+def test_a_packed_layer_with_a_half_precision_base_keeps_blocks_in_fp32():
     model = llama(dtype="bfloat16")
     quantize_model(model, Affine(4, 8))
     attached = Bone(r=4).attach(model)
@@ -356,7 +356,7 @@ def test_a_packed_layer_with_a_half_precision_base_keeps_D_in_fp32():
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-def test_training_moves_D_only(cls):
+def test_training_moves_the_blocks_only(cls):
     model = network()
     attached = Bone(r=4).attach(model)
     base = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("D")}
@@ -374,7 +374,7 @@ def test_training_moves_D_only(cls):
     assert attached.report()["largest_change"] > 0
 
 
-def test_training_D_is_training_the_folded_weight_along_its_blocks():
+def test_training_the_block_is_training_the_folded_weight_along_it():
     """One SGD step on D moves the effective weight by -lr times the blocks' summed gradient."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 5)).double()

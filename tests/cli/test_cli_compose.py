@@ -68,9 +68,12 @@ def test_every_registered_entry_can_be_chosen_and_nothing_else_is_registered_twi
 
 
 def test_a_command_line_value_beats_an_experiment_and_an_experiment_beats_a_default():
-    assert compose(["experiment=bone_smollm2_demo"]).config.train.steps == 10
-    assert compose(["experiment=bone_smollm2_demo", "train.steps=2"]).config.train.steps == 2
-    assert compose([]).config.train.steps == 300
+    def lr(*words: str) -> float:
+        return compose([*words, "hydra.mode=RUN"]).config.train.lr
+
+    usual, chosen = lr(), lr("experiment=compander_digits")
+    assert chosen != usual
+    assert lr("experiment=compander_digits", "train.lr=0.125") == 0.125
 
 
 def trees() -> dict[str, Path]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_helpers import finish, result, shell, start, wait_for
+from cli_helpers import finish, result, start, wait_for
 
+from poise.cli.main import main
 from poise.runs.records import find_runs, load_run
 
 WORDS = (
@@ -51,6 +52,12 @@ def is_done(here: Path) -> bool:
     return (here / "run/resolved.yaml").exists() and load_run(here / "run").state == "done"
 
 
+def complete(here: Path) -> None:
+    """Let the run end, in this process."""
+    if not is_done(here):
+        assert main(go_on(here)) == 0
+
+
 def kill(here: Path, after_s: float) -> None:
     """Start or continue the run, and kill it after some time unless it ended by itself."""
     process = start(*go_on(here), cwd=here)
@@ -70,8 +77,7 @@ def campaign(here: Path, reference: Reference, kills: int, seed: int) -> None:
     for moment in moments:
         if not is_done(here):
             kill(here, moment)
-    if not is_done(here):
-        shell(*go_on(here), cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
@@ -85,21 +91,21 @@ def test_killed_thirty_times_over_ten_runs_each_ends_with_the_same_bits(here, re
     campaign(here, reference, kills=3, seed=seed)
 
 
-@pytest.mark.parametrize("checkpoint", [7, 63])
+@pytest.mark.parametrize("checkpoint", [pytest.param(7, marks=pytest.mark.slow), 63])
 def test_killed_right_after_a_checkpoint_a_run_ends_with_the_same_bits(here, reference, checkpoint):
     process = start(*go_on(here), cwd=here)
     wait_for((here / f"run/checkpoints/step-{checkpoint:08d}.json").exists, process)
     process.kill()
     finish(process)
     assert load_run(here / "run").state == "killed"
-    shell("run", "resume=run", cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
 def test_killed_before_it_began_a_run_starts_in_the_same_directory(here, reference):
     kill(here, 0.1 * reference.began_s)
     assert not (here / "run/resolved.yaml").exists()
-    shell(*go_on(here), cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
@@ -111,7 +117,8 @@ def ask_to_stop(here: Path, number: int, path: str, *words: str):
     return finish(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_asked_to_stop_a_run_leaves_a_checkpoint_and_says_how_to_continue(here, reference, number):
     stopped = ask_to_stop(here, number, "run/checkpoints/step-00000014.json")
     stopped.refuses(130, "interrupted", "poise run resume=run")
@@ -119,31 +126,33 @@ def test_asked_to_stop_a_run_leaves_a_checkpoint_and_says_how_to_continue(here, 
     assert one.state == "interrupted" and "of 120" in one.status["reason"]
     newest = max(int(p.stem.split("-")[1]) for p in (here / "run/checkpoints").glob("*.json"))
     assert f"at step {newest} of 120" in one.status["reason"]
-    shell("run", "resume=run", cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
 def test_stopped_at_once_a_run_can_be_continued(here, reference):
     ask_to_stop(here, signal.SIGINT, "run/status.json").refuses(130, "interrupted", "resume=run")
     assert load_run(here / "run").state == "interrupted"
-    shell("run", "resume=run", cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
+@pytest.mark.slow
 def test_stopped_while_it_is_resumed_a_run_can_be_continued_again(here, reference):
     ask_to_stop(here, signal.SIGINT, "run/checkpoints/step-00000007.json").refuses(130)
     ask_to_stop(here, signal.SIGINT, "run/checkpoints/step-00000056.json").refuses(130)
-    shell("run", "resume=run", cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_stops_and_its_runs_can_be_continued(here, reference):
     words = ["run", "-m", *WORDS, "seed=0,1", "hydra.sweep.dir=sweep"]
     stopped = ask_to_stop(here, signal.SIGINT, "sweep/0/checkpoints/step-00000007.json", *words)
     stopped.refuses(130, "interrupted")
     (directory,) = find_runs([here / "sweep"])
     assert load_run(directory).state == "interrupted"
-    shell("run", "resume=sweep/0", cwd=here).is_done()
+    assert main(["run", "resume=sweep/0"]) == 0
     assert result(directory) == result(reference.directory)
 
 
@@ -157,6 +166,5 @@ def test_stopped_at_any_moment_a_run_can_be_continued(here, reference, seed):
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.code in (0, 130) and "Traceback" not in ended.err
-    if not is_done(here):
-        shell("run", "resume=run", cwd=here).is_done()
+    complete(here)
     assert result(here / "run") == result(reference.directory)

@@ -97,8 +97,8 @@ def test_the_directory_may_have_odd_characters(capsys, here, tmp_path):
 
 
 @pytest.mark.parametrize("how", [[], ["launcher=joblib", "threads=1"]], ids=["serial", "joblib"])
-def test_a_sweep_equals_its_runs(here, how):
-    done = shell("run", "-m", *TINY, *how, "seed=0,1", cwd=here).is_done()
+def test_a_sweep_equals_its_runs(capsys, here, how):
+    done = call(capsys, "run", "-m", *TINY, *how, "seed=0,1").is_done()
     first, second = find_runs([here])
     assert (first.name, second.name) == ("0", "1")
     for seed, directory in enumerate((first, second)):
@@ -110,10 +110,10 @@ def test_a_sweep_equals_its_runs(here, how):
     assert f"records: {first.parent.relative_to(here)}" in done.out
 
 
-def test_a_job_that_is_refused_or_fails_stops_no_other(here):
+def test_a_job_that_is_refused_or_fails_stops_no_other(capsys, here):
     short = [t for t in TINY if "hidden" not in t]
-    done = shell("run", "-m", *short, "model=smollm2,mlp", "train.lr=1e30,1e-3",
-                 "train.optimizer=sgd", cwd=here)
+    done = call(capsys, "run", "-m", *short, "model=smollm2,mlp", "train.lr=1e30,1e-3",
+                "train.optimizer=sgd")
     states = [load_run(d).state for d in find_runs([here])]
     assert states == ["failed", "failed", "failed", "done"]
     assert done.code != 0 and "Traceback" not in done.err

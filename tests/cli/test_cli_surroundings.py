@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from cli_helpers import POISE, TINY, call, contents, environment, finish, result, shell, start, wait_for
 
 import poise
+from poise.compose import _free
 from poise.runs.records import find_runs, load_run
 
 # a run of some seconds that is interrupted, not awaited
@@ -25,16 +26,9 @@ def test_two_runs_started_at_once_get_directories_of_their_own(here):
 
 
 def test_runs_of_the_very_same_instant_get_directories_of_their_own(here):
-    same = "hydra.run.dir"
-    words = [*TINY, "paths.out=out"]
-    instant = Path("out/run/the-same-instant")
-    directories = []
-    for _ in range(3):
-        from poise.compose import _free
-
-        directories.append(_free(instant))
-        poise.run([*words, f"{same}={directories[-1]}"])
-    assert len(set(directories)) == 3 == len(find_runs([here]))
+    instant = Path("runs/the-same-instant")
+    taken = [_free(instant) for _ in range(3)]
+    assert len(set(taken)) == 3 and all(d.is_dir() for d in taken)
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_stays_as_it_was(capsys, here):
@@ -53,6 +47,7 @@ def test_a_sweep_into_a_directory_that_holds_one_is_refused_and_it_stays_as_it_w
     assert contents(here / "one") == before
 
 
+@pytest.mark.slow
 def test_of_two_processes_for_one_directory_one_runs(here):
     both = [start("run", *TINY, f"seed={s}", "hydra.run.dir=one", cwd=here) for s in (0, 1)]
     ended = [finish(p) for p in both]
@@ -71,7 +66,7 @@ def test_a_run_in_progress_is_not_resumed_by_another_process(capsys, here):
     assert finish(process).code == 130
 
 
-@pytest.mark.parametrize("home", ["/dev/null", "file", "/nonexistent/home"])
+@pytest.mark.parametrize("home", ["/dev/null", pytest.param("file", marks=pytest.mark.slow)])
 def test_no_home_is_needed(here, home):
     (here / "file").write_text("")
     home = str(here / "file") if home == "file" else home
@@ -80,8 +75,6 @@ def test_no_home_is_needed(here, home):
 
 
 def test_without_a_terminal_lines_are_plain(here):
-    import subprocess
-
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" <&-', "sh", POISE, "run", *TINY], cwd=here, env=environment(),
         capture_output=True, text=True, timeout=300, check=False,
@@ -91,20 +84,16 @@ def test_without_a_terminal_lines_are_plain(here):
     assert "test_accuracy" in done.stdout
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
-def test_a_closed_stream_does_not_lose_the_run(here, closed):
-    import subprocess
-
+@pytest.mark.slow
+def test_a_closed_output_does_not_lose_the_run(here):
     subprocess.run(
-        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", POISE, "run", *TINY, "hydra.run.dir=one"],
+        ["sh", "-c", 'exec "$@" >&-', "sh", POISE, "run", *TINY, "hydra.run.dir=one"],
         cwd=here, env=environment(), capture_output=True, timeout=300, check=False,
     )
     assert load_run(here / "one").state == "done"
 
 
 def test_a_reader_that_leaves_early_is_no_error(here):
-    import subprocess
-
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {POISE} list | head -1"], cwd=here, env=environment(),
         capture_output=True, text=True, timeout=300, check=False,
@@ -114,20 +103,6 @@ def test_a_reader_that_leaves_early_is_no_error(here):
 
 def test_the_hash_seed_changes_nothing(here):
     words = [*TINY, "model.dropout=0.1"]
-    for seed in ("0", "1", "4242"):
-        shell("run", *words, f"hydra.run.dir={seed}", cwd=here, PYTHONHASHSEED=seed).is_done()
-    assert result(here / "0") == result(here / "1") == result(here / "4242")
-
-
-def test_the_current_directory_may_have_vanished(here):
-    import subprocess
-
-    gone = here / "gone"
-    gone.mkdir()
-    done = subprocess.run(
-        ["sh", "-c", f'rmdir "{gone}"; exec "$@"', "sh", POISE, "run", *TINY, f"paths.out={here}/out"],
-        cwd=gone, env=environment(), capture_output=True, text=True, timeout=300, check=False,
-    )
-    assert "Traceback" not in done.stderr
-    assert not gone.exists()
-    shutil.rmtree(here / "out", ignore_errors=True)
+    poise.run([*words, "hydra.run.dir=here"])
+    shell("run", *words, "hydra.run.dir=there", cwd=here, PYTHONHASHSEED="4242").is_done()
+    assert result(here / "here") == result(here / "there")

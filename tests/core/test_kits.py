@@ -116,7 +116,7 @@ def never_steps(attached):
 
 def loses_a_layer(attached):
     full = attached.state_dict
-    kept = list(full())[0]
+    kept = next(iter(full()))
     attached.state_dict = lambda: {kept: full()[kept]}
     attached.load_state_dict = lambda tensors: [full()[k].copy_(t) for k, t in tensors.items()]
 
@@ -550,7 +550,8 @@ def after(change):
 
 @planted(
     ("batch", FaultyModel(PLAIN, after(lambda y: y - y.mean(0))), "depends on the batch"),
-    ("three axes", FaultyModel(PLAIN, after(lambda y: y[..., None])), r"\(batch, classes\), not \(5, 3, 1\)"),
+    ("three axes", FaultyModel(PLAIN, after(lambda y: y[..., None])),
+     r"\(batch, classes\), not \(5, 3, 1\)"),
     ("one row", FaultyModel(PLAIN, after(lambda y: y[:1])), r"\(batch, classes\), not \(1, 3\)"),
     ("random", Reseeds(PLAIN), "building twice from the same seed"),
     ("no gradient", FaultyModel(PLAIN, after(lambda y: y.detach())), "no parameter gets a gradient"),

@@ -181,7 +181,8 @@ def test_bits_per_weight_are_b_plus_the_scales(bits, group):
 # ------------------------------------------------------------------ special matrices
 
 
-@pytest.mark.parametrize("quantizer", [AbsMax(4, 8), AbsMax(2, 0), AbsMax(8, -1), Affine(4, 8), Affine(2, 0)])
+@pytest.mark.parametrize("quantizer", [
+    AbsMax(4, 8), AbsMax(2, 0), AbsMax(8, -1), Affine(4, 8), Affine(2, 0)])
 def test_zeros_stay_zeros(quantizer):
     w = matrix(4, 24)
     w[1] = 0
@@ -197,7 +198,8 @@ def test_constants_survive(constant):
         assert torch.allclose(quantizer.quantize(w).dequantize(), w, rtol=2**-10, atol=0)
 
 
-@pytest.mark.parametrize("quantizer", [AbsMax(2, 8), AbsMax(5, 0), AbsMax(8, -1), Affine(2, 8), Affine(4, 0)])
+@pytest.mark.parametrize("quantizer", [
+    AbsMax(2, 8), AbsMax(5, 0), AbsMax(8, -1), Affine(2, 8), Affine(4, 0)])
 def test_quantizing_what_was_quantized_changes_nothing(quantizer):
     once = quantizer.quantize(matrix(8, 32)).dequantize()
     assert torch.equal(quantizer.quantize(once).dequantize(), once)
@@ -448,7 +450,8 @@ def test_a_plan_takes_quantizers_and_their_descriptions():
 
 
 @pytest.mark.parametrize(("plan", "words"), [
-    ({"model.layers.0.self_attn.q_prj": 4}, "matches no weight; did you mean 'model.layers.0.self_attn.q_proj'"),
+    ({"model.layers.0.self_attn.q_prj": 4},
+     "matches no weight; did you mean 'model.layers.0.self_attn.q_proj'"),
     ({"q_proj": 9}, r"q_proj: .*bits=9 is not allowed.* or 16 to leave it"),
     ({"q_proj": 1}, "bits=1 is not allowed"),
     ({"q_proj": "four"}, "'four' is neither bits nor a quantizer"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.nn.utils import parametrize, parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from poise.errors import ConfigError
 from poise.models.components import CausalLM

@@ -1,0 +1,276 @@
+"""Files are whole or not there: whatever is torn or altered is named, never loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poise.errors import FileError
+from poise.files import (
+    cache_folder,
+    checksum,
+    load_bundle,
+    load_meta,
+    plain,
+    read_json,
+    remove_bundle,
+    save_bundle,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+few = settings(max_examples=40, derandomize=True, deadline=None, database=None)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    tensors = {"w": torch.arange(60.0).reshape(6, 10), "codes": torch.arange(20, dtype=torch.uint8)}
+    save_bundle(tmp_path / "it", tensors, {"step": 3, "name": "x" * 200})
+    return tmp_path / "it"
+
+
+def damaged(stem, file, data, words=None):
+    """Write damaged bytes and check that loading names the file."""
+    path = stem.with_name(f"{stem.name}.{file}")
+    path.write_bytes(data)
+    for load in (load_bundle, load_meta):
+        with pytest.raises(FileError, match=words) as caught:
+            load(stem)
+        assert str(path) in str(caught.value)
+
+
+# ------------------------------------------------------------------ bundles
+
+
+@few
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), max_size=4),
+       st.dictionaries(st.text(max_size=5), st.one_of(
+           st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(allow_nan=False,
+                                                                            allow_infinity=False),
+           st.text(max_size=5), st.lists(st.integers(0, 9), max_size=3)), max_size=4))
+def test_what_is_saved_is_loaded(tmp_path_factory, kinds, meta):
+    stem = tmp_path_factory.getbasetemp() / "round" / "trip"
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"t.{i}": torch.randint(0, 2, shape, generator=g).to(dtype)
+               for i, (dtype, shape) in enumerate(kinds)}
+    save_bundle(stem, tensors, meta)
+    back, found = load_bundle(stem)
+    assert found == meta == load_meta(stem)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+
+
+def test_views_parameters_and_special_values_survive(tmp_path):
+    base = torch.randn(4, 6)
+    tensors = {"whole": base, "view": base[1:3], "turned": base.T, "leaf": torch.nn.Parameter(base),
+               "odd": torch.tensor([float("nan"), float("inf"), -0.0])}
+    save_bundle(tmp_path / "it", tensors, {})
+    back, _ = load_bundle(tmp_path / "it")
+    for name, tensor in tensors.items():
+        assert back[name].numpy().tobytes() == tensor.detach().contiguous().numpy().tobytes()
+
+
+@pytest.mark.parametrize("file", ["json", "safetensors"])
+@pytest.mark.parametrize("tenths", range(10))
+def test_a_file_cut_anywhere_is_named(file, tenths, bundle):
+    data = bundle.with_name(f"it.{file}").read_bytes()
+    damaged(bundle, file, data[: len(data) * tenths // 10])
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_one_flipped_byte_of_the_tensors_is_named(tenths, bundle):
+    data = bytearray(bundle.with_name("it.safetensors").read_bytes())
+    data[len(data) * tenths // 10] ^= 1
+    damaged(bundle, "safetensors", bytes(data), "altered: its checksum does not match")
+
+
+@pytest.mark.parametrize("tenths", range(10))
+@pytest.mark.parametrize("bit", [1, 128])
+def test_one_flipped_byte_of_the_index_is_named(tenths, bit, bundle):
+    data = bytearray(bundle.with_name("it.json").read_bytes())
+    data[len(data) * tenths // 10] ^= bit
+    damaged(bundle, "json", bytes(data))
+
+
+def test_bytes_at_the_end_are_named(bundle):
+    damaged(bundle, "safetensors", bundle.with_name("it.safetensors").read_bytes() + b"\0", "torn")
+
+
+def test_a_missing_half_is_named(bundle):
+    bundle.with_name("it.safetensors").unlink()
+    with pytest.raises(FileError, match=r"it\.safetensors is missing"):
+        load_bundle(bundle)
+    bundle.with_name("it.json").unlink()
+    with pytest.raises(FileError, match=r"cannot read .*it\.json"):
+        load_bundle(bundle)
+
+
+def test_tensors_of_another_bundle_are_refused(bundle):
+    other = bundle.with_name("other")
+    save_bundle(other, {"w": torch.arange(60.0).reshape(6, 10) + 1,
+                        "codes": torch.arange(20, dtype=torch.uint8)}, {})
+    damaged(bundle, "safetensors", other.with_name("other.safetensors").read_bytes(), "altered")
+
+
+def test_another_version_is_refused(bundle, monkeypatch):
+    monkeypatch.setattr("poise.files.BUNDLE_VERSION", 2)
+    with pytest.raises(FileError, match=r"it\.json has version 1; this Poise reads 2"):
+        load_bundle(bundle)
+    save_bundle(bundle, {}, {"a": 1})
+    monkeypatch.undo()
+    with pytest.raises(FileError, match=r"it\.json has version 2; this Poise reads 1"):
+        load_meta(bundle)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"version": 1}', '"checksum"'])
+def test_json_that_is_no_bundle_is_named(text, bundle):
+    damaged(bundle, "json", text.encode(), "not a bundle of Poise")
+
+
+def test_removing_leaves_nothing_and_may_be_repeated(bundle):
+    remove_bundle(bundle)
+    assert list(bundle.parent.iterdir()) == []
+    remove_bundle(bundle)
+
+
+def test_a_name_with_dots_is_one_name(tmp_path):
+    for name in ("step-1.5", "step-1.6"):
+        save_bundle(tmp_path / name, {}, {"name": name})
+    assert load_meta(tmp_path / "step-1.5") == {"name": "step-1.5"}
+
+
+# ------------------------------------------------------------------ atomic writes
+
+
+def test_a_write_replaces_all_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    for data in (b"first, longer", b"second", b""):
+        write_bytes(path, data)
+        assert path.read_bytes() == data
+        assert [p.name for p in path.parent.iterdir()] == ["file"]
+    write_text(path, "ä")
+    assert path.read_bytes() == "ä".encode()
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
+    (tmp_path / "way").write_text("here")
+    for target in (tmp_path / "way" / "file", tmp_path / "way" / "deep" / "file"):
+        with pytest.raises(FileError, match=f"cannot write {target}"):
+            write_bytes(target, b"x")
+    assert (tmp_path / "way").read_text() == "here"
+
+
+def test_a_folder_in_the_way_of_the_file_is_named(tmp_path):
+    (tmp_path / "it").mkdir()
+    with pytest.raises(FileError, match=r"cannot write .*it: "):
+        write_bytes(tmp_path / "it", b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
+                          capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file(small_disk):
+    write_bytes(small_disk / "file", b"old")
+    with pytest.raises(FileError, match=r"cannot write .*file: No space left on device"):
+        write_bytes(small_disk / "file", bytes(200_000))
+    assert (small_disk / "file").read_bytes() == b"old"
+    assert [p.name for p in small_disk.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_bundle(small_disk):
+    save_bundle(small_disk / "it", {"w": torch.ones(100)}, {"n": 1})
+    with pytest.raises(FileError, match=r"cannot write .*it\.safetensors: No space left"):
+        save_bundle(small_disk / "it", {"w": torch.ones(50_000)}, {"n": 2})
+    assert load_meta(small_disk / "it") == {"n": 1}
+
+
+def test_a_failing_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    """The same as a full disk, where none can be mounted."""
+    write_bytes(tmp_path / "file", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(FileError, match="No space left on device"):
+            patch.setattr(os, call, full)
+            write_bytes(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ------------------------------------------------------------------ JSON
+
+
+def test_plain_values():
+    value = {"a": np.float32(0.5), 2: np.arange(3), "t": torch.tensor(3), "p": Path("/x"), "s": (1, {2}),
+             "n": [float("nan"), float("inf"), -np.inf], "m": torch.ones(2, 1), "b": np.bool_(True)}
+    assert plain(value) == {
+        "a": 0.5, "2": [0, 1, 2], "t": 3, "p": "/x", "s": [1, [2]], "n": ["nan", "inf", "-inf"],
+        "m": [[1.0], [1.0]], "b": True}
+
+
+def test_json_is_strict_and_read_back(tmp_path):
+    write_json(tmp_path / "x.json", {"loss": float("nan"), "n": 3})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=None) == {"loss": "nan", "n": 3}
+    assert read_json(tmp_path / "x.json") == {"loss": "nan", "n": 3}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"{'a': 1}"])
+def test_what_is_not_json_is_named(data, tmp_path):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(FileError, match=r"x\.json is not valid JSON \(torn or altered\)"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("place", ["missing.json", "."])
+def test_what_cannot_be_read_is_named(place, tmp_path):
+    with pytest.raises(FileError, match="cannot read"):
+        read_json(tmp_path / place)
+
+
+def test_the_checksum_is_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert checksum(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def test_the_cache_is_where_it_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "mine"))
+    assert cache_folder("a", "b") == tmp_path / "mine" / "a" / "b"
+    monkeypatch.delenv("POISE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("a") == tmp_path / "xdg" / "poise" / "a"
+    assert cache_folder("a").is_dir() and list(cache_folder("a").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_moves_to_the_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "way").write_text("a file")
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "way" / "cache"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temp"))
+    found = cache_folder("a")
+    assert found.is_dir() and found == tmp_path / "temp" / f"poise-cache-{os.getuid()}" / "a"
