@@ -153,6 +153,8 @@ def compose(overrides: list[str]) -> Composed:
         whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)
         hydra = whole.hydra
+        if not whole.paths.out:
+            raise ConfigError("paths.out is empty: write paths.out=DIR, the folder runs are written to")
         config = None if hydra.mode == RunMode.MULTIRUN else from_hydra(whole)
         explicit = any(o.startswith("hydra.run.dir=") for o in overrides)
         return Composed(config, Path(hydra.run.dir), explicit)
@@ -281,6 +283,8 @@ def _missing_choice(missing: str, options: list[str], text: str) -> str:
     if not group:
         return text
     groups = [*PARTS, "train", "experiment", "launcher"]
+    if missing == "hydra/launcher/joblib":
+        return "launcher=joblib needs hydra-joblib-launcher: pip install 'poise[sweep]'"
     if not options:
         return f"{group}={name}: there is no group {group!r}{nearest(group, groups)}"
     return (
@@ -295,24 +299,26 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     top = [f.name for f in dataclasses.fields(_Root)]
     if head not in top:
         return f"{given}: no key or group {head!r}{nearest(head, [*top, 'experiment', 'launcher'])}"
-    chosen = next(
-        (o.split("=", 1)[1] for o in reversed(overrides) if o.startswith(f"{head}=")), "none"
-    )
-    options = _options_of(head, chosen)
-    where = "train" if head == "train" else f"{head}={chosen}"
+    chosen, options = _options_of(head, [o for o in overrides if o != given])
+    where = f"{head}={chosen}" if chosen else head
     return (
         f"{given}: {where} has no option {rest!r}{nearest(rest, options)} "
         f"(options: {', '.join(options) or 'none'})"
     )
 
 
-def _options_of(kind: str, name: str) -> list[str]:
-    if kind == "train":
-        return [f.name for f in dataclasses.fields(Train)]
+def _options_of(head: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """Return the choice made under a key and its options, as composed without the wrong override."""
     try:
-        return [f.name for f in option_fields(installed().get(kind, name).load())]
-    except (ConfigError, TypeError):
-        return []
+        with _initialized():
+            single = [o for o in overrides if not _is_sweep(o)]
+            node = hydra_compose("config", overrides=single)[head]
+    except (HydraException, OmegaConfBaseException):
+        return "", []
+    if not isinstance(node, DictConfig):
+        return "", []
+    keys = [str(k) for k in node if k != "entry"]
+    return str(node.get("entry", "")) if head in PARTS else "", keys
 
 
 # ------------------------------------------------------------------ running
@@ -356,6 +362,7 @@ def run_all(overrides: list[str], *, sweep: bool = False, quiet: bool = False, a
     """
     from poise.runs.execute import build_parts, execute
 
+    sweep = sweep or "hydra.mode=MULTIRUN" in overrides
     if not sweep and any(_is_sweep(o) for o in overrides):
         check_overrides(overrides)
         raise ConfigError(explain_sweep(overrides))
@@ -454,9 +461,11 @@ def job(whole: DictConfig) -> float | None:
         _record_refusal(directory, error)
         print(f"poise: {directory.name}: {error}", file=sys.stderr)
         return None
-    print(f"[{HydraConfig.get().job.num}] {' '.join(HydraConfig.get().overrides.task)}",
-          file=sys.stderr, flush=True)
-    outcome = execute(config, directory, quiet=bool(os.environ.get("POISE_QUIET")))
+    quiet = bool(os.environ.get("POISE_QUIET"))
+    if not quiet:
+        chosen = " ".join(HydraConfig.get().overrides.task)
+        print(f"[{HydraConfig.get().job.num}] {chosen}", file=sys.stderr, flush=True)
+    outcome = execute(config, directory, quiet=quiet)
     if outcome.exit_code == 130:
         raise KeyboardInterrupt
     if outcome.error is not None:
@@ -508,5 +517,8 @@ def parse_changes(overrides: list[str]) -> Mapping[str, Any]:
     """Parse plain `key=value` overrides of a resume."""
     check_overrides(overrides)
     parser = OverridesParser.create()
+    for text in overrides:
+        if _is_sweep(text):
+            raise ConfigError(f"{text}: a run is resumed with one value, not several")
     parsed = [parser.parse_override(o) for o in overrides]
     return {p.key_or_group: p.value() for p in parsed}

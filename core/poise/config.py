@@ -90,7 +90,10 @@ class RunConfig:
         fields = {f.name: f for f in dataclasses.fields(RunConfig)}
         for key in values:
             if key not in fields:
-                raise ConfigError(f"no key {key!r}{nearest(key, list(fields))}")
+                raise ConfigError(
+                    f"{key}={values[key]!r}: no key {key!r}{nearest(key, list(fields))} "
+                    f"(keys: {', '.join(fields)})"
+                )
         for key in PARTS:
             part = values.get(key)
             if not isinstance(part, Mapping) or not isinstance(part.get("entry"), str):

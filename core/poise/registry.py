@@ -159,7 +159,7 @@ class Registry:
             self._plugin = point.name
             try:
                 point.load()(self)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if os.environ.get(STRICT):
                     raise
                 if isinstance(error, ConfigError) and "claimed by two" in str(error):

@@ -60,8 +60,8 @@ def test_a_wrong_word_is_refused_in_one_line(capsys, here, typed, words):
     assert list(here.iterdir()) == [], "a refused run leaves nothing behind"
 
 
-def test_an_empty_folder_for_records_does_not_mean_the_root():
-    assert not compose(["paths.out="]).run_dir.is_absolute()
+def test_an_empty_folder_for_records_does_not_mean_the_root(capsys, here):
+    call(capsys, "run", *TINY, "paths.out=").refuses(2, "paths.out", "paths.out=DIR")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

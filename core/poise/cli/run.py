@@ -10,6 +10,9 @@ from poise.errors import ConfigError
 
 _SHOWING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--resolve", "--package",
             "-p", "--shell-completion", "-sc")
+_CFG = ("job", "hydra", "all")
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_VALUES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 _SWEEPING = ("--multirun", "-m")
 
 
@@ -18,6 +21,7 @@ def main(argv: list[str]) -> int:
     from poise import compose
 
     if any(a.split("=")[0] in _SHOWING for a in argv):
+        _check_shown(argv)
         compose.show(argv)
         return 0
     flags = [a for a in argv if a.startswith("-")]
@@ -34,6 +38,18 @@ def main(argv: list[str]) -> int:
         return _resume(resume[-1].partition("=")[2], [o for o in overrides if o not in resume])
     outcomes = compose.run_all(overrides, sweep=sweep, announce=announce)
     return _conclude(outcomes)
+
+
+def _check_shown(argv: list[str]) -> None:
+    """Refuse a value of --cfg or --info that does not exist, in one line."""
+    for i, item in enumerate(argv):
+        flag, has, value = item.partition("=")
+        allowed = _VALUES.get(flag)
+        if allowed is None:
+            continue
+        value = value if has else argv[i + 1] if i + 1 < len(argv) else ""
+        if value not in allowed and (value or flag in ("--cfg", "-c")) and "=" not in value:
+            raise ConfigError(f"{flag} {value}: allowed is {', '.join(allowed)}")
 
 
 def _resume(directory: str, others: list[str]) -> int:

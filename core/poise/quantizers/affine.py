@@ -18,7 +18,9 @@ def quantize(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     levels = 2**bits - 1
     low, high = blocks.amin(-1), blocks.amax(-1)
     spread = (high - low) / levels
-    scale, minimum = stored_scale(torch.where(spread > 0, spread, torch.ones_like(spread)), low)
+    # a constant group has no spread: any scale does, and its own size is as well held as itself
+    flat = torch.where(low != 0, low.abs(), torch.ones_like(low))
+    scale, minimum = stored_scale(torch.where(spread > 0, spread, flat), low)
     shifted = blocks - minimum.to(torch.float32).unsqueeze(-1)
     codes = torch.round(shifted / scale.to(torch.float32).unsqueeze(-1)).clamp_(0, levels)
     codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.errors import ConfigError
 from poise.walk import expert_name
 
 
@@ -47,6 +48,16 @@ class _Stored(nn.Module):
     def get(self) -> Any:
         tensors = {n: getattr(self, n) for n in self.names}
         return self.quantizer.from_tensors(tensors, self.shape, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Stored:
+        before = {n: getattr(self, n).dtype for n in self.names}
+        super()._apply(fn, recurse)
+        for name, dtype in before.items():  # model.to(bfloat16) moves codes and scales, no more
+            if getattr(self, name).dtype != dtype:
+                raise ConfigError(
+                    f"a packed weight keeps its {name} in {dtype}: cast the model before quantizing it"
+                )
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in self.names:  # a checkpoint may hold scales of another width than ours

@@ -176,14 +176,17 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     return values.view(values.shape[0], -1, width)
 
 
-def stored_scale(*per_group: Tensor) -> tuple[Tensor, ...]:
-    """Return values as fp16, or all as fp32 when fp16 would distort one of them.
+def stored_scale(scale: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return a scale, and a minimum, as fp16; or both as fp32 when fp16 would distort one of them.
 
-    A relative error of 2^-9 still keeps the largest of 256 codes within half a step.
+    A relative error of 2^-9 still keeps the largest of 256 codes within half a step; a minimum may
+    also be off by that share of its scale.
     """
+    per_group = (scale, *others)
     half = tuple(v.to(torch.float16) for v in per_group)
+    slack = [scale.abs(), *(torch.maximum(v.abs(), scale.abs()) for v in others)]
     good = all(
-        bool(((h.to(torch.float32) - v).abs() <= v.abs() * 2.0**-9).all())
-        for h, v in zip(half, per_group, strict=True)
+        bool(((h.to(torch.float32) - v).abs() <= s * 2.0**-9).all())
+        for h, v, s in zip(half, per_group, slack, strict=True)
     )
     return half if good else tuple(v.to(torch.float32) for v in per_group)

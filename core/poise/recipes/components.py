@@ -15,7 +15,7 @@ class Classify:
 
     def check(self, parts: Parts) -> None:
         """Refuse parts that do not fit, before anything is loaded."""
-        from poise.recipes.prepare import check_parts
+        from poise.recipes.check import check_parts
 
         check_parts(parts, ("data", "model"))
 
@@ -44,7 +44,7 @@ class Finetune:
 
     def check(self, parts: Parts) -> None:
         """Refuse parts that do not fit, before anything is loaded."""
-        from poise.recipes.prepare import check_parts
+        from poise.recipes.check import check_parts
 
         check_parts(parts, ("data", "model"))
 

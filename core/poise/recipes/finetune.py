@@ -197,7 +197,7 @@ def last_number(text: str) -> str:
     """Return the last number of a text without thousands separators or trailing zeros."""
     import re
 
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    found = re.findall(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     if not found:
         return ""
     number = found[-1].replace(",", "")

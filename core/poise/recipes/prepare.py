@@ -4,38 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from poise.errors import ConfigError
 from poise.files import save_bundle
 from poise.interfaces import Parts
 from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
 from poise.runs.context import RunContext
 from poise.walk import count
-
-
-def check_parts(parts: Parts, needed: tuple[str, ...]) -> None:
-    """Refuse, before anything is loaded, a run that lacks a part or adapts an untrained model.
-
-    Raises
-    ------
-    ConfigError
-    """
-    for kind in needed:
-        if getattr(parts, kind) is None:
-            raise ConfigError(f"{kind}=none: this recipe needs a {kind} (see: poise list {kind})")
-    adapter, model = parts.adapter, parts.model
-    freezes = adapter is not None and adapter.freezes_base
-    trained = getattr(model, "trained", False)
-    if freezes and not trained:
-        raise ConfigError(
-            f"adapter={parts.names.get('adapter')} freezes its base, and "
-            f"model={parts.names.get('model')} is untrained: choose trained weights "
-            f"(model=smollm2, model.path=DIR) or an adapter that trains the base"
-        )
-    if parts.quantizer is not None and not freezes and getattr(parts.train, "steps", 0):
-        raise ConfigError(
-            f"quantizer={parts.names.get('quantizer')} freezes the weights it packs: add an "
-            f"adapter that trains beside them (adapter=bone), or only evaluate (train.steps=0)"
-        )
 
 
 def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> tuple[Any, Any]:
