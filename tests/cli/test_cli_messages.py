@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from cli_helpers import TINY, call, python
 
-from poise.compose import compose
-
 # what was typed, and what the line about it must hold
 WRONG = {
     "unknown entry": ("model=mlpp", "model=mlpp", "did you mean 'mlp'", "resnet20"),

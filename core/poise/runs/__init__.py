@@ -1,0 +1,1 @@
+"""Poise's runs."""

@@ -1,0 +1,228 @@
+"""Execute a run: build the parts, call the recipe, close the records."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poise.config import RunConfig
+from poise.errors import ConfigError, FileError, PoiseError, RunError
+from poise.interfaces import Parts
+from poise.registry import Registry, installed
+from poise.runs.context import Interrupted, RunContext
+from poise.runs.records import Run, load_config, load_run
+
+MAY_CHANGE = ("tracker", "tag", "train.log_every", "train.keep", "train.checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Run
+    error: BaseException | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 2 configuration error, 130 interrupted."""
+        if self.error is None:
+            return 0
+        if isinstance(self.error, (Interrupted, KeyboardInterrupt)):
+            return 130
+        return getattr(self.error, "exit_code", 1)
+
+
+def build_parts(config: RunConfig, registry: Registry | None = None) -> tuple[Any, Parts, Any]:
+    """Build every component of a run and check that they fit together; nothing heavy is loaded.
+
+    Returns
+    -------
+    recipe, parts, tracker
+
+    Raises
+    ------
+    ConfigError
+        Unknown entry or option, wrong type, out of range, or a task that does not fit.
+    """
+    registry = registry or installed()
+    if config.component("recipe") is None:
+        raise ConfigError("recipe=none: a run needs a recipe (see: poise list recipe)")
+    built = {
+        kind: registry.build_from(kind, part) if (part := config.component(kind)) else None
+        for kind in ("recipe", "data", "model", "quantizer", "adapter", "aggregator", "tracker")
+    }
+    _check_tasks(config, registry)
+    _check_device(config.device)
+    names = {kind: getattr(config, kind)["entry"] for kind in built}
+    recipe: Any = built.pop("recipe")
+    tracker = built.pop("tracker")
+    parts = Parts(**built, train=config.train, names=names)
+    if hasattr(recipe, "check"):
+        recipe.check(parts)
+    return recipe, parts, tracker
+
+
+def _check_tasks(config: RunConfig, registry: Registry) -> None:
+    recipe = registry.get("recipe", config.recipe["entry"])
+    for kind in ("data", "model", "quantizer", "adapter", "aggregator"):
+        part = config.component(kind)
+        if part is None or not recipe.tasks:
+            continue
+        entry = registry.get(kind, part["entry"])
+        if entry.tasks and not set(entry.tasks) & set(recipe.tasks):
+            fitting = [
+                e.name for e in registry.entries(kind)
+                if not e.tasks or set(e.tasks) & set(recipe.tasks)
+            ]
+            raise ConfigError(
+                f"{kind}={entry.name} is for {'/'.join(entry.tasks)}, but recipe={recipe.name} "
+                f"needs {'/'.join(recipe.tasks)}: use {kind}=" + "|".join(fitting or ["none"])
+            )
+
+
+def execute(
+    config: RunConfig, directory: Path | str, *, resume: bool = False, quiet: bool = False
+) -> Outcome:
+    """Run a configuration in a directory and return how it ended.
+
+    Only what goes wrong before the directory is claimed is raised; afterwards the error is in the
+    outcome, and in `status.json`.
+    """
+    recipe, parts, tracker = build_parts(config)
+    context = _context(config, Path(directory), resume, quiet)
+    if tracker:
+        context._tracker = tracker
+    try:
+        _prepare_torch(config)
+        context.records.environment(config.threads, config.device)
+        context.records.status("running")
+        if tracker:
+            tracker.start(context.directory, config.tag, config.plain())
+        started = time.perf_counter()
+        metrics = recipe.run(parts, context)
+        context.note("seconds", round(time.perf_counter() - started, 2))
+        context.records.summary(metrics)
+        return _close(context, tracker, "done", None, metrics)
+    except (Interrupted, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        return _close(context, tracker, "interrupted", error, {}, reason)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if not isinstance(error, PoiseError):
+            _keep_traceback(context.directory)
+        return _close(context, tracker, "failed", error, {}, reason)
+
+
+def _keep_traceback(directory: Path) -> None:
+    try:
+        (directory / "traceback.txt").write_text(traceback.format_exc())
+    except OSError:  # the disk may be what failed the run
+        traceback.print_exc()
+
+
+def _context(config: RunConfig, directory: Path, resume: bool, quiet: bool) -> RunContext:
+    try:
+        context = RunContext(
+            directory, config.seed, config.device, keep=config.train.keep, quiet=quiet
+        )
+    except OSError as error:
+        raise RunError(
+            f"cannot make the run directory {directory}: {error.strerror}; choose another with "
+            f"paths.out=DIR or hydra.run.dir=DIR"
+        ) from None
+    if resume:
+        context.resume_from = context.checkpoints.newest()
+        rows = context.resume_from.meta["rows"] if context.resume_from else 0
+        context.records.open(keep_rows=rows)
+    else:
+        context.records.begin(config.plain())
+    return context
+
+
+def _prepare_torch(config: RunConfig) -> None:
+    import torch
+
+    torch.set_num_threads(config.threads)
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there; the usual one needs no torch to be known."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device={name}: {reason}; write device=cpu, cuda or cuda:0") from None
+
+
+def _close(
+    context: RunContext, tracker: Any, state: str, error: BaseException | None,
+    metrics: Mapping[str, float], reason: str = "",
+) -> Outcome:
+    try:
+        context.records.status(state, reason)
+    except PoiseError as full:  # the disk that failed the run may refuse the status as well
+        error = error or full
+    context.records.close()
+    if tracker:
+        tracker.finish(state, metrics)
+    return Outcome(load_run(context.directory), error)
+
+
+def resumed_config(directory: Path | str, changes: Mapping[str, Any]) -> RunConfig:
+    """Return the saved configuration of a run with the few changes that a resume allows.
+
+    Parameters
+    ----------
+    directory : path of a run
+    changes : mapping of dotted key to value
+
+    Raises
+    ------
+    ConfigError
+        For a change that would make the result differ from the uninterrupted run.
+    FileError, RunError
+        When there is no run, or it is already done.
+    """
+    if not str(directory):
+        raise ConfigError("resume= needs the directory of a run")
+    saved = load_config(directory)
+    if lost := [f.name for f in dataclasses.fields(RunConfig) if f.name not in saved]:
+        raise FileError(f"{directory}/resolved.yaml is torn: it lacks {', '.join(lost)}")
+    run = load_run(directory)
+    if run.state == "done":
+        raise RunError(f"{directory} is done: there is nothing to resume")
+    if run.state == "running":
+        raise RunError(f"{directory} is still running (process {run.status.get('pid')})")
+    for key, value in changes.items():
+        if not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
+            raise ConfigError(
+                f"{key}={value}: a resumed run keeps its configuration; only these may change: "
+                + ", ".join(MAY_CHANGE)
+            )
+        _set(saved, key, value)
+    return RunConfig.from_plain(saved)
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    whole = key
+    for parent in parents:
+        inner = config.get(parent)
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{whole}={value}: {parent} has no options")
+        config = inner
+    if isinstance(config.get(last), dict) and not isinstance(value, dict):
+        value = {"entry": value}
+    config[last] = value
+
+
+__all__ = ["Outcome", "build_parts", "execute", "resumed_config"]

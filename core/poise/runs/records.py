@@ -1,0 +1,261 @@
+"""What a run leaves behind, whatever else happens: metrics, status, summary, environment.
+
+| file | content |
+|---|---|
+| `resolved.yaml` | the whole configuration, as plain data |
+| `metrics.jsonl` | one line per value: step, name, value, wall time |
+| `status.json` | running, done, failed or interrupted, with the reason |
+| `summary.json` | final metrics, and notes such as provenance and tables |
+| `environment.json` | versions, threads, machine |
+
+Reports read these and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from poise.errors import FileError, RunError
+from poise.files import plain, read_json, write_bytes, write_json
+
+STATES = ("running", "done", "failed", "interrupted")
+PACKAGES = (
+    "poise", "torch", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers",
+    "scikit-learn", "lightgbm", "quantile-forest",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from its directory."""
+
+    directory: Path
+    config: dict[str, Any]
+    status: dict[str, Any]
+    metrics: dict[str, float]
+    notes: dict[str, Any]
+    rows: list[dict[str, Any]] = field(repr=False)
+    environment: dict[str, Any] = field(repr=False)
+
+    @property
+    def state(self) -> str:
+        """One of `STATES`; a run that is "running" on no live process was killed."""
+        state = self.status.get("state", "running")
+        if state == "running" and not _alive(self.status.get("pid")):
+            return "killed"
+        return state
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return steps and values of one metric."""
+        rows = [r for r in self.rows if r["name"] == name]
+        return [r["step"] for r in rows], [r["value"] for r in rows]
+
+
+class Records:
+    """Writes the records of one run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.notes: dict[str, Any] = {}
+        self.rows = 0
+        self._file = None
+        self._started = time.time()
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Claim the directory and write the configuration; only one run can.
+
+        Raises
+        ------
+        RunError
+            When the directory already holds a run.
+        FileError
+            When it cannot be written.
+        """
+        text = yaml.safe_dump(plain(config), sort_keys=False).encode()
+        target = self.directory / "resolved.yaml"
+        draft = self.directory / f".resolved.{os.getpid()}"
+        write_bytes(draft, text)
+        try:
+            os.link(draft, target)  # unlike a rename, a link never replaces what is there
+        except FileExistsError:
+            raise RunError(
+                f"{self.directory} already holds a run: choose another hydra.run.dir, or continue "
+                f"it with resume={self.directory}"
+            ) from None
+        finally:
+            draft.unlink()
+        self.open()
+
+    def open(self, keep_rows: int | None = None) -> None:
+        """Open for appending, after cutting all but the first `keep_rows` metric rows."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if keep_rows is not None:
+            if len(lines) < keep_rows:
+                raise FileError(f"{path} holds {len(lines)} rows, the checkpoint expects {keep_rows}")
+            lines = lines[:keep_rows]
+            write_bytes(path, b"".join(lines))
+        self.rows = len(lines)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row per value."""
+        now = round(time.time() - self._started, 3)
+        rows = [
+            json.dumps({"step": step, "name": k, "value": plain(float(v)), "time": now})
+            for k, v in values.items()
+        ]
+        if rows and self._file:
+            try:
+                self._file.write(("\n".join(rows) + "\n").encode())
+            except OSError as error:
+                raise FileError(
+                    f"cannot write {self.directory}/metrics.jsonl: {error.strerror}"
+                ) from error
+        self.rows += len(rows)
+
+    def status(self, state: str, reason: str = "") -> None:
+        """Write the status file."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        body = {"state": state, "reason": reason, "time": now, "pid": os.getpid(),
+                "seconds": round(time.time() - self._started, 2)}
+        write_json(self.directory / "status.json", body)
+
+    def environment(self, threads: int, device: str) -> None:
+        """Write versions, thread counts and the machine."""
+        write_json(self.directory / "environment.json", environment(threads, device))
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Write final metrics and notes."""
+        write_json(self.directory / "summary.json", {"metrics": metrics, "notes": self.notes})
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """Return versions, thread counts and the machine as plain values."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(), "platform": platform.platform(),
+        "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads,
+        "device": device, "versions": versions,
+    }
+
+
+def load_run(directory: Path | str) -> Run:
+    """Read a run's records.
+
+    Raises
+    ------
+    FileError
+        When the directory holds no run or its records are damaged.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    summary = _optional(directory / "summary.json")
+    for part in ("metrics", "notes"):
+        if not isinstance(summary.get(part, {}), dict):
+            raise FileError(f"{directory}/summary.json is damaged: its {part} are no mapping")
+    return Run(
+        directory=directory, config=config, status=_optional(directory / "status.json"),
+        metrics=summary.get("metrics", {}), notes=summary.get("notes", {}),
+        rows=read_rows(directory / "metrics.jsonl"),
+        environment=_optional(directory / "environment.json"),
+    )
+
+
+def load_config(directory: Path | str) -> dict[str, Any]:
+    """Read a run's resolved configuration as plain values."""
+    path = Path(directory) / "resolved.yaml"
+    if not path.is_file():
+        raise FileError(f"{directory} holds no run: there is no {path.name}")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise FileError(f"{path} is damaged: it holds no mapping")
+    return config
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read metric rows; a last line torn by a kill is left out.
+
+    Raises
+    ------
+    FileError
+        Naming the first line that is no metric row.
+    """
+    rows = []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"]), "value": float(row["value"])})
+        except (ValueError, TypeError, KeyError):
+            if n == len(lines) and not line.endswith(b"\n"):
+                break
+            raise FileError(f"{path} is damaged: line {n} is no metric row") from None
+    return rows
+
+
+def find_runs(paths: Iterable[Path | str]) -> list[Path]:
+    """Return the run directories at or below the given paths, in natural order.
+
+    Raises
+    ------
+    FileError
+        For a path that does not exist or holds no run.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise FileError(f"no directory {path}")
+        here = sorted((p.parent for p in path.rglob("resolved.yaml")), key=_natural)
+        if not here:
+            raise FileError(f"{path} holds no run (no resolved.yaml at or below it)")
+        found += [p for p in here if p not in found]
+    return found
+
+
+def _natural(path: Path) -> list[Any]:
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.parts]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise FileError(f"{path} is damaged: it holds no mapping")
+    return value
+
+
+def _alive(pid: int | None) -> bool:
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
