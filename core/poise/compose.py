@@ -215,6 +215,7 @@ def _grammar_help(text: str) -> str:
     key, has, value = text.partition("=")
     if not has:
         return f"{text!r} is not an override: write KEY=VALUE (flags such as --multirun start with --)"
+    value = value.replace("\\", "\\\\").replace('"', '\\"')
     return (
         f"{text}: the value holds a character of Hydra's grammar; quote it twice, "
         f"once for Hydra and once for the shell: '{key}=\"{value}\"'"
@@ -297,6 +298,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
     given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == key), key)
     head, _, rest = key.partition(".")
     top = [f.name for f in dataclasses.fields(_Root)]
+    if head in [f.name for f in dataclasses.fields(Train)]:
+        return f"{given}: no key or group {head!r}; did you mean 'train.{key}'?"
     if head not in top:
         return f"{given}: no key or group {head!r}{nearest(head, [*top, 'experiment', 'launcher'])}"
     chosen, options = _options_of(head, [o for o in overrides if o != given])
@@ -459,7 +462,6 @@ def job(whole: DictConfig) -> float | None:
             build_parts(config)
     except ConfigError as error:
         _record_refusal(directory, error)
-        print(f"poise: {directory.name}: {error}", file=sys.stderr)
         return None
     quiet = bool(os.environ.get("POISE_QUIET"))
     if not quiet:
@@ -468,8 +470,6 @@ def job(whole: DictConfig) -> float | None:
     outcome = execute(config, directory, quiet=quiet)
     if outcome.exit_code == 130:
         raise KeyboardInterrupt
-    if outcome.error is not None:
-        print(f"poise: {directory}: {outcome.error}", file=sys.stderr)
     return None
 
 

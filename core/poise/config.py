@@ -15,6 +15,7 @@ from poise.errors import ConfigError, nearest
 from poise.options import check_options, fits, option, type_name
 
 CONFIG_VERSION = 1
+MOST_THREADS = 1024
 PARTS = ("recipe", "model", "quantizer", "adapter", "aggregator", "data", "tracker")
 
 
@@ -26,7 +27,7 @@ class Train:
     batch_size: int = option(64, "rows or sequences per optimizer step and accumulation part", low=1)
     accumulate: int = option(1, "gradient accumulation: parts per optimizer step", low=1)
     optimizer: str = option("adamw", "optimizer", choices=("sgd", "adam", "adamw"))
-    lr: float = option(1e-3, "peak learning rate", low=0)
+    lr: float = option(1e-3, "peak learning rate", low=0, high=1e30)
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
     weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", low=0)
     schedule: str = option(
@@ -104,8 +105,10 @@ class RunConfig:
             if key in values and not fits(values[key], hint):
                 raise ConfigError(f"{key}={values[key]!r}: allowed is {type_name(hint)}")
         config = RunConfig(**values)
-        if config.threads < 1:
-            raise ConfigError(f"threads={config.threads}: allowed is >= 1")
+        if not 1 <= config.threads <= MOST_THREADS:
+            raise ConfigError(f"threads={config.threads}: allowed is 1 to {MOST_THREADS}")
+        if not config.tag or set("/\\") & set(config.tag) or config.tag in (".", ".."):
+            raise ConfigError(f"tag={config.tag!r}: a tag names one folder; use a word without / or \\")
         if not 0 <= config.seed < 2**63:
             raise ConfigError(f"seed={config.seed}: allowed is 0 <= seed < 2**63")
         return config

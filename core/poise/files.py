@@ -24,6 +24,16 @@ BUNDLE_VERSION = 1
 _CHUNK = 1 << 20
 
 
+def _file_mode() -> int:
+    """Return the mode of an ordinary new file; mkstemp's own is private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+_MODE = _file_mode()
+
+
 def checksum(path: Path | str) -> str:
     """Return the SHA-256 of a file as hex."""
     digest = hashlib.sha256()
@@ -49,6 +59,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         with os.fdopen(handle, "wb") as f:
             f.write(data)
             f.flush()
+            os.fchmod(f.fileno(), _MODE)
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)

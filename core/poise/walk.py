@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, nearest
@@ -234,7 +235,8 @@ def _matrix(path: str, module: nn.Module, name: str, tensor: Tensor) -> Weight:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
+    # attention reads its output projection's weight directly: that one cannot be replaced by a layer
+    if isinstance(module, nn.Linear) and type(module) is not NonDynamicallyQuantizableLinear:
         return "linear"
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)):
         return "conv"

@@ -33,7 +33,7 @@ WRONG = {
     "out of range, exclusive": ("train.clip=0", "rain.clip=0", "> 0"),
     "not a choice": ("train.optimizer=adamm", "'adamm'", "sgd, adam, adamw"),
     "seed out of range": ("seed=-1", "seed=-1", "0 <= seed"),
-    "threads out of range": ("threads=0", "threads=0", ">= 1"),
+    "threads out of range": ("threads=0", "threads=0", "1 to 1024"),
     "wrong type": ("train.steps=x", "train.steps=x", "Integer"),
     "wrong type, a fraction": ("seed=1.5", "seed=1.5", "Integer"),
     "wrong type, a number for a list": ("model.hidden=5", "model.hidden=5", "list"),

@@ -107,9 +107,9 @@ def test_the_page_fetches_nothing(capsys, here, mixture):
 
 
 def test_the_page_escapes_what_people_wrote(capsys, here):
-    poise.run([*TINY, "tag='<b>x</b>'", f"hydra.run.dir={here}/one"])
+    poise.run([*TINY, "tag='<b>x<i>'", f"hydra.run.dir={here}/one"])
     call(capsys, "report", "one", "--format", "html").is_done()
-    assert "<b>x</b>" not in Path("report.html").read_text()
+    assert "<b>x<i>" not in Path("report.html").read_text()
 
 
 def test_no_run_no_report(capsys, here):
@@ -153,3 +153,16 @@ def test_a_last_row_torn_by_a_kill_is_left_out(capsys, here, finished):
     whole = poise.load_run("a").rows
     path.write_bytes(path.read_bytes()[:-9])
     assert poise.load_run("a").rows == whole[:-1]
+
+
+def test_compare_of_a_sweep_of_several_kinds_is_refused(capsys, here):
+    for name, steps in (("s/0", 2), ("s/1", 3)):
+        poise.run([*TINY, f"train.steps={steps}", f"hydra.run.dir={here / name}"])
+    call(capsys, "compare", "s", "s/0").refuses(2, "s holds 2 kinds of runs")
+
+
+def test_a_metric_that_is_not_finite_is_shown_as_such():
+    from poise.report.tables import difference, number, spread
+
+    assert number(float("nan")) == "nan" and number(float("inf")) == "inf"
+    assert "nan" in spread([1.0, float("nan")]) and "nan" in difference([1.0, float("nan")])

@@ -161,7 +161,7 @@ def test_a_configuration_survives_being_plain():
 @pytest.mark.parametrize(("replaced", "words"), [
     ({"sede": 1}, "no key 'sede'; did you mean 'seed'"), ({"seed": "x"}, "seed='x': allowed is int"),
     ({"seed": -1}, r"seed=-1: allowed is 0 <= seed < 2\*\*63"), ({"seed": 2**63}, "seed="),
-    ({"threads": 0}, "threads=0: allowed is >= 1"), ({"device": 3}, "device=3: allowed is str"),
+    ({"threads": 0}, "threads=0: allowed is 1 to 1024"), ({"device": 3}, "device=3: allowed is str"),
     ({"model": "mlp"}, "model='mlp' is not a component: write model=NAME"),
     ({"model": {"hidden": 3}}, "is not a component"), ({"model": None}, "model=None is not a component"),
     ({"version": 99}, "version=99: .* another version of Poise; this one reads version 1"),

@@ -234,7 +234,7 @@ def test_the_recipe_scores_every_model_and_aggregator(tmp_path):
     # standardised target: always predicting the marginal quantiles scores about 0.56
     assert 0.2 < metrics["wis_mean/global_coarse"] < 0.56
     assert context.advanced == context.total == 3 * 4
-    assert {row["name"] for row in context.notes["table"]} == names
+    assert {row["name"] for row in context.notes["scores"]} == names
     assert sum(context.notes["weights"]["mine"].values()) == pytest.approx(1)
     for file in context.notes["figures"]:
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")

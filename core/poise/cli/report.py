@@ -18,6 +18,9 @@ def main(argv: list[str]) -> int:
     from poise.files import write_text
     from poise.report.tables import report
 
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0
     directories, options = parse(argv, {"--format": "terminal", "--out": ""}, USAGE)
     form = str(options["--format"])
     if form not in FORMATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _sentence(outcome: Any) -> str:
 
     directory = outcome.run.directory
     if outcome.exit_code == 130:
-        return f"interrupted; continue with: poise run resume={directory}"
+        return f"interrupted; continue with: poise run resume={shlex.quote(str(directory))}"
     if isinstance(outcome.error, PoiseError):
         return " ".join(str(outcome.error).split())
     return (

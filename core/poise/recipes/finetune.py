@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.errors import DataError
+from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Parts, Tokenizer
 from poise.recipes.components import Finetune
 from poise.recipes.loop import Order, build_optimizer, fit
@@ -75,8 +75,8 @@ def pack(
     pieces = [p for e in examples for p in encode(e, tokenizer, length)]
     if not pieces:
         raise DataError(
-            f"none of {len(examples)} examples has a completion within {length} tokens: "
-            f"raise recipe.length"
+            f"none of {len(examples)} examples leaves a token to learn from within {length} tokens: "
+            f"raise recipe.length, or give longer text"
         )
     rows: list[list[tuple[list[int], list[int]]]] = []
     room: list[int] = []
@@ -224,6 +224,11 @@ def run(options: Finetune, parts: Parts, context: RunContext) -> dict[str, float
     splits = parts.data.load(context.seed)
     context.note("data", splits.provenance)
     tokenizer = parts.model.tokenizer()  # type: ignore[attr-defined]
+    if any(not e.prompt for e in splits.test[: options.generate]):
+        raise ConfigError(
+            f"recipe.generate={options.generate} needs data with prompts; "
+            f"data={parts.names.get('data')} is plain text: write recipe.generate=0"
+        )
     train = pack(splits.train, tokenizer, options.length, options.packing)
     held_out = pack(splits.test[: options.eval_examples], tokenizer, options.length, False)
     model, attached = prepare(parts, context, splits.spec)

@@ -142,6 +142,8 @@ def _evaluate(task: Task, context: RunContext, step: int) -> float | None:
     task.model.train(training)
     torch.set_rng_state(state)
     context.log(step, metrics)
+    if odd := [k for k, v in metrics.items() if not math.isfinite(v)]:
+        raise RunError(f"{odd[0]} is {metrics[odd[0]]} at step {step}: lower train.lr or set train.clip")
     return metrics.get("validation_loss")
 
 

@@ -178,6 +178,12 @@ def compare(
 ) -> str:
     """Return what differs between two runs (or folders of runs): choices, then metrics."""
     sides = [[load_run(d) for d in find_runs([side])] for side in (a, b)]
+    for path, side in zip((a, b), sides, strict=True):
+        if len(kinds := group(side, varied_keys(side))) > 1:
+            raise ConfigError(
+                f"{path} holds {len(kinds)} kinds of runs ({'; '.join(kinds)}): compare one of them "
+                f"with another, or use poise report"
+            )
     left, right = (flat(side[0].config) for side in sides)
     keys = [k for k in dict.fromkeys([*left, *right]) if left.get(k) != right.get(k)]
     rows = [[k, _cell(left.get(k, "-")), _cell(right.get(k, "-"))] for k in keys]
@@ -212,6 +218,8 @@ def spread(values: Sequence[float]) -> str:
         return "-"
     if len(set(values)) == 1:
         return number(values[0])
+    if not all(map(math.isfinite, values)):
+        return "nan"  # statistics has no mean and sd of what is not a number
     return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values), 2)}"
 
 
@@ -219,6 +227,8 @@ def difference(values: Sequence[float]) -> str:
     """Return mean ± sd of paired differences and their t value."""
     if not values:
         return "-"
+    if not all(map(math.isfinite, values)):
+        return "nan"
     mean = statistics.fmean(values)
     if abs(mean) < 1e-12 * max(map(abs, values), default=0.0):
         mean = 0.0  # what is left of a sum that cancels
@@ -234,6 +244,8 @@ def difference(values: Sequence[float]) -> str:
 def number(value: float, digits: int = 4) -> str:
     """Return a number the way a person would write it."""
     value = float(value)
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.{digits}g}"

@@ -178,7 +178,8 @@ def load_run(directory: Path | str) -> Run:
             raise FileError(f"{directory}/summary.json is damaged: its {part} are no mapping")
     return Run(
         directory=directory, config=config, status=_optional(directory / "status.json"),
-        metrics=summary.get("metrics", {}), notes=summary.get("notes", {}),
+        metrics={k: float(v) for k, v in summary.get("metrics", {}).items()},
+        notes=summary.get("notes", {}),
         rows=read_rows(directory / "metrics.jsonl"),
         environment=_optional(directory / "environment.json"),
     )
@@ -188,7 +189,9 @@ def load_config(directory: Path | str) -> dict[str, Any]:
     """Read a run's resolved configuration as plain values."""
     path = Path(directory) / "resolved.yaml"
     if not path.is_file():
-        raise FileError(f"{directory} holds no run: there is no {path.name}")
+        inner = sorted(p.parent.name for p in Path(directory).glob("*/resolved.yaml"))
+        hint = f"; the runs of this sweep: {', '.join(inner)}" if inner else ""
+        raise FileError(f"{directory} holds no run: there is no {path.name}{hint}")
     try:
         config = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

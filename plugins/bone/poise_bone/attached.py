@@ -18,6 +18,8 @@ from poise_bone.layers import BoneLinear
 
 def attach(bone: Bone, model: nn.Module, name: str) -> AttachedBone:
     """Wrap the matching linears and freeze all else; see `Bone.attach`."""
+    if any(isinstance(m, BoneLinear) for m in model.modules()):
+        raise ConfigError("bone: the model is adapted already: detach that adapter first")
     chosen = select(model, bone.include or None, bone.exclude or None, ("linear", "packed"))
     chosen = [w for w in chosen if isinstance(w.module, (nn.Linear, PackedLinear))]
     if not bone.include:  # the output head stays as it is unless it is asked for

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from poise.errors import ConfigError
 from poise.files import copy_checked
 from poise.walk import Weight, refuse_tied, select
 from poise_compander.components import Compander
@@ -22,6 +23,8 @@ def attach(options: Compander, model: nn.Module, name: str) -> AttachedCompander
     """Reparameterize the weights of linears and convolutions; see `Compander.attach`."""
     chosen = select(model, None, options.exclude or None, KINDS)
     refuse_tied(chosen, "compander")
+    if held := [w.name for w in chosen if parametrize.is_parametrized(w.module, "weight")]:
+        raise ConfigError(f"compander: {held[0]} is reparameterized already: detach that first")
     inside = {
         w.name: within_bound(_plain(w).detach(), options.a, w.name, options.bound) for w in chosen
     }

@@ -17,12 +17,12 @@ def loss_against_bytes(rows: list[dict[str, Any]], target: Path) -> None:
         ("half_chosen", "#d1495b", "half and half, by weight error"),
     ):
         dots = [r for r in rows if kind in r["plan"]]
-        axes.plot([r["expert_bytes"] / 1e6 for r in dots], [r["loss"] for r in dots], "o",
+        axes.plot([r["expert_bytes"] / 1e3 for r in dots], [r["loss"] for r in dots], "o",
                   color=colour, label=label, ms=6)
         for r in dots if kind == "_bit" else []:
-            axes.annotate(r["plan"].replace("_", " "), (r["expert_bytes"] / 1e6, r["loss"]),
+            axes.annotate(r["plan"].replace("_", " "), (r["expert_bytes"] / 1e3, r["loss"]),
                           textcoords="offset points", xytext=(6, 5), fontsize=8)
-    axes.set(xlabel="bytes of all experts (MB, scales included)", ylabel="held-out loss (nats per byte)",
+    axes.set(xlabel="bytes of all experts (kB, scales included)", ylabel="held-out loss (nats per byte)",
              xscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="both", alpha=0.2)

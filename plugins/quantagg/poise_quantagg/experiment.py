@@ -65,7 +65,7 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
         )
     raw, weights = _predictions(fits, aggregators, train, test)
     rows = [_row(name, kind, q, test.y, fits.levels) for name, (kind, q) in raw.items()]
-    context.note("table", rows)
+    context.note("scores", rows)
     context.note("weights", weights)
     context.note("units", "WIS in standard deviations of the target; coverage, crossing: shares")
     if recipe.figures:
