@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt data-packages.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@echo "running a short form of every experiment; about five minutes on two cores"
+	@echo "running a short form of every experiment; a minute or two on two cores"
 	@$(BIN)/poise demo
 
 test: $(STAMP) lint
