@@ -71,6 +71,8 @@ def load_tokenizer(directory: Path | str) -> ByteTokenizer | FastTokenizer:
         When there is none, or nothing says which token ends a text.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ConfigError(f"model.path={directory}: there is no such directory")
     if (directory / MARKER).exists():
         return ByteTokenizer()
     path = directory / "tokenizer.json"
