@@ -1,74 +1,355 @@
-"""The linear programs behind the global aggregators, solved exactly by HiGHS."""
+"""The programs behind the global aggregators and quantile regression averaging, solved exactly.
+
+Each function minimises the weighted mean pinball loss over one set of weights (eqs 15 and 16) and
+returns a `Program` whose `gap` certifies the answer: the distance between the objective and a lower
+bound on it. The solver is `interior.solve`; `reference.py` states the same programs for HiGHS.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
 import numpy as np
 
-from poise.errors import RunError, require
+from poise_quantagg.interior import TOLERANCE, Solution, solve
 
-GAP = 1e-6  # largest relative duality gap that counts as solved
+STREAM = 2_000_000  # residuals above which global coarse works on those near zero only
+_KEPT = 1_000_000
+_DEPENDENT = 1e-24  # squared relative length below which a direction is dropped
+_SQUARING = 1e-8
+_NEW_COLUMNS = 8
+_ROUNDS = 60
+_BLOCK_BYTES = 1 << 25
 
 
-def coarse_weights(
-    Z: np.ndarray, y: np.ndarray, levels: np.ndarray, sample_weight: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Minimise sum_i s_i sum_k psi_k(y_i - sum_j w_j Z_ijk) over the simplex (eqs 15 and 16).
+@dataclass(frozen=True)
+class Program:
+    """A solved program.
 
-    Written with one residual split per (row, level), the primal has 2nm + p unknowns and nm rows.
-    Its dual has nm boxed unknowns and only p rows, and is what is solved:
+    Parameters
+    ----------
+    w : array, shape (p,), (p, m) or (p, m, m)
+    intercept : array, shape (m,), or scalar for coarse; zeros without one
+        In the unit of y.
+    objective : float
+        Weighted mean pinball loss over rows and levels at w, in the unit of y.
+    gap : float
+        The objective is at most this much above the optimum; same unit.
+    """
 
-        max y'd + t   subject to   Z_j'd + t <= 0 for each model j,   -s (1 - tau) <= d <= s tau.
+    w: np.ndarray
+    intercept: np.ndarray
+    objective: float
+    gap: float
 
-    The weights are the multipliers of its p rows. Both objective values are compared, so an
-    answer is certified optimal or refused.
+
+def coarse(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
+           simplex: bool = True) -> Program:
+    """One weight per model: nm residuals, p unknowns.
 
     Parameters
     ----------
     Z : array, shape (n, p, m)
-    y : array, shape (n,)
+    y, s : array, shape (n,)
+        Targets, and weights of rows with mean 1.
     levels : array, shape (m,)
-    sample_weight : array, shape (n,)
-        Non-negative, mean 1.
+    simplex : bool
+        Weights non-negative with sum 1; otherwise free.
+    """
+    n, p, m = Z.shape
+    if simplex and n * m > STREAM:
+        return _coarse_streamed(Z, y, levels, s)
+    keep = s > 0
+    rows = int(keep.sum())
+    target = np.repeat(y[keep], m)[None]
+    A = Z[keep].transpose(1, 0, 2).reshape(1, p, rows * m)
+    weight, tau = np.repeat(s[keep], m)[None], np.tile(levels, rows)[None]
+    found, w, _ = _general(A, target, weight, tau, simplex=simplex, intercept=False)
+    return _program(w[0], np.zeros(()), found, s, m)
+
+
+def medium(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
+           simplex: bool = True, intercept: bool = False) -> Program:
+    """One weight per model and level: m programs with n residuals and p (+ 1) unknowns each.
+
+    With free weights and an intercept this is quantile regression averaging (Nowotarski and Weron
+    2015). Parameters as for `coarse`.
+    """
+    _, p, m = Z.shape
+    keep = s > 0
+    target, weight = y[keep], s[keep]
+    size = max(1, _BLOCK_BYTES // (8 * p * max(1, len(target))))
+    parts = []
+    for i in range(0, m, size):
+        block = slice(i, min(m, i + size))
+        A = np.ascontiguousarray(Z[:, :, block][keep].transpose(2, 1, 0))
+        parts.append(_general(A, target, weight, levels[block, None], simplex=simplex,
+                              intercept=intercept))
+    w = np.concatenate([part[1] for part in parts]).T
+    shift = np.concatenate([part[2] for part in parts])
+    return _program(w, shift, _joined([part[0] for part in parts]), s, m)
+
+
+def fine(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
+         simplex: bool = True) -> Program:
+    """One weight per model, input level and output level: m programs with pm unknowns each.
+
+    On the simplex an optimal solution has few positive weights, so each program is solved by
+    column generation: a program over a handful of columns gives multipliers d, and Z'd prices all
+    pm columns at once. The lower bound is taken over all columns, so the gap is that of the whole
+    program. Parameters as for `coarse`.
+    """
+    n, p, m = Z.shape
+    keep = s > 0
+    if keep.all():
+        flat, target, weight = Z.reshape(n, p * m), y, s
+    else:
+        flat, target, weight = Z[keep].reshape(-1, p * m), y[keep], s[keep]
+    if not simplex:
+        return _fine_free(flat, target, weight, levels, s, p)
+    w = np.zeros((m, p * m))
+    found = []
+    size = max(1, 8 * _BLOCK_BYTES // (8 * 64 * max(1, len(target))))
+    for i in range(0, m, size):
+        block = np.arange(i, min(m, i + size))
+        start = (np.arange(p)[None] * m + block[:, None]) if p > 1 else _near(block, m)
+        part, w[block] = _by_columns(flat, target, weight, levels[block], start)
+        found.append(part)
+    return _program(w.reshape(m, p, m).transpose(1, 2, 0), np.zeros(m), _joined(found), s, m)
+
+
+def _near(block: np.ndarray, m: int) -> np.ndarray:
+    """Return a few neighbouring input levels to start from, distinct per row."""
+    width = min(m, 3)
+    first = np.clip(block - 1, 0, m - width)
+    return first[:, None] + np.arange(width)[None]
+
+
+def _program(w: np.ndarray, intercept: np.ndarray, found: Solution, s: np.ndarray, m: int) -> Program:
+    cells = s.sum() * m
+    return Program(w, intercept, float(found.objective.sum() / cells),
+                   float(np.maximum(found.gap, 0).sum() / cells))
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.empty((0, 0))
+    return Solution(empty, empty, *(np.concatenate([getattr(p, name) for p in parts])
+                                    for name in ("objective", "bound", "iterations")))
+
+
+# ------------------------------------------------------------------ one batch
+
+
+def _general(
+    A: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray, *, simplex: bool, intercept: bool,
+) -> tuple[Solution, np.ndarray, np.ndarray]:
+    """Solve on columns A (b, p, N); return the solution, weights (b, p) and intercepts (b,)."""
+    b, p, n = A.shape
+    y = np.broadcast_to(y, (b, n))
+    if simplex:
+        # on the simplex, y - Zw = -(Z - y)w: deviations do not depend on where zero is
+        columns, mask = A - y[:, None], np.ones(p, dtype=bool)
+        target = np.zeros((b, n))
+        if intercept:
+            columns = np.concatenate([np.full((b, 1, n), n**-0.5), columns], axis=1)
+            mask = np.r_[False, mask]
+        found = solve(columns, target, s, tau, mask)
+        shift = found.w[:, 0] * n**-0.5 if intercept else np.zeros(b)
+        return found, found.w[:, -p:], shift
+    Q, T = basis(A, intercept)
+    start = np.matmul(Q, y[:, :, None])  # least squares
+    rest = y - np.matmul(start.swapaxes(1, 2), Q)[:, 0]
+    found = solve(Q, rest, s, tau, np.zeros(Q.shape[1], dtype=bool))
+    w = np.matmul(T, found.w[:, :, None] + start)[:, :, 0]
+    shift = w[:, 0] if intercept else np.zeros(b)
+    # what the weights themselves achieve, rounding of T included
+    r = y - np.matmul(w[:, None, -p:], A)[:, 0] - shift[:, None]
+    value = np.einsum("bn,bn->b", np.broadcast_to(s, (b, n)), np.maximum(tau * r, (tau - 1) * r))
+    found = dataclasses.replace(found, objective=np.maximum(value, found.bound))
+    return found, w[:, -p:], shift
+
+
+def basis(A: np.ndarray, intercept: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return an orthonormal basis Q of the rows of A, and T with Q = T'A.
+
+    Dependent directions become zero rows of Q, so that collinear, duplicated or constant columns
+    need no special case: T then picks the shortest coefficients.
+
+    Parameters
+    ----------
+    A : array, shape (b, p, N)
+    intercept : bool
+        Put a row of ones first; the others are centred, which keeps their differences exact.
 
     Returns
     -------
-    weights : array, shape (p,)
-        Non-negative, sum 1.
-    objective : float
-        The minimum divided by nm: weighted mean pinball loss, in the unit of y.
-
-    Raises
-    ------
-    RunError
-        When HiGHS does not reach the optimum.
+    Q : array, shape (b, q, N), q = p (+ 1)
+    T : array, shape (b, q, q)
     """
-    # rows of weight zero have no influence; deviations from y on unit scale suit the tolerances
-    keep = sample_weight > 0
-    s = np.repeat(sample_weight[keep], len(levels))
-    deviation = (Z[keep] - y[keep, None, None]).transpose(1, 0, 2).reshape(Z.shape[1], -1)
-    scale = np.median(np.abs(deviation)) or np.abs(deviation).max() or 1.0
-    tau = np.tile(levels, int(keep.sum()))
-    weights, dual = _solve_dual(deviation / scale, s, tau)
-    residual = -weights @ deviation
-    primal = float(s @ np.maximum(tau * residual, (tau - 1) * residual))
-    if abs(primal - scale * dual) > GAP * max(abs(primal), scale):
-        raise RunError(f"global_coarse: duality gap {primal - scale * dual:.3g} at {primal:.3g}")
-    return weights, primal / (len(y) * len(levels))
+    b, p, n = A.shape
+    mean = A.mean(axis=2) if intercept else np.zeros((b, p))
+    X = A - mean[:, :, None]
+    length = np.sqrt(np.einsum("bpn,bpn->bp", X, X))
+    size = np.abs(A).max(axis=2) * np.sqrt(n)
+    inverse = np.where(length > 1e-14 * size, 1 / np.where(length > 0, length, 1.0), 0.0)
+    X *= inverse[:, :, None]
+    T = np.zeros((b, p, p))
+    np.einsum("bjj->bj", T)[:] = inverse
+    for _ in range(2):  # the second pass removes the rounding of the first
+        value, vector = np.linalg.eigh(np.matmul(X, X.swapaxes(1, 2)))
+        if (value < _SQUARING * value[:, -1:]).any():
+            # squaring loses half of the digits: take the singular values of X itself
+            _, size, right = np.linalg.svd(np.linalg.qr(X.swapaxes(1, 2), mode="r"))
+            value, vector = size[:, ::-1] ** 2, right[:, ::-1].swapaxes(1, 2)
+            value = np.concatenate([np.zeros((b, p - value.shape[1])), value], axis=1)
+        whole = value > _DEPENDENT * value[:, -1:]
+        step = vector * np.where(whole, 1 / np.sqrt(np.where(whole, value, 1.0)), 0.0)[:, None]
+        X, T = np.matmul(step.swapaxes(1, 2), X), np.matmul(T, step)
+    if not intercept:
+        return X, T
+    Q = np.concatenate([np.full((b, 1, n), n**-0.5), X], axis=1)
+    whole = np.zeros((b, p + 1, p + 1))
+    whole[:, 0, 0] = n**-0.5
+    whole[:, 0, 1:] = -np.matmul(mean[:, None], T)[:, 0]
+    whole[:, 1:, 1:] = T
+    return Q, whole
 
 
-def _solve_dual(
-    deviation: np.ndarray, s: np.ndarray, tau: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Solve for deviations Z - y, shape (p, nm): on the simplex that is the case y = 0."""
-    optimize, sparse = require("scipy.optimize", "quantagg"), require("scipy.sparse", "quantagg")
-    p, size = deviation.shape
-    rows = sparse.csr_array(np.hstack([deviation, np.ones((p, 1))]))
-    cost = np.zeros(size + 1)
-    cost[-1] = -1.0
-    bounds = np.empty((size + 1, 2))
-    bounds[:-1, 0], bounds[:-1, 1], bounds[-1] = -s * (1 - tau), s * tau, (-np.inf, np.inf)
-    answer = optimize.linprog(cost, A_ub=rows, b_ub=np.zeros(p), bounds=bounds, method="highs")
-    if answer.status != 0:
-        raise RunError(f"global_coarse: HiGHS stopped without an optimum: {answer.message}")
-    weights = np.maximum(-answer.ineqlin.marginals, 0)
-    return weights / weights.sum(), -answer.fun
+# ------------------------------------------------------------------ fine
+
+
+def _by_columns(
+    flat: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray, chosen: np.ndarray
+) -> tuple[Solution, np.ndarray]:
+    """Solve b programs over all columns of flat (n, P); return them and their weights (b, P)."""
+    b, P = len(tau), flat.shape[1]
+    w, objective = np.zeros((b, P)), np.full(b, np.inf)
+    bound, iterations = np.full(b, -np.inf), np.zeros(b, dtype=np.int64)
+    alive = np.arange(b)
+    for _ in range(_ROUNDS):
+        A = np.ascontiguousarray((flat[:, chosen] - y[:, None, None]).transpose(1, 2, 0))
+        found = solve(A, np.zeros(len(y)), s, tau[alive, None], np.ones(chosen.shape[1], bool))
+        price = found.d @ flat - (found.d @ y)[:, None]
+        better = found.objective < objective[alive]
+        objective[alive[better]] = found.objective[better]
+        w[alive[better]] = 0
+        at, column = np.nonzero(better[:, None] & (found.w > 0))
+        np.add.at(w, (alive[at], chosen[at, column]), found.w[at, column])
+        bound[alive] = np.maximum(bound[alive], -price.max(axis=1))
+        iterations[alive] += found.iterations
+        # half of what certifies: the rest is left to the restricted program
+        going = objective[alive] - bound[alive] > 10 * TOLERANCE * np.abs(objective[alive])
+        if not going.any():
+            break
+        more = min(_NEW_COLUMNS, P - chosen.shape[1])
+        if more <= 0:
+            break
+        np.put_along_axis(price, chosen, -np.inf, axis=1)
+        new = np.argpartition(-price, more - 1, axis=1)[:, :more]
+        chosen, alive = np.concatenate([chosen, new], axis=1)[going], alive[going]
+    empty = np.empty((0, 0))
+    return Solution(empty, empty, objective, bound, iterations), w
+
+
+def _fine_free(flat, y, s, levels, all_s, p: int) -> Program:
+    """Solve with free weights on an orthonormal basis that all output levels share."""
+    m = len(levels)
+    Q, T = basis(flat.T[None])
+    whole = np.einsum("qn,qn->q", Q[0], Q[0]) > 0.5
+    Q, T = Q[:, whole], T[:, :, whole]
+    start = Q[0] @ y
+    rest = y - start @ Q[0]
+    found, w = [], np.empty((m, p * m))
+    for k in range(m):
+        one = solve(Q, rest, s, levels[k : k + 1, None], np.zeros(Q.shape[1], dtype=bool))
+        w[k] = T[0] @ (one.w[0] + start)
+        found.append(one)
+    return _program(w.reshape(m, p, m).transpose(1, 2, 0), np.zeros(m), _joined(found), all_s, m)
+
+
+# ------------------------------------------------------------------ coarse, without a copy of Z
+
+
+def _coarse_streamed(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray) -> Program:
+    """Solve global coarse by the residuals near zero only (Portnoy and Koenker's preprocessing).
+
+    A residual whose sign is known enters the loss linearly, and all such together as two rows. From
+    a solution on some rows, the residuals nearest to zero are kept and the others summed; the loss
+    over all residuals and the bound of the reduced program, which is one for the whole, tell how
+    good the answer is. Memory beyond Z: 4 bytes per residual and the reduced program.
+    """
+    n, p, m = Z.shape
+    rows = np.linspace(0, n - 1, max(2, min(n, _KEPT // m))).astype(np.int64)
+    rows = rows[s[rows] > 0]
+    w = coarse(Z[rows], y[rows], levels, s[rows]).w if len(rows) else np.full(p, 1 / p)
+    best, bound, kept = (np.inf, w), -np.inf, _KEPT
+    for _ in range(12):
+        size, _ = _sizes(Z, y, levels, s, w)
+        cut = np.partition(size, kept, axis=None)[kept] if kept < size.size else np.inf
+        A, target, weight, tau = _reduced(Z, y, levels, s, w, size < cut)
+        del size
+        found, candidate, _ = _general(A, target, weight, tau, simplex=True, intercept=False)
+        del A
+        w = candidate[0]
+        bound = max(bound, float(found.bound[0]))
+        _, value = _sizes(Z, y, levels, s, w, keep=False)
+        if value < best[0]:
+            best = (value, w)
+        if best[0] - bound <= 10 * TOLERANCE * best[0]:
+            break
+        kept = min(2 * kept, 4 * _KEPT)
+    cells = s.sum() * m
+    return Program(best[1], np.zeros(()), best[0] / cells, max(0.0, best[0] - bound) / cells)
+
+
+def _blocks(Z: np.ndarray):
+    """Yield slices of rows whose part of Z is about 32 MiB."""
+    size = max(1, _BLOCK_BYTES // (8 * Z.shape[1] * Z.shape[2]))
+    for i in range(0, len(Z), size):
+        yield slice(i, min(len(Z), i + size))
+
+
+def _residuals(Z, y, w, block: slice) -> np.ndarray:
+    return y[block, None] - np.matmul(w, Z[block])
+
+
+def _sizes(Z, y, levels, s, w, keep: bool = True) -> tuple[np.ndarray, float]:
+    """Return |residuals| as float32 (n, m), and the weighted loss over all of them."""
+    size = np.empty((len(Z), Z.shape[2]) if keep else (0, 0), dtype=np.float32)
+    value = 0.0
+    for block in _blocks(Z):
+        r = _residuals(Z, y, w, block)
+        value += float(s[block] @ np.maximum(levels * r, (levels - 1) * r).sum(axis=1))
+        if keep:
+            np.abs(r, out=r)
+            size[block] = r
+            size[block][s[block] == 0] = np.inf
+    return size, value
+
+
+def _reduced(Z, y, levels, s, w, near: np.ndarray):
+    """Return the program over the residuals `near` zero and the sums of the others, by sign."""
+    p = Z.shape[1]
+    columns, targets, weights, taus = [], [], [], []
+    sums, sum_y = np.zeros((2, p)), np.zeros(2)
+    for block in _blocks(Z):
+        r, close = _residuals(Z, y, w, block), near[block]
+        at, level = np.nonzero(close)
+        part = Z[block]
+        columns.append(part[at, :, level].T)
+        targets.append(y[block][at])
+        weights.append(s[block][at])
+        taus.append(levels[level])
+        for sign, far in enumerate((~close & (r > 0), ~close & (r <= 0))):
+            share = far * (levels if sign == 0 else 1 - levels) * s[block, None]
+            sums[sign] += np.einsum("nm,npm->p", share, part)
+            sum_y[sign] += float(share.sum(axis=1) @ y[block])
+    A = np.concatenate([*columns, sums.T], axis=1)[None]
+    # a row of loss |r|: weight 2 at level 1/2; its residual is a sum of residuals of one sign
+    weight = np.r_[np.concatenate(weights), 2.0, 2.0]
+    tau = np.r_[np.concatenate(taus), 0.5, 0.5]
+    # on the simplex Z - y is used, and for a sum that is sums - sum_y: the same form
+    return A, np.r_[np.concatenate(targets), sum_y][None], weight[None], tau[None]
