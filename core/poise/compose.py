@@ -149,6 +149,7 @@ def compose(overrides: list[str]) -> Composed:
     """
     install()
     check_overrides(overrides)
+    overrides = [open_key(o) for o in overrides]
     with one_line_errors(overrides), _initialized():
         whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)
@@ -209,6 +210,32 @@ def check_overrides(overrides: list[str]) -> None:
         key = parsed.key_or_group
         if key in (*PARTS, "train", "experiment") and parsed.value() is None and not parsed.is_delete():
             raise ConfigError(f"{text}: a group has no null; write {key}=none")
+
+
+def open_key(text: str) -> str:
+    """Let an override add keys to an option that is a free mapping, as if it were written with ++.
+
+    `recipe.base_options.lightgbm.grid=11` is what a person writes; Hydra knows only the keys that are
+    there already.
+    """
+    kind, _, rest = text.partition("=")[0].partition(".")
+    if kind not in PARTS or not rest:
+        return text
+    return f"++{text}" if rest.partition(".")[0] in _mappings(kind) else text
+
+
+def _mappings(kind: str) -> set[str]:
+    """Return the names of the options of a kind's components that are mappings."""
+    import typing
+
+    found = set()
+    for entry in installed().entries(kind):
+        try:
+            component = entry.load()
+        except ConfigError:
+            continue
+        found |= {n for n, hint in typing.get_type_hints(component).items() if typing.get_origin(hint) is dict}
+    return found
 
 
 def _grammar_help(text: str) -> str:
@@ -422,6 +449,7 @@ def _sweep(overrides: list[str], quiet: bool) -> list[Any]:
     from poise.runs.records import find_runs, load_run
 
     check_overrides(overrides)
+    overrides = [open_key(o) for o in overrides]
     plain = [o for o in overrides if not _is_sweep(o)]
     with one_line_errors(overrides):
         install()
@@ -510,7 +538,7 @@ def show(argv: list[str]) -> None:
     overrides = [a for a in argv if not a.startswith("-") and "=" in a]
     check_overrides(overrides)
     with one_line_errors(overrides):
-        _hydra_main(argv)
+        _hydra_main([open_key(a) if a in overrides else a for a in argv])
 
 
 def parse_changes(overrides: list[str]) -> Mapping[str, Any]:

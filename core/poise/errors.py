@@ -1,6 +1,7 @@
 """What can go wrong, as types; each carries the exit code of `poise`.
 
 Every message is one line that says what was given, where, what is allowed and how to mend it.
+Wrong choices and wrong data are `ValueError`s too, which is what scikit-learn's users catch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ class PoiseError(Exception):
     exit_code = 1
 
 
-class ConfigError(PoiseError):
+class ConfigError(PoiseError, ValueError):
     """A choice that cannot be carried out: unknown name, wrong type, out of range, task mismatch."""
 
     exit_code = 2
@@ -22,7 +23,7 @@ class MissingExtra(ConfigError):
     """An optional dependency is absent; the message names the extra that brings it."""
 
 
-class DataError(PoiseError):
+class DataError(PoiseError, ValueError):
     """Input data that cannot be used: missing, empty, truncated, not finite."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from poise.errors import FileError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 BUNDLE_VERSION = 1
@@ -133,8 +134,18 @@ def save_bundle(stem: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[s
     """
     from safetensors.torch import save
 
-    stem = Path(stem)
-    data = save({k: v.detach().contiguous().clone() for k, v in tensors.items()})
+    _write_bundle(Path(stem), save({k: v.detach().contiguous().clone() for k, v in tensors.items()}), meta)
+
+
+def save_arrays(stem: Path | str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Write NumPy arrays as `save_bundle` writes tensors; torch is not needed."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    _write_bundle(Path(stem), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), meta)
+
+
+def _write_bundle(stem: Path, data: bytes, meta: Mapping[str, Any]) -> None:
     body = {
         "version": BUNDLE_VERSION,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -154,6 +165,14 @@ def load_bundle(stem: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         Naming the file that is missing, torn, altered or of another version.
     """
     from safetensors.torch import load
+
+    meta = load_meta(stem)
+    return load(_tensors(Path(stem)).read_bytes()), meta
+
+
+def load_arrays(stem: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a bundle as NumPy arrays, checked as `load_bundle` does; torch is not needed."""
+    from safetensors.numpy import load
 
     meta = load_meta(stem)
     return load(_tensors(Path(stem)).read_bytes()), meta

@@ -19,10 +19,11 @@ from poise.testing import (
     check_model,
     check_quantizer,
 )
+from poise.testing.aggregator import sample
 from poise_bone import Bone
 from poise_compander import Compander
-from poise_quantagg.aggregators.fitted import CoarseFit
-from poise_quantagg.components import Average
+from poise_quantagg.aggregators.fitted import LinearFit
+from poise_quantagg.components import Average, LocalCoarse
 
 
 def planted(*faults):
@@ -376,23 +377,24 @@ class FaultyAggregator:
 
 
 def plus(extra):
-    return lambda fitted, Z: fitted.predict(Z) + extra(Z)
+    return lambda fitted, Z, X: fitted.predict(Z) + extra(Z)
 
 
 @planted(
-    ("order", {"predict": lambda f, Z: f.predict(Z)[:, ::-1]}, "the level order is ignored"),
-    ("shape", {"predict": lambda f, Z: f.predict(Z).T}, r"predict has shape \(5, 80\)"),
-    ("NaN", {"predict": lambda f, Z: f.predict(Z) * np.nan}, "holds NaN or Inf"),
-    ("weights", {"weights": lambda f: 2 * f.weights()}, r"not the sum of weights\(\) times Z"),
-    ("weights shape", {"weights": lambda f: np.ones(7)}, r"weights\(\) has shape \(7,\)"),
+    ("order", {"predict": lambda f, Z, X: f.predict(Z)[:, ::-1]}, "the level order is ignored"),
+    ("shape", {"predict": lambda f, Z, X: f.predict(Z).T}, r"predict has shape \(5, 80\)"),
+    ("NaN", {"predict": lambda f, Z, X: f.predict(Z) * np.nan}, "holds NaN or Inf"),
+    ("weights", {"weights": lambda f, X: 2 * f.weights()}, r"not the sum of weights\(\) times Z"),
+    ("weights shape", {"weights": lambda f, X: np.ones(7)},
+     r"weights\(\) has shape \(7,\), not \(p\), \(p, m\) or \(p, m, m\)"),
     ("position", {"linear": False, "predict": plus(lambda Z: np.arange(len(Z))[:, None])},
      "depends on the other rows"),
     ("batch", {"linear": False, "predict": plus(lambda Z: Z.mean() - Z.mean((1, 2))[:, None])},
      "depends on the other rows"),
     ("offset", {"linear": False, "predict": plus(lambda Z: 1.0)}, "not affine equivariant"),
-    ("first model", {"linear": False, "predict": lambda f, Z: f.predict(Z) * 0 + Z[:, 0]},
+    ("first model", {"linear": False, "predict": lambda f, Z, X: f.predict(Z) * 0 + Z[:, 0]},
      "depends on the order of the models"),
-    ("fewer levels", {"predict": lambda f, Z: Z.mean(1)}, "another number of levels"),
+    ("fewer levels", {"predict": lambda f, Z, X: Z.mean(1)}, "another number of levels"),
 )
 def test_a_faulty_fitted_aggregator_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
@@ -412,20 +414,20 @@ class Rerandomizes(FaultyAggregator):
     def fit(self, Z, y, X=None, **options):
         self.draws += 1
         w = np.array([0.2, 0.3, 0.5]) ** self.draws
-        return CoarseFit(w / w.sum(), Z.shape[2])
+        return LinearFit(w / w.sum(), Z.shape[2])
 
 
 class WeighsOnes(FaultyAggregator):
     def fit(self, Z, y, X=None, *, sample_weight=None, **options):
         w = np.array([1.0, 1.0, 1.0]) if sample_weight is None else np.array([2.0, 1.0, 1.0])
-        return CoarseFit(w / w.sum(), Z.shape[2])
+        return LinearFit(w / w.sum(), Z.shape[2])
 
 
 class AcceptsFewerModels(FaultyAggregator):
     def fit(self, Z, y, X=None, **options):
         fitted = Average().fit(Z, y, **options)
 
-        def predict(Z):
+        def predict(Z, X=None):
             return fitted.predict(np.concatenate([Z, Z[:, -1:]], 1) if Z.shape[1] == 2 else Z)
 
         return Wrapped(fitted, predict=predict)
@@ -464,6 +466,84 @@ class NoWeights(FaultyAggregator):
 def test_a_faulty_aggregator_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
         check_aggregator(fault())
+
+
+@pytest.fixture(scope="module")
+def gate():
+    """Return a fitted local aggregator that nothing is wrong with, and the sample's features."""
+    Z, y, X, levels = sample()
+    return LOCAL.fit(Z, y, X, levels=levels), X
+
+
+LOCAL = LocalCoarse(n_iter=1, width=8, depth=1, max_steps=100, patience=100)
+
+
+class FaultyLocal:
+    """A local aggregator that is fitted once, with replaced methods of what fit returns."""
+
+    needs_features = True
+
+    def __init__(self, gate, **replaced):
+        self.gate, self.replaced = gate, replaced
+
+    def fit(self, Z, y, X=None, **options):
+        fitted = LOCAL.fit(Z, y, X, **options)
+        return Wrapped(fitted, **{
+            k: (lambda *args, v=v: v(fitted, self.gate[1], *args)) for k, v in self.replaced.items()
+        })
+
+
+def equal(fitted):
+    return Average().fit(np.zeros((1, fitted.p, fitted.m)), np.zeros(1))
+
+
+@planted(
+    ("ignores", {"predict": lambda f, own, Z, X=None: equal(f).predict(Z),
+                 "weights": lambda f, own, X=None: np.full((len(X), f.p), 1 / f.p)},
+     "the features are ignored: every row has the same weights"),
+    ("no leading axis", {"weights": lambda f, own, X=None: f.weights(X)[0]},
+     r"weights\(X\) has shape \(3,\)"),
+    ("other weights", {"weights": lambda f, own, X=None: f.weights(X)[::-1]},
+     r"not the sum of weights\(X\) times Z"),
+    ("remembers", {"predict": lambda f, own, Z, X=None: f.predict(Z, own[: len(Z)])},
+     "depends on the other rows"),
+    ("forgives predict", {"predict": lambda f, own, Z, X=None: f.predict(Z, own if X is None else X)},
+     "predict accepts missing features"),
+    ("forgives weights", {"weights": lambda f, own, X=None: f.weights(own if X is None else X)},
+     "weights accepts missing features"),
+    ("pads rows", {"predict": lambda f, own, Z, X=None: f.predict(
+        Z, X if X is None else np.resize(X, (len(Z), X.shape[1])))},
+     "accepts features of fewer rows"),
+    ("pads columns", {"predict": lambda f, own, Z, X=None: f.predict(
+        Z, np.column_stack([X, X])[:, :2] if X is not None and X.shape[1] == 1 else X)},
+     "another number of features"),
+)
+def test_a_faulty_local_aggregator_is_refused(fault, words, gate):
+    with pytest.raises(ContractError, match=words):
+        check_aggregator(FaultyLocal(gate, **fault))
+
+
+class FitsWithoutFeatures(FaultyLocal):
+    def fit(self, Z, y, X=None, **options):
+        return LOCAL.fit(Z, y, self.gate[1] if X is None else X, **options)
+
+
+class FitsNaNFeatures(FaultyLocal):
+    def fit(self, Z, y, X=None, **options):
+        return LOCAL.fit(Z, y, None if X is None else np.nan_to_num(X), **options)
+
+
+@planted(
+    ("missing", FitsWithoutFeatures, "fit accepts missing features"),
+    ("NaN", FitsNaNFeatures, "fit accepts NaN features"),
+)
+def test_a_local_aggregator_that_fits_what_it_should_refuse_is_refused(fault, words, gate):
+    with pytest.raises(ContractError, match=words):
+        check_aggregator(fault(gate))
+
+
+def test_the_local_aggregator_that_faults_are_planted_in_passes():
+    check_aggregator(LOCAL)
 
 
 # ------------------------------------------------------------------ model: causal_lm

@@ -1,35 +1,35 @@
-"""Base models, cross-fitting and the recipe, on a real table."""
+"""Cross-fitting: nothing leaks, folds of every kind, jobs, failures, the cache that resumes."""
 
-import contextlib
-import hashlib
-import json
+import functools
+import pickle
+import warnings
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.model_selection import KFold, RepeatedKFold, ShuffleSplit, TimeSeriesSplit
 
-from poise.errors import ConfigError, DataError
-from poise.interfaces import Arrays, Parts, Splits
-from poise.registry import build
-from poise_quantagg import GlobalCoarse, cross_fit
+from poise.errors import ConfigError, DataError, RunError
+from poise_quantagg import crossfit
+from poise_quantagg.adapters import per_level, wrap
+from poise_quantagg.base.regressor import JoinedLevels
+from poise_quantagg.checks import QuantileWarning
 from poise_quantagg.components import (
     ExtraTrees,
+    GaussianNet,
     HistBoosting,
+    LightGBM,
     Linear,
-    QuantileEnsemble,
+    MultiQuantileNet,
     QuantileForest,
 )
-from poise_quantagg.crossfit import assign_folds
+from poise_quantagg.crossfit import assign_folds, cross_fit, make_folds, pair_predictions
 
 LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
-SMALL = {
-    "quantile_forest": {"n_estimators": 10},
-    "extra_trees": {"n_estimators": 10},
-    "lightgbm": {"n_estimators": 15},
-    "hist_boosting": {"max_iter": 15},
-    "linear": {},
-}
+NET = {"n_iter": 2, "width": 8, "depth": 2, "lr": 0.01, "max_steps": 60}
 
 
 def table(n=200):
@@ -40,154 +40,103 @@ def table(n=200):
 
 
 @dataclass(frozen=True)
-class Diabetes:
-    """scikit-learn's table behind the data contract."""
-
-    rows: int = 200
-
-    def load(self, seed=0):
-        x, y = table(self.rows)
-        order = np.random.default_rng(seed).permutation(len(y))
-        cuts = [int(0.6 * len(y)), int(0.8 * len(y))]
-        parts = [Arrays(x[i], y[i]) for i in np.split(order, cuts)]
-        return Splits(*parts, {"source": "scikit-learn load_diabetes"}, {"target": "progression"})
-
-
-class Notebook:
-    """A context that keeps what it is told."""
-
-    device = "cpu"
-
-    def __init__(self, directory, seed=0):
-        self.directory, self.seed = Path(directory), seed
-        self.logged, self.notes, self.advanced = [], {}, 0
-
-    def log(self, step, values):
-        self.logged.append((step, dict(values)))
-
-    def note(self, key, value):
-        self.notes[key] = json.loads(json.dumps(value, allow_nan=False))
-
-    def seed_for(self, purpose):
-        digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
-
-    @contextlib.contextmanager
-    def progress(self, total, label):
-        self.total = total
-        yield self
-
-    def advance(self, n=1, note=""):
-        self.advanced += n
-
-
-# ------------------------------------------------------------------ base models
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_base_model_keeps_the_contract(name):
-    x, y = table()
-    model = build("model", name, levels=LEVELS, **SMALL[name])
-    fitted = model.build({"input_shape": (10,)}).fit(x, y)
-    q = fitted.predict_quantiles(x)
-    assert q.shape == (200, 5) and np.isfinite(q).all()
-    assert np.array_equal(q, model.build().fit(x, y).predict_quantiles(x))
-    assert np.array_equal(fitted.predict_quantiles(x, [0.1, 0.9]), q[:, [0, 4]])
-    assert fitted.predict_quantiles(x[:1], [0.5]).shape == (1, 1)
-    assert ((y[:, None] <= q).mean(axis=0) == pytest.approx(LEVELS, abs=0.15))
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_base_model_honours_sample_weights(name):
-    x, y = table()
-    component = build("model", name, levels=[0.5], **SMALL[name])
-    q = component.build().fit(x, y, sample_weight=np.ones(200)).predict_quantiles(x)
-    weight = np.where(y > np.median(y), 20.0, 1.0)
-    higher = component.build().fit(x, y, sample_weight=weight).predict_quantiles(x)
-    if name == "extra_trees":  # weights shape its splits only, as its card says
-        assert not np.array_equal(q, higher)
-    else:
-        assert higher.mean() > q.mean()
-    with pytest.raises(DataError, match="sample_weight"):
-        component.build().fit(x, y, sample_weight=np.ones(3))
-
-
-def test_forests_predict_levels_they_were_not_given_and_others_refuse():
-    x, y = table()
-    forest = QuantileForest(levels=[0.5], n_estimators=5).build().fit(x, y)
-    assert forest.predict_quantiles(x, [0.29, 0.57]).shape == (200, 2)
-    linear = Linear(levels=[0.5]).build().fit(x, y)
-    with pytest.raises(ConfigError, match=r"level 0\.3 is not among \[0\.5\]"):
-        linear.predict_quantiles(x, [0.3])
-
-
-def test_forest_quantiles_are_those_of_meinshausens_weights():
-    x, y = table()
-    fitted = ExtraTrees(n_estimators=20).build().fit(x[:150], y[:150])
-    seen, new = (fitted.forest_.apply(part) for part in (x[:150], x[150:]))
-    same = (new[:, None] == seen[None]).astype(float)  # (new rows, training rows, trees)
-    weight = (same / same.sum(axis=1, keepdims=True)).mean(axis=2)
-    order = np.argsort(y[:150])
-    cumulative = np.cumsum(weight[:, order], axis=1)
-    for level in (0.1, 0.29, 0.5, 0.9):
-        exact = y[:150][order][(cumulative >= level - 1e-12).argmax(axis=1)]
-        # the package interpolates between neighbouring targets, hence not equal
-        error = fitted.predict_quantiles(x[150:], [level])[:, 0] - exact
-        assert np.abs(error).mean() < 0.005 * np.ptp(y)
-
-
-def test_the_linear_model_does_not_depend_on_the_units_of_the_features():
-    x, y = table()
-    units = 10.0 ** np.arange(-5, 5)
-    model = Linear(levels=[0.2, 0.8])
-    here, there = (model.build().fit(a, y).predict_quantiles(a) for a in (x, x * units))
-    assert there == pytest.approx(here, rel=1e-6)
-
-
-def test_base_models_refuse_what_they_cannot_use():
-    x, y = table()
-    with pytest.raises(ConfigError, match="not fitted"):
-        Linear().build().predict_quantiles(x)
-    with pytest.raises(DataError, match="X has 9 features; fitted on 10"):
-        Linear(levels=[0.5]).build().fit(x, y).predict_quantiles(x[:, :9])
-    with pytest.raises(DataError, match="y has 199"):
-        Linear().build().fit(x, y[:-1])
-    with pytest.raises(ConfigError, match="increasing"):
-        Linear(levels=[0.5, 0.1])
-    with pytest.raises(ConfigError, match="levels"):
-        HistBoosting(levels=[0.0])
-
-
-# ------------------------------------------------------------------ cross-fitting
-
-
-@dataclass(frozen=True)
 class Parrot:
     """Predicts the target of the nearest row it has seen, so a leak shows as a perfect hit."""
 
+    shift: float = 0.0
+
     def build(self, spec=None):
-        return FittedParrot()
+        return FittedParrot(self.shift)
 
 
 class FittedParrot:
+    def __init__(self, shift=0.0):
+        self.shift = shift
+
     def fit(self, X, y, sample_weight=None):
-        self.x, self.y = X[:, 0], y
+        self.x, self.y, self.weight = X[:, 0], y, sample_weight
         return self
 
     def predict_quantiles(self, X, levels=None):
         nearest = np.abs(X[:, :1] - self.x).argmin(axis=1)
-        return np.repeat(self.y[nearest][:, None], len(levels), axis=1)
+        return np.repeat(self.y[nearest][:, None] + self.shift, len(levels), axis=1)
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Fails where the training rows lack a row, or with what it predicts."""
+
+    without: float | None = None
+    predicts: str = ""
+
+    def build(self, spec=None):
+        return self
+
+    def fit(self, X, y, sample_weight=None):
+        if self.without is not None and self.without not in X[:, 0]:
+            raise ZeroDivisionError("no such\nrow")
+        return self
+
+    def predict_quantiles(self, X, levels=None):
+        q = np.zeros((len(X), len(levels)))
+        return {"": q, "nan": q * np.nan, "shape": q[:, :-1]}[self.predicts]
+
+
+def line(n=53):
+    return np.arange(float(n))[:, None], np.arange(float(n)) + 100
+
+
+# ------------------------------------------------------------------ what out-of-fold means
 
 
 def test_every_row_is_predicted_once_by_a_model_that_has_not_seen_it():
-    x, y = np.arange(53.0)[:, None], np.arange(53.0) + 100
+    x, y = line()
     done = []
     fits = cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=4, seed=1, progress=done.append)
-    assert fits.Z.shape == (53, 1, 5) and np.isfinite(fits.Z).all()
+    assert fits.Z.shape == (53, 1, 5) and np.isfinite(fits.Z).all() and fits.covered.all()
     assert not np.any(fits.Z[:, 0, 0] == y)
-    assert np.array_equal(fits.predict(x)[:, 0, 0], y)  # the final model has seen all
-    assert done == ["parrot, fold 1/4", "parrot, fold 2/4", "parrot, fold 3/4",
-                    "parrot, fold 4/4", "parrot, all rows"]
+    assert done == [f"parrot, fold {k}/4" for k in (1, 2, 3, 4)]
+    for k, model in enumerate(fits.models["parrot"]):
+        assert np.array_equal(np.sort(model.y), y[fits.fold != k])
+        assert np.array_equal(fits.Z[fits.fold == k, 0], model.predict_quantiles(x[fits.fold == k], LEVELS))
+
+
+def test_new_rows_are_predicted_by_the_mean_over_folds_or_by_a_model_of_all_rows():
+    x, y = line()
+    models = {"parrot": Parrot(), "other": Parrot(7.0)}
+    bag = cross_fit(models, x, y, LEVELS, folds=4)
+    folds = bag.predict_folds(x)
+    assert folds.shape == (4, 53, 2, 5) and bag.whole == {}
+    assert np.array_equal(bag.predict(x), folds.mean(axis=0))
+    assert np.array_equal(folds[2, :, 1], bag.models["other"][2].predict_quantiles(x, LEVELS))
+    done = []
+    every = cross_fit(models, x, y, LEVELS, folds=4, refit="all", progress=done.append)
+    assert np.array_equal(every.predict(x)[:, 0, 0], y) and np.array_equal(every.predict(x)[:, 1, 0], y + 7)
+    assert np.array_equal(every.Z, bag.Z) and len(every.models["parrot"]) == 4
+    assert done[4] == "parrot, all rows"
+
+
+@pytest.mark.parametrize("refit", ["bag", "all"])
+@pytest.mark.parametrize("model", [Linear(), LightGBM(n_estimators=5), GaussianNet(**NET)],
+                         ids=["linear", "lightgbm", "net"])
+def test_extra_rows_are_predicted_as_new_rows_are(refit, model):
+    x, y = table(120)
+    fits = cross_fit({"it": model}, x[:90], y[:90], LEVELS, folds=3, refit=refit, extra=x[90:])
+    assert fits.extra is not None and fits.extra.shape == (30, 1, 5)
+    assert fits.extra == pytest.approx(fits.predict(x[90:]), rel=1e-12)
+
+
+def test_sample_weights_reach_the_rows_they_belong_to():
+    x, y = line(20)
+    weight = np.arange(20.0)
+    fits = cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=4, sample_weight=weight)
+    for k, model in enumerate(fits.models["parrot"]):
+        assert model.weight == pytest.approx(weight[fits.fold != k] / weight.mean())
+    bare = cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=4)
+    assert bare.models["parrot"][0].weight is None
+
+
+# ------------------------------------------------------------------ folds
 
 
 def test_folds_are_even_shuffled_and_decided_by_the_seed():
@@ -198,82 +147,422 @@ def test_folds_are_even_shuffled_and_decided_by_the_seed():
     assert np.any(np.diff(fold) < 0)
 
 
+@given(st.lists(st.integers(0, 9), min_size=12, max_size=60), st.integers(2, 4), st.integers(0, 99))
+@settings(max_examples=60)
+def test_a_group_is_never_split(groups, folds, seed):
+    groups = np.array(groups)
+    x, y = line(len(groups))
+    names = len(np.unique(groups))
+    if names < folds:
+        with pytest.raises(ConfigError, match=f"folds={folds}: allowed is 2 <= folds <= {names} groups"):
+            make_folds(x, y, folds, seed, groups)
+        return
+    parts = make_folds(x, y, folds, seed, groups)
+    held = np.concatenate([rows for _, rows in parts])
+    assert sorted(held) == list(range(len(y)))
+    for train, test in parts:
+        assert len(test) and not set(groups[train]) & set(groups[test])
+        assert sorted([*train, *test]) == list(range(len(y)))
+    sizes = [len(test) for _, test in parts]
+    assert max(sizes) - min(sizes) <= np.bincount(groups).max()
+
+
+def test_groups_of_any_names_reach_cross_fit():
+    x, y = line(12)
+    groups = np.repeat(["ann", "bob", "cid", "dan"], 3)
+    fits = cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=2, groups=groups)
+    assert all(len(set(fits.fold[groups == g])) == 1 for g in groups)
+    with pytest.raises(DataError, match=r"groups has shape \(11,\), y has 12 rows"):
+        cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=2, groups=groups[1:])
+
+
+def test_a_splitter_decides_the_folds_itself():
+    x, y = line(12)
+    fits = cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=KFold(3))
+    assert np.array_equal(fits.fold, np.repeat([0, 1, 2], 4))
+    for splitter in (RepeatedKFold(n_splits=3, n_repeats=2), ShuffleSplit(8, random_state=0)):
+        with pytest.raises(ConfigError, match="holds out some rows twice"):
+            cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=splitter)
+
+
+def test_time_splits_leave_the_first_rows_without_prediction_and_see_only_the_past():
+    x, y = line(24)
+    fits = cross_fit({"parrot": Parrot(), "linear": Linear()}, x, y, LEVELS, folds=TimeSeriesSplit(3))
+    assert np.array_equal(fits.fold, np.repeat([-1, 0, 1, 2], 6))
+    assert np.isnan(fits.Z[:6]).all() and np.isfinite(fits.Z[6:]).all()
+    assert np.array_equal(fits.covered, fits.fold >= 0)
+    assert (fits.Z[6:, 0, 0] < y[6:]).all()  # the nearest row of the past
+    assert np.isfinite(fits.predict(x)).all()
+
+
+# ------------------------------------------------------------------ jobs
+
+
+@pytest.mark.parametrize("model", [LightGBM(n_estimators=5), HistBoosting(max_iter=5)],
+                         ids=["lightgbm", "hist_boosting"])
+def test_levels_in_blocks_give_what_all_levels_together_give(model, monkeypatch):
+    x, y = table(90)
+    levels = np.arange(1, 61) / 61
+    done = []
+    blocks = cross_fit({"it": model}, x, y, levels, folds=2, progress=done.append)
+    assert len(done) == 6 and done[0] == "it, fold 1/2, levels 0.0163934..0.327869"
+    assert isinstance(blocks.models["it"][0], JoinedLevels)
+    monkeypatch.setattr(crossfit, "LEVELS_OF_A_JOB", 100)
+    whole = cross_fit({"it": model}, x, y, levels, folds=2)
+    assert np.array_equal(blocks.Z, whole.Z)
+    assert np.array_equal(blocks.predict(x), whole.predict(x))
+    fitted = blocks.models["it"][0]
+    assert np.array_equal(fitted.predict_quantiles(x, [0.3, 0.5]),
+                          whole.models["it"][0].predict_quantiles(x, [0.3, 0.5]))
+
+
+def test_a_grid_of_levels_is_interpolated_to_all():
+    x, y = table(90)
+    levels = np.arange(1, 100) / 100
+    done = []
+    fits = cross_fit({"it": LightGBM(n_estimators=5, grid=11)}, x, y, levels, folds=2, progress=done.append)
+    assert len(done) == 2 and fits.Z.shape == (90, 1, 99)
+    direct = LightGBM(levels=levels.tolist(), n_estimators=5, grid=11).build()
+    held = fits.fold == 0
+    assert fits.Z[held, 0] == pytest.approx(direct.fit(x[~held], y[~held]).predict_quantiles(x[held]))
+    assert np.isfinite(fits.predict(x)).all()
+
+
+@pytest.mark.parametrize("refit", ["bag", "all"])
+def test_the_folds_of_a_network_are_one_job(refit):
+    x, y = table(90)
+    done = []
+    model = MultiQuantileNet(**NET)
+    fits = cross_fit({"net": model}, x, y, LEVELS, folds=3, refit=refit, progress=done.append)
+    assert done == [f"net, {3 + (refit == 'all')} folds"]
+    assert len(fits.models["net"]) == 3 and len(fits.whole) == (refit == "all")
+    held = fits.fold == 1
+    assert np.array_equal(fits.models["net"][1].predict_quantiles(x[held]), fits.Z[held, 0])
+
+
 def test_the_result_does_not_depend_on_the_number_of_processes():
     x, y = table(100)
-    models = {"linear": Linear(), "forest": QuantileForest(n_estimators=5)}
+    models = {"linear": Linear(), "forest": QuantileForest(n_estimators=5), "net": GaussianNet(**NET)}
     one, two = (cross_fit(models, x, y, LEVELS, folds=3, n_jobs=j) for j in (1, 2))
     assert np.array_equal(one.Z, two.Z)
     assert np.array_equal(one.predict(x), two.predict(x))
 
 
+@dataclass(frozen=True)
+class CountsThreads:
+    """Predicts how many threads BLAS, OpenMP and torch would use."""
+
+    def build(self, spec=None):
+        return self
+
+    def fit(self, X, y, sample_weight=None):
+        return self
+
+    def predict_quantiles(self, X, levels=None):
+        import threadpoolctl
+        import torch
+
+        pools = threadpoolctl.threadpool_info()
+        most = max([torch.get_num_threads(), *(p["num_threads"] for p in pools)])
+        return np.full((len(X), len(levels)), float(most))
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_job_uses_one_thread_and_gives_the_others_back(n_jobs):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, y = line(10)
+        fits = cross_fit({"threads": CountsThreads()}, x, y, LEVELS, folds=2, n_jobs=n_jobs)
+        assert np.unique(fits.Z).tolist() == [1.0]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------ bad input and failures
+
+
 def test_cross_fitting_refuses_what_it_cannot_use():
     x, y = table(20)
+    fit = functools.partial(cross_fit, {"linear": Linear()}, x, y, LEVELS)
     for folds in (1, 21):
-        with pytest.raises(ConfigError, match=f"folds={folds}"):
-            cross_fit({"linear": Linear()}, x, y, LEVELS, folds=folds)
+        with pytest.raises(ConfigError, match=f"folds={folds}: allowed is 2 <= folds <= 20 rows"):
+            fit(folds=folds)
+    for folds in (True, 2.0, "five", None):
+        with pytest.raises(ConfigError, match="allowed is a number or a splitter"):
+            fit(folds=folds)
+    with pytest.raises(ConfigError, match="refit='none': allowed is one of bag, all"):
+        fit(refit="none")
     with pytest.raises(ConfigError, match="no models"):
         cross_fit({}, x, y, LEVELS)
     with pytest.raises(DataError, match="y has 19"):
         cross_fit({"linear": Linear()}, x, y[:-1], LEVELS)
+    for levels in ([0.5, 0.1], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0], []):
+        with pytest.raises(ConfigError, match="levels="):
+            cross_fit({"linear": Linear()}, x, y, levels)
+    for name in ("X", "y", "extra"):
+        broken = {"X": x.copy(), "y": y.copy(), "extra": x.copy()}
+        broken[name][[2, 5]] = np.inf
+        with pytest.raises(DataError, match=f"{name}.* in 2 rows, first rows 2, 5"):
+            cross_fit({"linear": Linear()}, broken["X"], broken["y"], LEVELS, extra=broken["extra"])
+    with pytest.raises(DataError, match="sample_weight"):
+        fit(sample_weight=-np.ones(20))
 
 
-# ------------------------------------------------------------------ the recipe
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_model_that_fails_in_one_fold_is_left_out_and_named_once(n_jobs):
+    x, y = line(12)
+    models = {"before": Parrot(), "broken": Faulty(without=5.0), "after": Parrot(1.0)}
+    with pytest.warns(QuantileWarning) as caught:
+        fits = cross_fit(models, x, y, LEVELS, folds=KFold(3), n_jobs=n_jobs)
+    assert len(caught) == 1
+    assert str(caught[0].message).endswith("broken (fold 2/3: ZeroDivisionError: no such row)")
+    assert list(fits.models) == ["before", "after"] and fits.Z.shape == (12, 2, 5)
+    assert fits.failures == {"broken": "fold 2/3: ZeroDivisionError: no such row"}
+    assert np.array_equal(fits.Z[:, 1], fits.Z[:, 0] + 1)
 
 
-def test_the_recipe_scores_every_model_and_aggregator(tmp_path):
-    recipe = QuantileEnsemble(base=["linear", "quantile_forest"], levels=LEVELS, folds=3,
-                              base_options={"quantile_forest": {"n_estimators": 10}})
-    context = Notebook(tmp_path)
-    parts = Parts(data=Diabetes(), model=HistBoosting(max_iter=10), aggregator=GlobalCoarse(),
-                  names={"model": "boosted", "aggregator": "mine"})
-    metrics = recipe.run(parts, context)
-    names = {"linear", "quantile_forest", "boosted", "average", "median", "global_coarse", "mine"}
-    assert set(metrics) == {f"{key}/{name}" for name in names
-                            for key in ("wis_mean", "coverage_80", "crossing_raw")}
-    assert metrics["wis_mean/mine"] == metrics["wis_mean/global_coarse"]
-    # standardised target: always predicting the marginal quantiles scores about 0.56
-    assert 0.2 < metrics["wis_mean/global_coarse"] < 0.56
-    assert context.advanced == context.total == 3 * 4
-    assert {row["name"] for row in context.notes["scores"]} == names
-    assert sum(context.notes["weights"]["mine"].values()) == pytest.approx(1)
-    for file in context.notes["figures"]:
-        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_recipe_is_decided_by_the_seed(tmp_path):
-    recipe = QuantileEnsemble(base=["quantile_forest"], levels=LEVELS, folds=2, figures=False,
-                              base_options={"quantile_forest": {"n_estimators": 5}})
-    first, again, other = (
-        recipe.run(Parts(data=Diabetes()), Notebook(tmp_path, s)) for s in (0, 0, 1)
-    )
-    assert first == again != other
-
-
-@pytest.mark.parametrize(("options", "parts", "message"), [
-    ({"base": ["lightgmb"]}, {}, "did you mean 'lightgbm'"),
-    ({"base": []}, {}, "at least one model"),
-    ({"base_options": {"linaer": {}}}, {}, "did you mean 'linear'"),
-    ({"base_options": {"linear": {"alhpa": 1.0}}}, {}, "did you mean 'alpha'"),
-    ({"aggregators": ["mean"]}, {}, "no aggregator named 'mean'"),
-    ({"levels": [0.1, 0.5]}, {}, "level 0.9"),
-    ({}, {"adapter": object()}, "takes no adapter"),
-    ({}, {"data": None}, "needs data"),
+@pytest.mark.parametrize(("predicts", "words"), [
+    ("nan", "prediction of broken has NaN or Inf in"),
+    ("shape", r"broken predicts shape \(4, 4\), not \(4, 5\)"),
 ])
-def test_a_bad_choice_is_refused_before_data_is_loaded(tmp_path, options, parts, message):
-    class Untouched:
-        def load(self, seed=0):
-            raise AssertionError("data was loaded")
-
-    recipe = QuantileEnsemble(**options)
-    with pytest.raises(ConfigError, match=message):
-        recipe.run(Parts(**{"data": Untouched(), **parts}), Notebook(tmp_path))
+def test_predictions_that_are_none_are_a_failure_too(predicts, words):
+    x, y = line(12)
+    with pytest.warns(QuantileWarning, match=words):
+        fits = cross_fit({"parrot": Parrot(), "broken": Faulty(predicts=predicts)}, x, y, LEVELS, folds=3)
+    assert list(fits.models) == ["parrot"]
 
 
-def test_a_constant_target_is_refused(tmp_path):
-    class Constant:
-        def load(self, seed=0):
-            part = Arrays(np.arange(8.0)[:, None], np.ones(8))
-            return Splits(part, part, part, {})
+def test_when_all_fail_every_reason_is_given():
+    x, y = line(12)
+    models = {"a": Faulty(without=5.0), "b": Faulty(predicts="nan")}
+    with pytest.raises(RunError, match=r"every model failed: a: fold 2/3: Zero.*; b: fold 1/3: DataError"):
+        cross_fit(models, x, y, LEVELS, folds=KFold(3))
 
-    with pytest.raises(DataError, match="constant"):
-        QuantileEnsemble(base=["linear"]).run(Parts(data=Constant()), Notebook(tmp_path))
+
+# ------------------------------------------------------------------ pairs of folds
+
+
+def test_pairs_of_folds_are_predicted_by_models_that_saw_neither():
+    x, y = line(20)
+    fold = np.arange(20) % 4
+    pairs = pair_predictions({"parrot": Parrot(), "other": Parrot(1.0)}, x, y, np.array(LEVELS), fold)
+    assert list(pairs) == [(k, l) for k in range(4) for l in range(k + 1, 4)]
+    for (k, l), Z in pairs.items():
+        rows = np.flatnonzero((fold == k) | (fold == l))
+        assert Z.shape == (10, 2, 5) and np.array_equal(Z[:, 1], Z[:, 0] + 1)
+        assert not np.isin(Z[:, 0, 0], y[rows]).any()
+    with pytest.raises(RunError, match=r"a model failed on a pair of folds: broken \(.*ZeroDivisionError"):
+        pair_predictions({"broken": Faulty(without=5.0)}, x, y, np.array(LEVELS), fold)
+
+
+# ------------------------------------------------------------------ the cache
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count):
+    """Return a progress that raises after so many jobs, and what it was told."""
+    told = []
+
+    def progress(what):
+        told.append(what)
+        if len(told) == count:
+            raise Stopped
+
+    return progress, told
+
+
+MODELS = {"linear": Linear(), "trees": ExtraTrees(n_estimators=3), "boosted": LightGBM(n_estimators=4),
+          "net": MultiQuantileNet(**NET), "hist": HistBoosting(max_iter=3)}
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    x, y = table(80)
+    return cross_fit(MODELS, x[:60], y[:60], LEVELS, folds=3, extra=x[60:])
+
+
+def resumed(cache, said=None, models=MODELS, **options):
+    x, y = table(80)
+    return cross_fit(models, x[:60], y[:60], LEVELS, folds=3, extra=x[60:], cache=cache,
+                     progress=None if said is None else said.append, **options)
+
+
+def same(one, two):
+    x, _ = table(80)
+    return (np.array_equal(one.Z, two.Z) and np.array_equal(one.extra, two.extra)
+            and np.array_equal(one.predict(x), two.predict(x))
+            and np.array_equal(one.predict_folds(x), two.predict_folds(x)))
+
+
+@pytest.mark.parametrize("after", [1, 4, 10, 13])
+def test_an_interrupted_fit_goes_on_where_it_was(after, fresh, tmp_path):
+    progress, told = stop_after(after)
+    with pytest.raises(Stopped):
+        x, y = table(80)
+        cross_fit(MODELS, x[:60], y[:60], LEVELS, folds=3, extra=x[60:], cache=tmp_path, progress=progress)
+    said = []
+    again = resumed(tmp_path, said)
+    assert sorted(s.removesuffix(" (cached)") for s in said) == sorted(resumed_labels())
+    assert [s for s in said if s.endswith("(cached)")] == [f"{s} (cached)" for s in told]
+    assert same(again, fresh)
+    assert same(pickle.loads(pickle.dumps(again)), fresh)
+
+
+def resumed_labels():
+    return [f"{name}, fold {k}/3" for name in MODELS if name != "net" for k in (1, 2, 3)] + ["net, 3 folds"]
+
+
+def fits_again(monkeypatch):
+    """Count the fits by model."""
+    real, count = crossfit._fit, Counter()
+
+    def fit(job, *args):
+        count[job.name] += 1
+        return real(job, *args)
+
+    monkeypatch.setattr(crossfit, "_fit", fit)
+    return count
+
+
+def test_models_are_read_or_fitted_once_when_new_rows_ask_for_them(fresh, tmp_path, monkeypatch):
+    resumed(tmp_path)
+    count = fits_again(monkeypatch)
+    again = resumed(tmp_path)
+    assert same(again, fresh)
+    assert count == {"hist": 3}  # the only one that has no form without pickle
+
+
+def test_a_network_without_its_file_is_fitted_once_for_all_folds(tmp_path, monkeypatch):
+    models = {"net": MODELS["net"]}
+    first = resumed(tmp_path, models=models)
+    for file in tmp_path.glob("*_0.*"):
+        file.unlink()
+    count = fits_again(monkeypatch)
+    again = resumed(tmp_path, models=models)
+    assert np.array_equal(again.Z, first.Z) and count == {}
+    assert same(again, first) and count == {"net": 1}
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: f.write_bytes(f.read_bytes()[:-9]), lambda f: f.write_bytes(b""), lambda f: f.unlink(),
+    lambda f: f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:]),
+], ids=["torn", "empty", "missing", "altered"])
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_damaged_file_is_computed_again(damage, kind, fresh, tmp_path):
+    resumed(tmp_path)
+    files = sorted(tmp_path.glob(f"*.{kind}"), key=lambda f: ("_" in f.stem, f.name))
+    for file in files[:6] + files[-9:]:  # predictions of some jobs, models of some
+        damage(file)
+    said = []
+    assert same(resumed(tmp_path, said), fresh)
+    assert sum(not s.endswith("(cached)") for s in said) == 6
+    said.clear()
+    resumed(tmp_path, said)
+    assert all(s.endswith("(cached)") for s in said)
+
+
+def test_failures_are_not_cached(tmp_path):
+    x, y = line(12)
+    for _ in range(2):
+        said = []
+        with pytest.warns(QuantileWarning, match="broken"):
+            cross_fit({"parrot": Parrot(), "broken": Faulty(without=5.0)}, x, y, LEVELS, folds=KFold(3),
+                      cache=tmp_path, progress=said.append)
+    assert [s for s in said if not s.endswith("(cached)")] == ["broken, fold 2/3"]
+
+
+def changed_at(array, at):
+    out = array.copy()
+    out[at] += 1
+    return out
+
+
+X_60, Y_60 = table(60)
+SAME = {"models": {"m": ExtraTrees(n_estimators=2)}, "X": X_60, "y": Y_60, "levels": LEVELS, "folds": 3,
+        "seed": 0}
+
+
+@pytest.mark.parametrize(("change", "kept"), [
+    ({}, 3), ({"models": {"other name": ExtraTrees(n_estimators=2)}}, 3), ({"refit": "all"}, 3),
+    ({"y": changed_at(Y_60, 7)}, 0), ({"X": changed_at(X_60, (7, 1))}, 0), ({"levels": LEVELS[:-1]}, 0),
+    ({"seed": 1}, 0), ({"folds": 4}, 0), ({"sample_weight": np.arange(1.0, 61)}, 0),
+    ({"extra": X_60[:3]}, 0), ({"models": {"m": ExtraTrees(n_estimators=3)}}, 0),
+    ({"models": {"m": ExtraTrees(n_estimators=2, random_state=1)}}, 0),
+    ({"models": {"m": QuantileForest(n_estimators=2)}}, 0),
+], ids=str)
+def test_what_decides_a_job_decides_its_key(change, kept, tmp_path):
+    cross_fit(**SAME, cache=tmp_path)
+    said = []
+    cross_fit(**SAME | change, cache=tmp_path, progress=said.append)
+    assert sum(s.endswith("(cached)") for s in said) == kept
+
+
+def estimator_of(**options):
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    return GradientBoostingRegressor(loss="quantile", n_estimators=2, max_depth=2, random_state=0,
+                                     **options)
+
+
+@pytest.mark.parametrize("build", [
+    lambda **o: per_level(estimator_of(**o), "alpha"),
+    lambda **o: wrap(Quantiles(estimator_of(**o))),
+], ids=["per_level", "wrapped"])
+def test_options_of_wrapped_estimators_decide_the_key(build, tmp_path):
+    x, y = table(40)
+    run = functools.partial(cross_fit, X=x, y=y, levels=[0.2, 0.8], folds=2, cache=tmp_path)
+    first = run({"it": build(learning_rate=0.1)})
+    said = []
+    again = run({"it": build(learning_rate=0.1)}, progress=said.append)
+    assert all(s.endswith("(cached)") for s in said) and np.array_equal(again.Z, first.Z)
+    assert np.array_equal(again.predict(x), first.predict(x))
+    said.clear()
+    other = run({"it": build(learning_rate=0.2)}, progress=said.append)
+    assert not any(s.endswith("(cached)") for s in said) and not np.array_equal(other.Z, first.Z)
+
+
+class Quantiles:
+    """An estimator around another one, whose repr does not tell its options."""
+
+    def __init__(self, estimator, scale=(1.0,) * 400):
+        self.estimator, self.scale = estimator, scale
+
+    def get_params(self, deep=True):
+        return {"estimator": self.estimator, "scale": self.scale}
+
+    def __repr__(self):
+        return "Quantiles()"
+
+    def fit(self, X, y):
+        self.models = {t: type(self.estimator)(**self.estimator.get_params() | {"alpha": t}).fit(X, y)
+                       for t in (0.2, 0.8)}
+        return self
+
+    def predict_quantiles(self, X, levels):
+        return np.column_stack([self.models[t].predict(X) for t in levels])
+
+
+def test_pairs_of_folds_are_cached_too(tmp_path, monkeypatch):
+    x, y = table(40)
+    fold = np.arange(40) % 3
+    models = {"linear": Linear(), "boosted": LightGBM(n_estimators=3)}
+    first = pair_predictions(models, x, y, np.array(LEVELS), fold, cache=tmp_path)
+    count = fits_again(monkeypatch)
+    again = pair_predictions(models, x, y, np.array(LEVELS), fold, cache=tmp_path)
+    assert not count
+    assert all(np.array_equal(first[k], again[k]) for k in first)
+
+
+def test_cross_fitting_is_silent_where_nothing_is_wrong():
+    x, y = table(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models = {"linear": Linear(), "trees": ExtraTrees(n_estimators=2)}
+        cross_fit(models, x, y, LEVELS, folds=3).predict(x)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import ConfigError
+from poise.registry import installed
 from poise.runs.records import Run, find_runs, load_run
 from poise.runs.trackers import flat
 
@@ -57,8 +58,29 @@ def tables(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[Table]:
     found = [summary(groups, varied, names)]
     if len(groups) > 1:
         found.append(paired(groups, varied, names))
+    found += recipe_report(done)[0]
     found += [t for r in done[:12] for t in own_tables(r, runs)]
     return [*found, unfinished(runs)]
+
+
+def recipe_report(runs: Sequence[Run]) -> tuple[list[Table], list[tuple[str, bytes]]]:
+    """Return what recipes themselves say over all of their runs: tables, and (title, PNG) pictures.
+
+    A recipe may have `report(runs) -> ([(title, columns, rows)], [(title, png)])`.
+    """
+    found: list[Table] = []
+    pictures: list[tuple[str, bytes]] = []
+    for name in dict.fromkeys(str(r.config.get("recipe", {}).get("entry")) for r in runs):
+        try:
+            component = installed().get("recipe", name).load()
+        except ConfigError:  # a plugin that is no longer installed
+            continue
+        if hasattr(component, "report"):
+            own = [r for r in runs if r.config.get("recipe", {}).get("entry") == name]
+            rows, drawn = component.report(own)
+            found += [Table(*row) for row in rows]
+            pictures += drawn
+    return found, pictures
 
 
 def metric_names(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:

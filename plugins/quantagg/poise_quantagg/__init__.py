@@ -1,7 +1,6 @@
 """Flexible model aggregation for quantile regression (arXiv 2103.00083).
 
 Public names, loaded on first use; neither torch nor scikit-learn is imported until it is needed.
-(No submodule bears one of these names, so importing a submodule never shadows a function.)
 """
 
 from __future__ import annotations
@@ -9,34 +8,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from poise_quantagg.components import Average, GlobalCoarse, Median, QuantileEnsemble
+    from poise_quantagg import components, conformal, monotone, plots, scores
+    from poise_quantagg.adapters import per_level
+    from poise_quantagg.checks import QuantileWarning
     from poise_quantagg.crossfit import cross_fit
-    from poise_quantagg.monotone import sort
-    from poise_quantagg.scores import coverage, crossing_rate, interval_score, pinball, wis
+    from poise_quantagg.estimator import QuantileAggregatorRegressor
+    from poise_quantagg.stacker import QuantileStacker
 
 _HOMES = {
-    "Average": "components",
-    "GlobalCoarse": "components",
-    "Median": "components",
-    "QuantileEnsemble": "components",
-    "coverage": "scores",
+    "QuantileAggregatorRegressor": "estimator",
+    "QuantileStacker": "stacker",
+    "QuantileWarning": "checks",
     "cross_fit": "crossfit",
-    "crossing_rate": "scores",
-    "interval_score": "scores",
-    "pinball": "scores",
-    "sort": "monotone",
-    "wis": "scores",
+    "per_level": "adapters",
 }
+_MODULES = ("components", "conformal", "monotone", "plots", "scores")
 
 __all__ = [
-    "Average", "GlobalCoarse", "Median", "QuantileEnsemble", "coverage", "cross_fit",
-    "crossing_rate", "interval_score", "pinball", "sort", "wis",
+    "QuantileAggregatorRegressor", "QuantileStacker", "QuantileWarning", "components", "conformal",
+    "cross_fit", "monotone", "per_level", "plots", "scores",
 ]
 
 
 def __getattr__(name: str):
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(f"poise_quantagg.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'poise_quantagg' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"poise_quantagg.{_HOMES[name]}"), name)

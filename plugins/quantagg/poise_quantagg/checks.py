@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from poise.errors import ConfigError, DataError
 
 LEVEL_TOLERANCE = 1e-9
+BLOCK_NUMBERS = 1 << 17  # one megabyte of float64
+SHOWN_ROWS = 3
+
+
+class QuantileWarning(UserWarning):
+    """A result that is computed as asked, but without the guarantee one might expect of it."""
 
 
 def check_levels(levels: Sequence[float] | np.ndarray | None, m: int | None = None) -> np.ndarray:
@@ -33,9 +40,9 @@ def check_levels(levels: Sequence[float] | np.ndarray | None, m: int | None = No
     tau = np.atleast_1d(np.asarray(levels, dtype=float))
     # written so that NaN fails too
     if tau.ndim != 1 or tau.size == 0 or not (np.all(tau > 0) and np.all(tau < 1)):
-        raise ConfigError(f"levels={levels!r}: allowed are numbers in (0, 1)")
+        raise ConfigError(f"levels={tau.tolist()}: allowed are numbers in (0, 1)")
     if np.any(np.diff(tau) <= 0):
-        raise ConfigError(f"levels={levels!r}: allowed are strictly increasing numbers")
+        raise ConfigError(f"levels={tau.tolist()}: allowed are strictly increasing numbers")
     if m is not None and tau.size != m:
         raise ConfigError(f"{tau.size} levels given for predictions at {m} levels")
     return tau
@@ -56,24 +63,82 @@ def level_index(levels: np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.
     return distance.argmin(axis=0)
 
 
-def finite(name: str, array: np.ndarray | Sequence, ndim: int) -> np.ndarray:
+def finite(
+    name: str,
+    array: np.ndarray | Sequence,
+    ndim: int | None,
+    *,
+    infinite: bool = False,
+    keep_float32: bool = False,
+) -> np.ndarray:
     """Return a finite float64 array of `ndim` axes with at least one element.
+
+    A float64 array comes back as it is, without a copy; the check looks at a block of rows at a
+    time, so that an array of gigabytes needs about a megabyte more.
+
+    Parameters
+    ----------
+    name : str
+        What messages call the array.
+    array : array or nested sequence of numbers
+    ndim : int or None
+        How many axes it must have; None allows any number but 0.
+    infinite : bool
+        Also allow -inf and inf, the ends of a conformal interval; NaN stays refused.
+    keep_float32 : bool
+        Leave a float32 array in float32, uncopied.
 
     Raises
     ------
     DataError
-        Naming the array and what is wrong with it.
+        Naming the array, what is wrong with it, the first bad position, and the bad rows.
     """
-    try:
-        out = np.asarray(array, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} is not an array of numbers: {error}") from None
-    if out.ndim != ndim or out.size == 0:
-        raise DataError(f"{name} has shape {out.shape}: allowed are {ndim} axes, none empty")
-    if not np.isfinite(out).all():
-        bad = tuple(int(i) for i in np.argwhere(~np.isfinite(out))[0])
-        raise DataError(f"{name}{list(bad)} is {out[bad]}: every value must be finite")
+    out = _numbers(name, array, keep_float32)
+    if (out.ndim != ndim if ndim is not None else out.ndim == 0) or out.size == 0:
+        axes = f"{ndim} axes" if ndim is not None else "1 axis or more"
+        raise DataError(f"{name} has shape {out.shape}: allowed are {axes}, none empty")
+    bad = bad_rows(out, infinite)
+    if bad.size:
+        raise DataError(_not_finite(name, out, bad, infinite))
     return out
+
+
+def _numbers(name: str, array: np.ndarray | Sequence, keep_float32: bool) -> np.ndarray:
+    try:
+        given = np.asarray(array)
+        if given.dtype.kind == "c":
+            raise TypeError("complex numbers")
+        return given if keep_float32 and given.dtype == np.float32 else np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} is not an array of real numbers: {error}") from None
+
+
+def bad_rows(array: np.ndarray, infinite: bool = False) -> np.ndarray:
+    """Return the indices along the first axis of rows with NaN (or, unless allowed, infinity)."""
+    bad = [
+        block.start + np.flatnonzero(~_good(array[block], infinite).reshape(len(array[block]), -1).all(1))
+        for block in row_blocks(len(array), array[0].size)
+    ]
+    return np.concatenate(bad)
+
+
+def row_blocks(n: int, width: int, numbers: int = BLOCK_NUMBERS) -> list[slice]:
+    """Return slices that cover n rows of `width` numbers, each about `numbers` numbers large."""
+    step = max(1, numbers // max(width, 1))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _good(array: np.ndarray, infinite: bool) -> np.ndarray:
+    return ~np.isnan(array) if infinite else np.isfinite(array)
+
+
+def _not_finite(name: str, array: np.ndarray, rows: np.ndarray, infinite: bool) -> str:
+    row, what = array[rows[0]], "NaN" if infinite else "NaN or Inf"
+    at = (int(rows[0]), *(int(i) for i in np.argwhere(~_good(row, infinite))[0]))
+    shown = ", ".join(str(int(i)) for i in rows[:SHOWN_ROWS])
+    count = f"1 row, {shown}" if rows.size == 1 else f"{rows.size} rows, first rows {shown}"
+    allowed = "no value may be NaN" if infinite else "every value must be finite"
+    return f"{name}{list(at)} is {array[at]}; {name} has {what} in {count}: {allowed}"
 
 
 def same_rows(name: str, array: np.ndarray, n: int) -> None:
@@ -99,14 +164,57 @@ def row_weights(sample_weight: np.ndarray | None, n: int) -> np.ndarray:
     return weight / weight.mean()
 
 
-def fit_arrays(Z, y, levels, sample_weight) -> tuple[np.ndarray, ...]:
-    """Return checked (Z, y, levels, sample_weight) for fitting an aggregator.
+@dataclass(frozen=True)
+class FitRows:
+    """Checked rows for fitting an aggregator.
+
+    Parameters
+    ----------
+    Z : array, shape (n, p, m)
+    y, s : array, shape (n,)
+        Targets, and row weights with mean 1.
+    X : array, shape (n, d), or None
+    levels : array, shape (m,)
+    validation : (Z, y, X) or None
+    """
+
+    Z: np.ndarray
+    y: np.ndarray
+    X: np.ndarray | None
+    levels: np.ndarray
+    s: np.ndarray
+    validation: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None
+
+
+def fit_rows(Z, y, X, levels, validation, sample_weight, needs_features: bool) -> FitRows:
+    """Return the checked rows for fitting an aggregator, nothing copied that need not be.
 
     Raises
     ------
     ConfigError, DataError
-        See `check_levels`, `finite`, `row_weights`.
+        See `check_levels`, `finite`, `row_weights`; for features that are needed and missing.
     """
-    Z, y = finite("Z", Z, 3), finite("y", y, 1)
-    same_rows("Z", Z, len(y))
-    return Z, y, check_levels(levels, Z.shape[2]), row_weights(sample_weight, len(y))
+    Z, y, X = _rows("", Z, y, X, needs_features)
+    tau = check_levels(levels, Z.shape[2])
+    held = None
+    if validation is not None:
+        if not isinstance(validation, (tuple, list)) or len(validation) not in (2, 3):
+            raise DataError("validation must be (Z, y) or (Z, y, X)")
+        features = validation[2] if len(validation) == 3 else None
+        held = _rows("validation ", validation[0], validation[1], features, needs_features)
+        if held[0].shape[1:] != Z.shape[1:]:
+            raise DataError(f"validation Z has shape {held[0].shape}, Z has {Z.shape}: models and levels "
+                            f"must be the same")
+    return FitRows(Z, y, X, tau, row_weights(sample_weight, len(y)), held)
+
+
+def _rows(what: str, Z, y, X, needs_features: bool):
+    Z, y = finite(f"{what}Z", Z, 3), finite(f"{what}y", y, 1)
+    same_rows(f"{what}Z", Z, len(y))
+    if not needs_features:
+        return Z, y, None
+    if X is None:
+        raise DataError(f"weights that depend on the features need them: give {what}X, shape (n, d)")
+    X = finite(f"{what}X", X, 2)
+    same_rows(f"{what}X", X, len(y))
+    return Z, y, X

@@ -1,8 +1,12 @@
-"""The recipe `quantile`: cross-fit, aggregate, score on the test rows."""
+"""The recipe `quantile`: the paper's comparison on one data set, over several random splits."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,110 +14,195 @@ import numpy as np
 
 from poise.errors import ConfigError, DataError, nearest
 from poise.interfaces import Arrays, Parts, Splits
-from poise.registry import build
-from poise_quantagg.checks import finite, level_index
+from poise.registry import build, entries
+from poise_quantagg import scores
+from poise_quantagg.checks import QuantileWarning, finite, level_index
+from poise_quantagg.conformal import CVPlus
 from poise_quantagg.crossfit import CrossFit, cross_fit
-from poise_quantagg.monotone import sort
-from poise_quantagg.scores import crossing_rate, interval_coverage, wis
+from poise_quantagg.monotone import isotonize, sort
 
 if TYPE_CHECKING:
     from poise_quantagg.components import QuantileEnsemble
 
 NOMINAL = 0.8
+ISOTONIZERS = ("sort", "pava", "minmax")
+METRICS = ("wis_paper", "wis_hub", "coverage_80", "length_80", "crossing_raw")
+WEIGHT_ROWS = 400  # test rows whose local weights are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split on the scale of its training rows.
+
+    Parameters
+    ----------
+    train, test : Arrays
+        Training and validation rows together; test rows.
+    scale : (mean, standard deviation) of the target
+    columns : names of the features
+    """
+
+    train: Arrays
+    test: Arrays
+    scale: tuple[float, float]
+    columns: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One method on one split: test quantiles as they came, the CV+ interval, seconds, the fit."""
+
+    kind: str
+    raw: np.ndarray
+    interval: np.ndarray
+    seconds: float
+    fitted: Any = None
+
+
+def check(recipe: QuantileEnsemble, parts: Parts) -> None:
+    """Refuse what cannot be run, before data is loaded.
+
+    Raises
+    ------
+    ConfigError
+        For unknown names, options or levels that cannot be used, and parts that play no role.
+    """
+    if parts.quantizer is not None:
+        raise ConfigError("recipe=quantile takes no quantizer: leave it at none")
+    if parts.data is None:
+        raise ConfigError("recipe=quantile needs data: choose data=tabular")
+    models = _models(recipe, parts, 0)
+    if parts.adapter is not None and not any(_takes_adapter(m) for m in models.values()):
+        raise ConfigError(f"adapter={parts.names.get('adapter')}: no base model is a network; add "
+                          f"multi_quantile_net to recipe.base, or leave adapter at none")
+    _aggregators(recipe, parts, 0)
+    level_index(np.asarray(recipe.levels), [(1 - NOMINAL) / 2, 0.5, (1 + NOMINAL) / 2])
 
 
 def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float]:
-    """Run the whole experiment.
+    """Run all splits and return scores averaged over them.
 
     Features and target are standardised with the statistics of the training and validation rows
-    (section 1.8), which together are cross-fitted: nothing here needs a validation set of its
-    own. All scores are on the test rows, on the standardised target, after sorting; the crossing
-    rate is that before sorting.
+    (section 1.8), which together are cross-fitted; trained aggregators hold out a fifth of the
+    out-of-fold rows. All scores are on the test rows, on the standardised target, after sorting; the
+    crossing rate is that before sorting.
 
     Parameters
     ----------
     recipe : QuantileEnsemble
     parts : Parts
-        `data` is needed; `model` and `aggregator` are optional.
+        `data` is needed; `model`, `aggregator` and `adapter` are optional.
     context : Context
 
     Returns
     -------
     dict of float
-        `wis_mean/NAME` (the convention (2 / m) sum of pinball, in standard deviations of y),
-        `coverage_80/NAME` and `crossing_raw/NAME` (shares), for every model and aggregator.
+        `wis_paper/NAME` (2 sum of pinball) and `wis_hub/NAME` ((2/m) sum), in standard deviations of
+        the target; `coverage_80/NAME`, `crossing_raw/NAME` (shares), `length_80/NAME`, for every model
+        and aggregator.
 
     Raises
     ------
     ConfigError
-        Before data is loaded: for parts, names, options or levels that cannot be used.
+        Before data is loaded: see `check`.
     DataError
-        For data that is not a table of finite numbers.
+        For data that is not a table of finite numbers, or a constant target.
     """
-    models, aggregators = _models(recipe, parts, context), _aggregators(recipe, parts)
-    level_index(np.asarray(recipe.levels), [(1 - NOMINAL) / 2, 0.5, (1 + NOMINAL) / 2])
-    if parts.data is None:
-        raise ConfigError("recipe=quantile needs data: choose data=tabular")
-    splits = parts.data.load(context.seed)
-    context.note("provenance", splits.provenance)
-    train, test, scale = _standardised(splits)
-    with context.progress(len(models) * (recipe.folds + 1), "cross-fitting") as bar:
-        fits = cross_fit(
-            models, train.x, train.y, recipe.levels, folds=recipe.folds,
-            seed=context.seed_for("folds"), n_jobs=recipe.n_jobs,
-            progress=lambda what: bar.advance(note=what),
-        )
-    raw, weights = _predictions(fits, aggregators, train, test)
-    rows = [_row(name, kind, q, test.y, fits.levels) for name, (kind, q) in raw.items()]
-    context.note("scores", rows)
-    context.note("weights", weights)
-    context.note("units", "WIS in standard deviations of the target; coverage, crossing: shares")
-    if recipe.figures:
-        target = splits.spec.get("target", "target")
-        context.note("figures", _draw(raw, test.y, fits.levels, scale=scale, target=target,
-                                      folder=Path(context.directory)))
-    metrics = {f"{key}/{row['name']}": row[key] for row in rows
-               for key in ("wis_mean", "coverage_80", "crossing_raw")}
-    context.log(0, metrics)
-    return metrics
+    check(recipe, parts)
+    folder = Path(context.directory)
+    rows: list[dict[str, Any]] = []
+    jobs = recipe.splits * (len(_models(recipe, parts, 0)) + len(_aggregators(recipe, parts, 0)))
+    with context.progress(jobs, "models and aggregators") as bar:
+        for number in range(recipe.splits):
+            seed = context.seed + number
+            splits = parts.data.load(seed)  # type: ignore[union-attr]
+            if number == 0:
+                context.note("provenance", splits.provenance)
+            split = _standardised(splits)
+            fits, outcomes = _fit(recipe, parts, seed, split, folder, bar)
+            rows += [{"split": seed, **_row(name, outcome, split.test.y, fits.levels)}
+                     for name, outcome in outcomes.items()]
+            _log(context, number, rows, seed)
+            if number == 0:
+                context.note("weights", _weights(outcomes, list(fits.models)))
+                if recipe.figures:
+                    context.note("figures", _draw(outcomes, split, fits, splits.spec, folder))
+    shutil.rmtree(folder / "crossfit", ignore_errors=True)
+    table = _averaged(rows)
+    context.note("scores", table)
+    context.note("by_split", {"rows": rows, "data": _data_name(parts, splits)})
+    context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
+                          "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
+    return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
 
 
-def _models(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, Any]:
+def _data_name(parts: Parts, splits: Splits) -> str:
+    for key in ("path", "name"):
+        if value := getattr(parts.data, key, None):
+            return str(value)
+    return str(splits.provenance.get("source"))
+
+
+def _log(context: Any, number: int, rows: list[dict[str, Any]], seed: int) -> None:
+    context.log(number, {f"{key}/{row['name']}": row[key] for row in rows if row["split"] == seed
+                         for key in METRICS})
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _models(recipe: QuantileEnsemble, parts: Parts, seed: int) -> dict[str, Any]:
     """Build the base models; each gets its own seed unless the options name one."""
-    for part in ("quantizer", "adapter"):
-        if getattr(parts, part) is not None:
-            raise ConfigError(f"recipe=quantile takes no {part}: leave it at none")
-    for name in recipe.base_options:
-        if name not in recipe.base:
-            raise ConfigError(f"base_options.{name}{nearest(name, recipe.base)} is not in base")
-    models = {name: build("model", name, **recipe.base_options.get(name, {}))
-              for name in recipe.base}
+    _known("base_options", recipe.base_options, "model")
+    models = {name: build("model", name, **recipe.base_options.get(name, {})) for name in recipe.base}
     if parts.model is not None:
         models[parts.names.get("model", "model")] = parts.model
     if not models:
         raise ConfigError("base=[]: name at least one model")
-    return {
-        name: _seeded(model, recipe.base_options.get(name, {}), context.seed_for(f"model/{name}"))
-        for name, model in models.items()
-    }
+    made = {}
+    for name, model in models.items():
+        one = _seeded(model, recipe.base_options.get(name, {}), seed, f"model/{name}")
+        if parts.adapter is not None and _takes_adapter(one):
+            one = dataclasses.replace(one, adapter=parts.adapter)
+        made[name] = one
+    return made
 
 
-def _seeded(model: Any, options: dict[str, Any], seed: int) -> Any:
-    has = any(f.name == "random_state" for f in dataclasses.fields(model))
+def _known(key: str, options: Mapping[str, Any], kind: str) -> None:
+    """Refuse options of what does not exist; those of what is not chosen this time are ignored."""
+    names = [e.name for e in entries(kind)]
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"{key}.{name}: no {kind} named {name!r}{nearest(name, names)}")
+
+
+def _takes_adapter(model: Any) -> bool:
+    return any(f.name == "adapter" for f in dataclasses.fields(model))
+
+
+def _seeded(component: Any, options: Mapping[str, Any], seed: int, purpose: str) -> Any:
+    from poise.runs.context import seed_for
+
+    has = any(f.name == "random_state" for f in dataclasses.fields(component))
     if has and "random_state" not in options:
-        return dataclasses.replace(model, random_state=seed % 2**32)  # scikit-learn's range
-    return model
+        own = seed_for(seed, purpose) % 2**32  # scikit-learn's range
+        return dataclasses.replace(component, random_state=own)
+    return component
 
 
-def _aggregators(recipe: QuantileEnsemble, parts: Parts) -> dict[str, Any]:
-    aggregators = {name: build("aggregator", name) for name in recipe.aggregators}
+def _aggregators(recipe: QuantileEnsemble, parts: Parts, seed: int) -> dict[str, Any]:
+    _known("aggregator_options", recipe.aggregator_options, "aggregator")
+    made = {}
+    for name in recipe.aggregators:
+        options = recipe.aggregator_options.get(name, {})
+        made[name] = _seeded(build("aggregator", name, **options), options, seed, f"aggregator/{name}")
     if parts.aggregator is not None:
-        aggregators[parts.names.get("aggregator", "aggregator")] = parts.aggregator
-    return aggregators
+        made[parts.names.get("aggregator", "aggregator")] = parts.aggregator
+    return made
 
 
-def _standardised(splits: Splits) -> tuple[Arrays, Arrays, tuple[float, float]]:
-    """Return train and validation rows together, the test rows on their scale, (mean, std) of y."""
+def _standardised(splits: Splits) -> Split:
+    """Put training and validation rows together, and everything on their scale."""
     x, y = (
         finite(f"train and validation {part}", np.concatenate(
             [getattr(splits.train, part), getattr(splits.validation, part)]), axes)
@@ -127,49 +216,146 @@ def _standardised(splits: Splits) -> tuple[Arrays, Arrays, tuple[float, float]]:
         Arrays((a.x - x.mean(axis=0)) / width, (a.y - y.mean()) / y.std())
         for a in (Arrays(x, y), test)
     )
-    return train, test, (float(y.mean()), float(y.std()))
+    columns = [str(c) for c in splits.spec.get("columns", [f"x{i}" for i in range(x.shape[1])])]
+    return Split(train, test, (float(y.mean()), float(y.std())), columns)
 
 
-def _predictions(
-    fits: CrossFit, aggregators: dict[str, Any], train: Arrays, test: Arrays
-) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str, Any]]:
-    """Return raw test quantiles (n, m) by name with their kind, and the weights over models."""
-    Z = fits.predict(test.x)
-    raw = {name: ("model", Z[:, j]) for j, name in enumerate(fits.models)}
-    weights = {}
-    for name, aggregator in aggregators.items():
-        fitted = aggregator.fit(fits.Z, train.y, train.x, levels=fits.levels)
-        raw[name] = ("aggregator", fitted.predict(Z, test.x))
-        w = np.asarray(fitted.weights(test.x))
-        if w.shape == (len(fits.models),):
-            weights[name] = dict(zip(fits.models, w.tolist()))
-    return raw, weights
+# ------------------------------------------------------------------ one split
 
 
-def _row(name: str, kind: str, raw: np.ndarray, y: np.ndarray, levels: np.ndarray) -> dict:
-    q = sort(raw)
-    return {
+def _fit(
+    recipe: QuantileEnsemble, parts: Parts, seed: int, split: Split, folder: Path, bar: Any
+) -> tuple[CrossFit, dict[str, Outcome]]:
+    """Cross-fit the base models one after the other, then fit every aggregator on them."""
+    outcomes: dict[str, Outcome] = {}
+    whole: list[CrossFit] = []
+    for name, model in _models(recipe, parts, seed).items():
+        began = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantileWarning)
+            one = cross_fit(
+                {name: model}, split.train.x, split.train.y, recipe.levels, folds=recipe.folds, seed=seed,
+                n_jobs=recipe.n_jobs, refit=recipe.refit, extra=split.test.x, cache=folder / "crossfit",
+            )
+        whole.append(one)
+        outcomes[name] = Outcome("model", one.extra[:, 0], _interval(one, None, split),  # type: ignore
+                                 time.process_time() - began)
+        bar.advance(note=f"split {seed}: {name}")
+    fits = _merged(whole)
+    for name, aggregator in _aggregators(recipe, parts, seed).items():
+        began = time.process_time()
+        fitted = aggregator.fit(fits.Z, split.train.y, split.train.x, levels=fits.levels)
+        raw = fitted.predict(fits.extra, split.test.x)
+        seconds = time.process_time() - began
+        outcomes[name] = Outcome("aggregator", raw, _interval(fits, fitted, split), seconds, fitted)
+        bar.advance(note=f"split {seed}: {name}")
+    return fits, outcomes
+
+
+def _merged(fits: list[CrossFit]) -> CrossFit:
+    return CrossFit(
+        np.concatenate([f.Z for f in fits], axis=1), fits[0].fold, fits[0].levels,
+        {n: m for f in fits for n, m in f.models.items()}, {n: m for f in fits for n, m in f.whole.items()},
+        np.concatenate([f.extra for f in fits], axis=1),  # type: ignore[arg-type]
+    )
+
+
+def _interval(fits: CrossFit, fitted: Any, split: Split) -> np.ndarray:
+    """Return the CV+ interval (n, 2) at the nominal coverage, of one model or of an aggregator."""
+    folds = fits.predict_folds(split.test.x)
+    if fitted is None:
+        oof, new = fits.Z[:, 0], folds[:, :, 0]
+    else:
+        oof = fitted.predict(fits.Z, split.train.x)
+        new = np.stack([fitted.predict(Z, split.test.x) for Z in folds])
+    ends = level_index(fits.levels, [(1 - NOMINAL) / 2, (1 + NOMINAL) / 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantileWarning)
+        plus = CVPlus(sweep=False).fit(split.train.y, sort(oof)[:, ends], fits.fold, fits.levels[ends])
+    return plus.predict_interval(np.sort(new, axis=2)[:, :, ends], 1 - NOMINAL)
+
+
+def _row(name: str, outcome: Outcome, y: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
+    q = sort(outcome.raw)
+    row = {
         "name": name,
-        "kind": kind,
-        "wis_mean": float(wis(y, q, levels, convention="mean").mean()),
-        "coverage_80": interval_coverage(y, q, levels, NOMINAL),
-        "crossing_raw": crossing_rate(raw),
+        "kind": outcome.kind,
+        "wis_paper": scores.wis(y, q, levels, "paper"),
+        "wis_hub": scores.wis(y, q, levels, "hub"),
+        "coverage_80": scores.interval_coverage(y, q, levels, NOMINAL),
+        "length_80": scores.interval_length(q, levels, NOMINAL),
+        "coverage_80_cv": float(np.mean((outcome.interval[:, 0] <= y) & (y <= outcome.interval[:, 1]))),
+        "length_80_cv": float(np.mean(outcome.interval[:, 1] - outcome.interval[:, 0])),
+        "crossing_raw": scores.crossing_rate(outcome.raw),
+        "cpu_seconds": round(outcome.seconds, 2),
+        "wis_none": scores.wis(y, outcome.raw, levels, "paper"),
     }
+    for how in ISOTONIZERS:
+        row[f"wis_{how}"] = scores.wis(y, isotonize(outcome.raw, how, levels), levels, "paper")
+    return row
 
 
-def _draw(raw, y, levels, *, scale: tuple[float, float], target: str, folder: Path) -> list[str]:
-    """Draw the figures; the fan is that of the last aggregator, in the target's own unit."""
+def _averaged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row per method: means over splits."""
+    table = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        keys = [k for k in own[0] if k not in ("split", "name", "kind") and k != "wis_none"
+                and k not in {f"wis_{how}" for how in ISOTONIZERS}]
+        table.append({"name": name, "kind": own[0]["kind"],
+                      **{k: float(np.mean([row[k] for row in own])) for k in keys}})
+    return table
+
+
+def _weights(outcomes: Mapping[str, Outcome], models: list[str]) -> dict[str, Any]:
+    """Return the weights over models of those aggregators that have one number per model."""
+    found = {}
+    for name, outcome in outcomes.items():
+        if outcome.fitted is None or getattr(outcome.fitted, "needs_features", False):
+            continue
+        w = np.asarray(outcome.fitted.weights())
+        if w.ndim == 1:
+            found[name] = dict(zip(models, w.tolist()))
+    return found
+
+
+def _draw(outcomes, split: Split, fits: CrossFit, spec: Mapping[str, Any], folder: Path) -> list[str]:
+    """Draw the figures of one split; the fan is that of the best aggregator, in the target's unit."""
     from poise_quantagg import plots
 
-    mean, std = scale
-    titles = {"model": "base models", "aggregator": "aggregators"}
+    mean, std = split.scale
+    y, levels, models = split.test.y, fits.levels, list(fits.models)
+    target = str(spec.get("target", "target"))
     panels: dict[str, dict[str, np.ndarray]] = {}
-    for name, (kind, q) in raw.items():
-        panels.setdefault(titles[kind], {})[name] = sort(q)
-    last, (_, q) = list(raw.items())[-1]
-    files = ["figures/reliability.png", "figures/fan.png"]
-    plots.reliability(folder / files[0], y, panels, levels,
-                      title=f"Calibration on {len(y)} test rows, after sorting")
-    plots.fan(folder / files[1], mean + std * y, mean + std * q, levels,
-              title=f"Predictions of {last}", unit=target)
-    return files
+    for name, outcome in outcomes.items():
+        panels.setdefault({"model": "base models", "aggregator": "aggregators"}[outcome.kind],
+                          {})[name] = sort(outcome.raw)
+    aggregated = panels.get("aggregators") or panels["base models"]
+    last = min(aggregated, key=lambda name: scores.wis(y, aggregated[name], levels, "hub"))
+    files = [plots.reliability(folder / "figures/reliability.png", y, panels, levels,
+                               title=f"Calibration on {len(y)} test rows, after sorting"),
+             plots.fan(folder / "figures/fan.png", mean + std * y, mean + std * aggregated[last], levels,
+                       title=f"Predictions of {last}", unit=target)]
+    for name, outcome in outcomes.items():
+        if outcome.fitted is None:
+            continue
+        if getattr(outcome.fitted, "needs_features", False):
+            rows = np.linspace(0, len(y) - 1, min(len(y), WEIGHT_ROWS)).astype(int)
+            x = split.test.x[rows]
+            files.append(plots.weights_by_feature(
+                folder / f"figures/weights_{name}.png", x, _per_model(outcome.fitted, x), models,
+                split.columns, title=f"Weights of {name}"))
+        elif np.asarray(outcome.fitted.weights()).ndim == 2:
+            files.append(plots.weights_by_level(folder / f"figures/weights_{name}.png",
+                                                outcome.fitted.weights(), models, levels,
+                                                title=f"Weights of {name}"))
+    return [f"figures/{Path(file).name}" for file in files]
+
+
+def _per_model(fitted: Any, X: np.ndarray) -> np.ndarray:
+    """Return the total weight of each model at rows X, averaged over output levels, (n, p)."""
+    parts = []
+    for block in np.array_split(np.arange(len(X)), max(1, len(X) // 50)):
+        w = fitted.weights(X[block])
+        parts.append(w if w.ndim == 2 else w.mean(axis=2) if w.ndim == 3 else w.sum(axis=2).mean(axis=2))
+    return np.concatenate(parts)

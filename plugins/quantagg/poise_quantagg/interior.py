@@ -70,7 +70,7 @@ class _Problem:
     tau: np.ndarray
     simplex: np.ndarray
 
-    def rows(self, keep: np.ndarray) -> _Problem:
+    def rows(self, keep: np.ndarray | slice) -> _Problem:
         """Return the problems of the batch that `keep` selects."""
         return _Problem(self.A[keep], self.y[keep], self.s[keep], self.tau[keep], self.simplex)
 
@@ -106,15 +106,12 @@ def solve(
     """
     b, _, n = A.shape
     y, s, tau = (np.broadcast_to(part, (b, n)) for part in (y, s, tau))
-    size = max(1, _CHUNK // n)
-    parts = [
-        _solve(_Problem(*(x[i : i + size] for x in (A, y, s, tau)), simplex), tolerance)
-        for i in range(0, b, size)
-    ]
+    whole, size = _Problem(A, y, s, tau, simplex), max(1, _CHUNK // n)
+    parts = [_solve(whole.rows(slice(i, i + size)), tolerance) for i in range(0, b, size)]
     if len(parts) == 1:
         return parts[0]
-    return Solution(*(np.concatenate([getattr(part, name) for part in parts])
-                      for name in ("w", "d", "objective", "bound", "iterations")))
+    names = ("w", "d", "objective", "bound", "iterations")
+    return Solution(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass
@@ -134,7 +131,7 @@ class _State:
 
 
 def _solve(problem: _Problem, tolerance: float) -> Solution:
-    b, q, n = problem.A.shape
+    b, _, n = problem.A.shape
     scale = _start_scale(problem)
     problem = _Problem(np.where(problem.simplex[None, :, None], problem.A / scale[:, None, None],
                                 problem.A), problem.y / scale[:, None], problem.s, problem.tau,

@@ -127,3 +127,86 @@ def _ends(levels: np.ndarray, nominal: float) -> np.ndarray | None:
     wanted = np.array([(1 - nominal) / 2, (1 + nominal) / 2])
     there = np.isclose(levels[:, None], wanted, atol=1e-9).any(axis=0).all()
     return level_index(levels, wanted) if there else None
+
+
+def weights_by_level(
+    path: Path | str, w: np.ndarray, models: list[str], levels: np.ndarray, *, title: str = "",
+) -> Path:
+    """Draw weights (p, m) over levels: stacked when they lie on the simplex, as lines otherwise."""
+    figure, (axes,) = _figure(8.4, 4.6)
+    percent = 100 * np.asarray(levels)
+    if w.min() >= -1e-9 and np.allclose(w.sum(axis=0), 1, atol=1e-6):
+        axes.stackplot(percent, np.maximum(w, 0), labels=models, colors=_colours(len(models)), linewidth=0)
+        axes.set_ylim(0, 1)
+    else:
+        for i, (name, row) in enumerate(zip(models, w)):
+            axes.plot(percent, row, label=name, color=_colours(len(models))[i], linewidth=1.6)
+        axes.axhline(0, color="#777777", linewidth=1)
+    axes.set(xlim=(percent[0], percent[-1]), xlabel="level (%)", ylabel="weight", title=title)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, ncols=4)
+    return _save(figure, path)
+
+
+def weights_by_feature(
+    path: Path | str, X: np.ndarray, w: np.ndarray, models: list[str], columns: list[str],
+    *, title: str = "", bins: int = 10, panels: int = 3,
+) -> Path:
+    """Draw mean weights (n, p) over the features that move them most, in bins of equal counts.
+
+    A feature's importance here is the variance of the binned mean weights, summed over models.
+    """
+    curves = []
+    for column in range(X.shape[1]):
+        edges = np.unique(np.quantile(X[:, column], np.linspace(0, 1, bins + 1)))
+        if len(edges) < 3:
+            continue
+        at = np.clip(np.searchsorted(edges, X[:, column], side="right") - 1, 0, len(edges) - 2)
+        counts = np.bincount(at, minlength=len(edges) - 1)
+        means = np.stack([np.bincount(at, w[:, j], len(edges) - 1) for j in range(w.shape[1])])
+        keep = counts > 0
+        middle = np.array([np.median(X[at == b, column]) for b in np.flatnonzero(keep)])
+        means = means[:, keep] / counts[keep]
+        spread = float((counts[keep] / len(X) * (means - w.mean(axis=0)[:, None]) ** 2).sum())
+        curves.append((spread, column, middle, means))
+    curves = sorted(curves, key=lambda c: -c[0])[:panels]
+    figure, all_axes = _figure(1.0 + 3.8 * max(1, len(curves)), 4.6, max(1, len(curves)))
+    for axes, (_, column, middle, means) in zip(all_axes, curves):
+        axes.stackplot(middle, means, labels=models, colors=_colours(len(models)), linewidth=0)
+        axes.set(xlim=(middle[0], middle[-1]), ylim=(0, 1), xlabel=f"{columns[column]} (standardised)")
+    all_axes[0].set_ylabel("mean weight")
+    middle_axes = all_axes[len(all_axes) // 2]
+    middle_axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, ncols=4)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] if i < len(COLOURS) else "#bbbbbb" for i in range(count)]
+
+
+def relative(
+    rows: list[tuple[str, float, float, float]], *, title: str = "", reference: str = "", log: bool = True,
+) -> bytes:
+    """Draw ratios with intervals, best first, as PNG bytes; rows are (name, ratio, lower, upper)."""
+    import io
+
+    rows = sorted(rows, key=lambda row: row[1])
+    figure, (axes,) = _figure(8.0, 1.2 + 0.3 * len(rows))
+    place = np.arange(len(rows))[::-1]
+    ratio, low, high = (np.array([row[k] for row in rows]) for k in (1, 2, 3))
+    axes.errorbar(ratio, place, xerr=[ratio - low, high - ratio], fmt="o", color=COLOURS[0], markersize=4,
+                  elinewidth=1.4)
+    axes.axvline(1, color="#777777", linewidth=1)
+    axes.set_yticks(place, [row[0] for row in rows])
+    if log:
+        from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        ticks = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.25, 1.5, 2, 3, 5)
+        axes.set_xticks(sorted({1, *(t for t in ticks if low.min() <= t <= high.max())}))
+    axes.set(xlabel=f"WIS relative to {reference}", title=title)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 PAPER = "arXiv 2103.00083"
 TASKS = ("quantile",)
 
@@ -17,8 +19,24 @@ def register(registry) -> None:
 
     add("aggregator", "average", "Average", "mean over models, level by level")
     add("aggregator", "median", "Median", "median over models, level by level")
-    add("aggregator", "global_coarse", "GlobalCoarse",
-        "one simplex weight per model, exact minimiser of the pinball loss")
+    add("aggregator", "best", "Best", "the one model of least loss")
+    add("aggregator", "greedy", "Greedy", "forward selection with replacement, one weight per model",
+        "Caruana et al. 2004", rounds=10)
+    add("aggregator", "qra", "QRA", "quantile regression on the predictions, level by level, exact",
+        "Nowotarski and Weron 2015")
+    add("aggregator", "fqra", "FQRA", "quantile regression on their principal components, exact",
+        "Maciejowska et al. 2016", factors=2)
+    add("aggregator", "global_coarse", "GlobalCoarse", "one simplex weight per model, exact")
+    add("aggregator", "global_medium", "GlobalMedium", "one simplex weight per model and level, exact")
+    add("aggregator", "global_fine", "GlobalFine",
+        "one simplex weight per model, input level and output level, exact")
+    quick: dict[str, Any] = {"n_iter": 2, "max_steps": 60, "patience": 30}
+    add("aggregator", "local_coarse", "LocalCoarse", "one weight per model, by a gate on the features",
+        **quick)
+    add("aggregator", "local_medium", "LocalMedium",
+        "one weight per model and level, by a gate on the features", **quick)
+    add("aggregator", "local_fine", "LocalFine",
+        "one weight per model, input and output level, by a gate on the features (DQA)", **quick)
 
     few = {"levels": [0.1, 0.5, 0.9]}
     trees = {**few, "n_estimators": 5, "min_samples_leaf": 4}
@@ -32,6 +50,16 @@ def register(registry) -> None:
         "gradient boosting, one scikit-learn histogram model per level", "", **few, max_iter=5)
     add("model", "linear", "Linear", "linear quantile regression per level, exact",
         "Koenker and Bassett 1978", **few)
+
+    add("model", "xgboost", "XGBoost", "gradient boosting, XGBoost's vector of quantiles",
+        "Chen and Guestrin 2016", **few, n_estimators=20)
+    add("model", "catboost", "CatBoost", "gradient boosting, CatBoost's MultiQuantile",
+        "Prokhorenkova et al. 2018", **few, iterations=30)
+    nets = {**few, "n_iter": 1, "width": 32, "depth": 2, "lr": 0.003, "max_steps": 300}
+    add("model", "gaussian_net", "GaussianNet", "network for mean and variance (CGN)", **nets)
+    add("model", "simultaneous_net", "SimultaneousNet", "network with the level as an input (SQR)", **nets)
+    add("model", "multi_quantile_net", "MultiQuantileNet", "network with one output per level (DQR)",
+        **nets)
 
     add("recipe", "quantile", "QuantileEnsemble",
         "cross-fit quantile models, aggregate them, score on the test rows",

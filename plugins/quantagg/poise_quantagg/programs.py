@@ -14,8 +14,9 @@ import numpy as np
 
 from poise_quantagg.interior import TOLERANCE, Solution, solve
 
-STREAM = 2_000_000  # residuals above which global coarse works on those near zero only
-_KEPT = 1_000_000
+STREAM = 100_000  # residuals above which global coarse works on those near zero only
+_KEPT = 20_000  # fewest of these
+_PASSES = 30
 _DEPENDENT = 1e-24  # squared relative length below which a direction is dropped
 _SQUARING = 1e-8
 _NEW_COLUMNS = 8
@@ -138,6 +139,45 @@ def _joined(parts: list[Solution]) -> Solution:
     empty = np.empty((0, 0))
     return Solution(empty, empty, *(np.concatenate([getattr(p, name) for p in parts])
                                     for name in ("objective", "bound", "iterations")))
+
+
+def linear(
+    X: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, alpha: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise weighted mean pinball + alpha * sum |slope| over linear functions, level by level.
+
+    Parameters
+    ----------
+    X : array, shape (n, d)
+    y, s : array, shape (n,)
+    levels : array, shape (m,)
+
+    Returns
+    -------
+    slopes : array, shape (d, m)
+    intercepts : array, shape (m,)
+    """
+    keep = s > 0
+    X, y, s = X[keep], y[keep], s[keep]
+    n, d = X.shape
+    A = np.concatenate([np.ones((1, n)), X.T])
+    tau = np.repeat(levels[:, None], n, axis=1)
+    if alpha > 0:
+        # |slope| is the pinball loss at level 1/2 of a row with target 0, times 2
+        A = np.concatenate([A, np.concatenate([np.zeros((1, d)), np.eye(d)])], axis=1)
+        y, s = np.r_[y, np.zeros(d)], np.r_[s, np.full(d, 2 * alpha * s.sum())]
+        tau = np.concatenate([tau, np.full((len(levels), d), 0.5)], axis=1)
+    Q, T = basis(A[None])
+    start = Q[0] @ y
+    size = max(1, 2 * _BLOCK_BYTES // (8 * Q[0].size))
+    w = []
+    for i in range(0, len(levels), size):
+        part = tau[i : i + size]
+        shared = np.broadcast_to(Q, (len(part), *Q.shape[1:]))
+        found = solve(shared, y - start @ Q[0], s, part, np.zeros(d + 1, dtype=bool))
+        w.append((found.w + start) @ T[0].T)
+    slopes = np.concatenate(w).T
+    return slopes[1:], slopes[0]
 
 
 # ------------------------------------------------------------------ one batch
@@ -266,7 +306,10 @@ def _fine_free(flat, y, s, levels, all_s, p: int) -> Program:
     for k in range(m):
         one = solve(Q, rest, s, levels[k : k + 1, None], np.zeros(Q.shape[1], dtype=bool))
         w[k] = T[0] @ (one.w[0] + start)
-        found.append(one)
+        # what the weights themselves achieve, rounding of T included
+        r = y - flat @ w[k]
+        value = s @ np.maximum(levels[k] * r, (levels[k] - 1) * r)
+        found.append(dataclasses.replace(one, objective=np.maximum(value, one.bound)))
     return _program(w.reshape(m, p, m).transpose(1, 2, 0), np.zeros(m), _joined(found), all_s, m)
 
 
@@ -277,32 +320,46 @@ def _coarse_streamed(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.nda
     """Solve global coarse by the residuals near zero only (Portnoy and Koenker's preprocessing).
 
     A residual whose sign is known enters the loss linearly, and all such together as two rows. From
-    a solution on some rows, the residuals nearest to zero are kept and the others summed; the loss
+    a solution on a sample, the residuals nearest to zero are kept and the others summed; the loss
     over all residuals and the bound of the reduced program, which is one for the whole, tell how
     good the answer is. Memory beyond Z: 4 bytes per residual and the reduced program.
     """
     n, p, m = Z.shape
-    rows = np.linspace(0, n - 1, max(2, min(n, _KEPT // m))).astype(np.int64)
-    rows = rows[s[rows] > 0]
-    w = coarse(Z[rows], y[rows], levels, s[rows]).w if len(rows) else np.full(p, 1 / p)
-    best, bound, kept = (np.inf, w), -np.inf, _KEPT
-    for _ in range(12):
-        size, _ = _sizes(Z, y, levels, s, w)
+    kept = first = max(_KEPT, int(2 * (p * n * m) ** (2 / 3)))  # their rate: the error of the sample
+    w = _pilot(Z, y, levels, s, kept)
+    best, bound = (np.inf, w), -np.inf
+    for _ in range(_PASSES):
+        size, value = _sizes(Z, y, levels, s, w)
+        worse = value > best[0]
+        if not worse:
+            best = (value, w)
+        if best[0] - bound <= 10 * TOLERANCE * best[0]:
+            break
+        if worse:
+            # too far: signs changed that were taken as known. The way there goes down at first
+            w, kept = (best[1] + w) / 2, min(2 * kept, 8 * first)
+            continue
         cut = np.partition(size, kept, axis=None)[kept] if kept < size.size else np.inf
         A, target, weight, tau = _reduced(Z, y, levels, s, w, size < cut)
         del size
         found, candidate, _ = _general(A, target, weight, tau, simplex=True, intercept=False)
         del A
-        w = candidate[0]
-        bound = max(bound, float(found.bound[0]))
-        _, value = _sizes(Z, y, levels, s, w, keep=False)
-        if value < best[0]:
-            best = (value, w)
-        if best[0] - bound <= 10 * TOLERANCE * best[0]:
-            break
-        kept = min(2 * kept, 4 * _KEPT)
-    cells = s.sum() * m
+        w, bound = candidate[0], max(bound, float(found.bound[0]))
+    cells = float(s.sum() * m)
     return Program(best[1], np.zeros(()), best[0] / cells, max(0.0, best[0] - bound) / cells)
+
+
+def _pilot(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, count: int) -> np.ndarray:
+    """Return weights (p,) from about `count` residuals: many rows tell more than a row's many levels."""
+    p, m = Z.shape[1:]
+    rows = np.flatnonzero(s > 0)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(np.int64)]
+    level = np.random.default_rng(0).integers(m, size=(len(rows), max(1, min(m, count // len(rows)))))
+    row = np.broadcast_to(rows[:, None], level.shape).ravel()
+    level = level.ravel()
+    A = (Z[row, :, level] - y[row, None]).T[None]
+    found = solve(A, np.zeros(A.shape[2]), s[row], levels[level], np.ones(p, dtype=bool), 1e-6)
+    return found.w[0]
 
 
 def _blocks(Z: np.ndarray):
@@ -316,17 +373,15 @@ def _residuals(Z, y, w, block: slice) -> np.ndarray:
     return y[block, None] - np.matmul(w, Z[block])
 
 
-def _sizes(Z, y, levels, s, w, keep: bool = True) -> tuple[np.ndarray, float]:
+def _sizes(Z, y, levels, s, w) -> tuple[np.ndarray, float]:
     """Return |residuals| as float32 (n, m), and the weighted loss over all of them."""
-    size = np.empty((len(Z), Z.shape[2]) if keep else (0, 0), dtype=np.float32)
-    value = 0.0
+    size, value = np.empty((len(Z), Z.shape[2]), dtype=np.float32), 0.0
     for block in _blocks(Z):
         r = _residuals(Z, y, w, block)
         value += float(s[block] @ np.maximum(levels * r, (levels - 1) * r).sum(axis=1))
-        if keep:
-            np.abs(r, out=r)
-            size[block] = r
-            size[block][s[block] == 0] = np.inf
+        np.abs(r, out=r)
+        size[block] = r
+        size[block][s[block] == 0] = np.inf
     return size, value
 
 

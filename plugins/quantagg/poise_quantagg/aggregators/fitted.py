@@ -1,4 +1,4 @@
-"""What fitted aggregators share: the shapes they were fitted on."""
+"""Fitted aggregators whose weights are numbers, not functions of the features."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from poise.errors import DataError
-from poise_quantagg.checks import finite
+from poise_quantagg.checks import finite, row_blocks
 
 
 def check_predictions(Z: np.ndarray, p: int, m: int) -> np.ndarray:
-    """Return finite predictions, shape (n, p, m).
+    """Return finite predictions, shape (n, p, m), without a copy.
 
     Raises
     ------
     DataError
         When p or m differ from those of the fit, or a value is not finite.
     """
-    Z = finite("Z", Z, 3)
+    Z = finite("Z", Z, 3, keep_float32=True)
     if Z.shape[1:] != (p, m):
         raise DataError(
             f"Z has {Z.shape[1]} models and {Z.shape[2]} levels; fitted on {p} and {m}"
@@ -27,34 +27,87 @@ def check_predictions(Z: np.ndarray, p: int, m: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CoarseFit:
-    """A weighted sum over models, the same at every level.
+class LinearFit:
+    """Weighted sums of predictions; coarse, medium or fine by the shape of the weights.
 
     Parameters
     ----------
-    w : array, shape (p,)
-        Non-negative, sum 1; so rows that do not cross are combined into one that does not.
+    w : array, shape (p,), (p, m) or (p, m_in, m_out)
     m : int
         Levels at the fit.
-    objective : float or None
-        Mean pinball loss on the rows of the fit, where it was minimised; in the unit of y.
+    intercept : array, shape (m,), optional
+        Added to each level, in the unit of y.
+    objective, gap : float, optional
+        Mean pinball loss on the rows of the fit where it was minimised, and how far at most it is
+        above the optimum; in the unit of y.
     """
 
     w: np.ndarray
     m: int
+    intercept: np.ndarray | None = None
     objective: float | None = None
-    linear = True
+    gap: float | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether a prediction is the weighted sum and nothing else."""
+        return self.intercept is None
 
     def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
-        """Return sum_j w_j Z[:, j, :], shape (n, m).
+        """Return the weighted sums, shape (n, m), a block of rows at a time.
 
         Raises
         ------
         DataError
             When Z does not fit the weights.
         """
-        return np.einsum("npm,p->nm", check_predictions(Z, len(self.w), self.m), self.w)
+        Z = check_predictions(Z, self.w.shape[0], self.m)
+        out = np.empty((len(Z), self.m))
+        for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
+            out[block] = self._sum(Z[block])
+        return out if self.intercept is None else out + self.intercept
+
+    def _sum(self, Z: np.ndarray) -> np.ndarray:
+        if self.w.ndim == 1:
+            return np.matmul(self.w, Z)
+        if self.w.ndim == 2:
+            return np.einsum("npm,pm->nm", Z, self.w)
+        return Z.reshape(len(Z), -1) @ self.w.reshape(-1, self.m)
 
     def weights(self, X: np.ndarray | None = None) -> np.ndarray:
-        """Return the weights, shape (p,), as a copy."""
+        """Return the weights as a copy, shape (p,), (p, m) or (p, m_in, m_out)."""
         return self.w.copy()
+
+
+@dataclass(frozen=True)
+class FittedMedian:
+    """The median over models at each level.
+
+    It is the weighted median with equal weights, and monotone inputs give monotone outputs; but
+    it is not linear in Z: no fixed weighted sum gives its predictions, hence `linear = False`.
+    """
+
+    p: int
+    m: int
+    linear = False
+
+    def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
+        """Return the median over models, shape (n, m).
+
+        Raises
+        ------
+        DataError
+            When Z has other numbers of models or levels than at the fit.
+        """
+        Z = check_predictions(Z, self.p, self.m)
+        out = np.empty((len(Z), self.m))
+        for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
+            out[block] = np.median(Z[block], axis=1)
+        return out
+
+    def weights(self, X: np.ndarray | None = None) -> np.ndarray:
+        """Return each model's vote in the weighted median, shape (p,): equal.
+
+        These are not coefficients of a sum (see the class).
+        """
+        return np.full(self.p, 1 / self.p)

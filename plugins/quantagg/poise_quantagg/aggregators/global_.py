@@ -1,20 +1,21 @@
-"""Aggregators whose weights do not depend on the features (section 1.4 "global")."""
+"""Aggregators whose weights do not depend on the features, solved exactly (section 1.4 "global")."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from poise_quantagg.aggregators.fitted import CoarseFit
-from poise_quantagg.programs import coarse_weights
+from poise_quantagg import programs
+from poise_quantagg.aggregators.fitted import LinearFit
+
+RESOLUTIONS = ("coarse", "medium", "fine")
 
 
-def coarse(
-    Z: np.ndarray, y: np.ndarray, levels: np.ndarray, sample_weight: np.ndarray
-) -> CoarseFit:
-    """Return the exact minimiser of the pinball loss over one simplex; see `coarse_weights`.
+def exact(resolution: str, Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray,
+          simplex: bool = True) -> LinearFit:
+    """Return the minimiser of the mean pinball loss over the weights of one resolution.
 
-    It contains the average and every single model, so on the rows of the fit it is never worse
-    than any of them.
+    Coarse contains the average and every single model, medium contains coarse, fine contains medium:
+    on the rows of the fit each is at least as good as the one before.
     """
-    w, objective = coarse_weights(Z, y, levels, sample_weight)
-    return CoarseFit(w, Z.shape[2], objective)
+    found = getattr(programs, resolution)(Z, y, levels, s, simplex=simplex)
+    return LinearFit(found.w, Z.shape[2], None, found.objective, found.gap)

@@ -1,25 +1,54 @@
-"""Linear quantile regression (Koenker and Bassett 1978), one exact program per level."""
+"""Linear quantile regression (Koenker and Bassett 1978), all levels in one batch, exact."""
 
 from __future__ import annotations
 
-from poise.errors import require
-from poise_quantagg.base.regressor import PerLevelRegressor
+import numpy as np
+
+from poise.errors import FileError
+from poise_quantagg.base.regressor import QuantileRegressor
+from poise_quantagg.grid import interpolate
 
 
-class LinearRegressor(PerLevelRegressor):
-    """scikit-learn's `QuantileRegressor` by HiGHS, on features of mean 0 and variance 1."""
+class LinearRegressor(QuantileRegressor):
+    """Linear quantiles of standardised features, by the exact solver of the aggregators.
 
-    def __init__(self, *, levels, alpha):
+    Minimises mean pinball + alpha * sum |slope|, as scikit-learn's `QuantileRegressor` does.
+    """
+
+    _arrays = ("coef_", "intercept_", "mean_", "scale_")
+
+    def __init__(self, *, levels, alpha=0.0):
         self.levels = levels
         self.alpha = alpha
 
     def _fit(self, X, y, sample_weight) -> None:
-        self.scaler_ = require("sklearn.preprocessing", "quantagg").StandardScaler().fit(X)
-        super()._fit(self.scaler_.transform(X), y, sample_weight)
+        from poise_quantagg.programs import linear
+
+        self.mean_, scale = X.mean(axis=0), X.std(axis=0)
+        self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, np.inf)
+        s = np.ones(len(y)) if sample_weight is None else sample_weight
+        self.coef_, self.intercept_ = linear(self._standard(X), y, self.levels_, s, self.alpha)
+
+    def _standard(self, X) -> np.ndarray:
+        return (X - self.mean_) / self.scale_
 
     def _predict(self, X, levels):
-        return super()._predict(self.scaler_.transform(X), levels)
+        q = self._standard(X) @ self.coef_ + self.intercept_
+        return interpolate(q, self.levels_, levels)
 
-    def _estimator(self, level):
-        linear_model = require("sklearn.linear_model", "quantagg")
-        return linear_model.QuantileRegressor(quantile=level, alpha=self.alpha, solver="highs")
+    def tensors(self):
+        """Return what `from_tensors` needs: arrays, and plain values."""
+        arrays = {k: getattr(self, k) for k in self._arrays}
+        return arrays, {"alpha": self.alpha, "levels": self.levels_.tolist()}
+
+    @classmethod
+    def from_tensors(cls, arrays, meta) -> LinearRegressor:
+        """Rebuild what `tensors` returned."""
+        model = cls(levels=meta["levels"], alpha=meta["alpha"])
+        model.levels_ = np.asarray(meta["levels"], dtype=float)
+        for name in cls._arrays:
+            setattr(model, name, arrays[name])
+        model.n_features_in_ = len(model.mean_)
+        if model.coef_.shape != (len(model.mean_), len(model.levels_)):
+            raise FileError(f"a saved LinearRegressor is damaged: coef_ has shape {model.coef_.shape}")
+        return model

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, require
-from poise_quantagg.checks import check_levels, finite, level_index, row_weights, same_rows
+from poise_quantagg.checks import check_levels, finite, row_weights, same_rows
+from poise_quantagg.grid import coarse_grid, interpolate
 
 
 class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
@@ -42,10 +43,12 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
     ) -> np.ndarray:
         """Return quantiles, shape (n, m), at `levels` (default: those of the constructor).
 
+        A model that was trained level by level interpolates others (`grid.interpolate`).
+
         Raises
         ------
         ConfigError
-            Before `fit`; for a level that was not trained, where the model needs training.
+            Before `fit`; for ill-formed levels.
         DataError
             For another number of features, or values that are not finite.
         """
@@ -64,17 +67,36 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
 
 
 class PerLevelRegressor(QuantileRegressor):
-    """One single-quantile estimator per level; a subclass has `_estimator(level)`."""
+    """One single-quantile estimator per level; a subclass has `_estimator(level)`.
+
+    With an option `grid`, only so many of the levels are trained and the others interpolated.
+    """
+
+    grid: int | None = None
 
     def _estimator(self, level: float) -> Any:
         raise NotImplementedError
 
     def _fit(self, X, y, sample_weight) -> None:
+        self.trained_ = coarse_grid(self.levels_, self.grid)
         self.estimators_ = [
             self._estimator(float(level)).fit(X, y, sample_weight=sample_weight)
-            for level in self.levels_
+            for level in self.trained_
         ]
 
     def _predict(self, X, levels) -> np.ndarray:
-        chosen = [self.estimators_[k] for k in level_index(self.levels_, levels)]
-        return np.column_stack([estimator.predict(X) for estimator in chosen])
+        q = np.column_stack([estimator.predict(X) for estimator in self.estimators_])
+        return interpolate(q, self.trained_, levels)
+
+
+class JoinedLevels:
+    """Several regressors that were trained at different levels, as one."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self.levels_ = np.concatenate([np.asarray(part.levels_) for part in self.parts])
+
+    def predict_quantiles(self, X: np.ndarray, levels: Sequence[float] | None = None) -> np.ndarray:
+        """Return quantiles, shape (n, m), at `levels` (default: all that were trained)."""
+        q = np.concatenate([part.predict_quantiles(X) for part in self.parts], axis=1)
+        return q if levels is None else interpolate(q, self.levels_, check_levels(levels))

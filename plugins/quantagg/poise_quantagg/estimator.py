@@ -1,0 +1,398 @@
+"""`QuantileAggregatorRegressor`: from rows to an ensemble's quantiles, behind scikit-learn's interface."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poise.errors import ConfigError, require
+from poise_quantagg.checks import QuantileWarning, check_levels
+from poise_quantagg.grid import interpolate
+from poise_quantagg.scores import pinball
+from poise_quantagg.stacker import QuantileStacker
+
+_base = require("sklearn.base", "quantagg")
+
+CONFORMAL = ("cv+", "nested", "split")
+LEVELS = [k / 100 for k in range(1, 100)]
+
+
+class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
+    """Cross-fit quantile models, learn their weights, predict calibrated quantiles.
+
+    Parameters
+    ----------
+    levels : sequence of float, shape (m,), optional
+        Increasing, in (0, 1); default 0.01, 0.02, ..., 0.99.
+    estimators : "auto", sequence of names, or mapping of name to model
+        "auto" chooses by the number of rows (`default_models`). Names are registered quantile models.
+        A model is a component (`poise_quantagg.components`), or anything with `fit(X, y)` that
+        `poise_quantagg.adapters.wrap` understands: `predict(X, quantiles=)`, `predict_quantiles`, or a
+        distribution with `ppf`.
+    aggregator : str
+        As for `QuantileStacker`.
+    cv : int, or a splitter of scikit-learn
+        Folds of the cross-fitting; fewer rows than folds is an error.
+    isotonize : None, "sort", "pava" or "minmax"
+    conformal : None, "cv+", "nested" or "split"
+        How `predict_interval` is calibrated. "cv+" treats the weights as given (they are fitted on the
+        same out-of-fold rows: p numbers or p per level, from n); "nested" fits them anew for every fold
+        from K(K - 1)/2 pair-deleted fits, and has the guarantee of CV+ in full; "split" keeps a fifth of
+        the rows away from all fitting. None: the quantiles as they are.
+    penalty, n_iter, solver, options
+        As for `QuantileStacker`.
+    refit : {"bag", "all"}
+        Predict new rows by the mean over the folds' models, or by models fitted on all rows.
+    n_jobs : int
+        Processes of joblib; the result does not depend on it.
+    cache : path, optional
+        Directory of finished fits; an interrupted fit goes on where it was.
+    verbose : int
+        1: say what is done.
+    random_state : int
+
+    Attributes
+    ----------
+    levels_ : array, shape (m,)
+    stacker_ : QuantileStacker
+    oof_quantiles_ : array, shape (n, p, m)
+        Out-of-fold predictions; NaN for rows that no fold held out.
+    model_names_ : list of str
+        In the order of the weights.
+    leaderboard_ : list of dict
+        Out-of-fold mean pinball loss of every model and of the ensemble, best first.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[float] | None = None,
+        estimators: str | Sequence[str] | Mapping[str, Any] = "auto",
+        aggregator: str = "qra",
+        cv: Any = 5,
+        isotonize: str | None = "sort",
+        conformal: str | None = "cv+",
+        penalty: str | None = None,
+        n_iter: int = 20,
+        solver: str = "auto",
+        options: Mapping[str, Any] | None = None,
+        refit: str = "all",
+        n_jobs: int = 1,
+        cache: str | Path | None = None,
+        verbose: int = 0,
+        random_state: int = 0,
+    ) -> None:
+        self.levels = levels
+        self.estimators = estimators
+        self.aggregator = aggregator
+        self.cv = cv
+        self.isotonize = isotonize
+        self.conformal = conformal
+        self.penalty = penalty
+        self.n_iter = n_iter
+        self.solver = solver
+        self.options = options
+        self.refit = refit
+        self.n_jobs = n_jobs
+        self.cache = cache
+        self.verbose = verbose
+        self.random_state = random_state
+
+    # -------------------------------------------------------------- fitting
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, groups: Any = None):
+        """Fit base models, weights and calibration.
+
+        Parameters
+        ----------
+        X : array or frame, shape (n, d)
+        y : array or series, shape (n,)
+        sample_weight : array, shape (n,), optional
+            Weights of rows in the base models, the weights' program and the leaderboard. Folds, bootstraps
+            and conformal ranks do not know them: a weight of 2 is not the same as a row given twice.
+        groups : array, shape (n,), optional
+            Rows of one group stay in one fold.
+
+        Raises
+        ------
+        ConfigError
+            For options that cannot be used, among them more folds than rows.
+        DataError, ValueError
+            For rows that cannot be used.
+        """
+        validation = require("sklearn.utils.validation", "quantagg")
+        X, y = validation.validate_data(self, X, y, y_numeric=True, dtype=np.float64, ensure_min_samples=2)
+        if sample_weight is not None:
+            sample_weight = validation._check_sample_weight(sample_weight, X, dtype=np.float64,
+                                                            ensure_non_negative=True)
+        y = np.asarray(y, dtype=np.float64)
+        self.levels_ = check_levels(LEVELS if self.levels is None else self.levels)
+        self._check_options(len(y))
+        if self.conformal == "split":
+            return self._fit_split(X, y, sample_weight, groups)
+        self._fit_rows(X, y, sample_weight, groups)
+        if self.conformal is not None:
+            self._calibrate(X, y, sample_weight)
+        return self
+
+    def _check_options(self, n: int) -> None:
+        if self.conformal is not None and self.conformal not in CONFORMAL:
+            raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
+                              f"or None")
+        if isinstance(self.cv, int) and not 2 <= self.cv <= n:
+            raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
+                              f"give more rows or fewer folds")
+
+    def _fit_rows(self, X, y, sample_weight, groups) -> None:
+        from poise_quantagg.crossfit import cross_fit
+
+        models = self._models(len(y), X.shape[1])
+        say = (lambda what: print(f"[quantagg] {what}", flush=True)) if self.verbose else None
+        self.cross_fit_ = cross_fit(
+            models, X, y, self.levels_, folds=self.cv, seed=self.random_state, n_jobs=self.n_jobs,
+            sample_weight=sample_weight, groups=groups, refit=self.refit, cache=self.cache, progress=say,
+        )
+        self.oof_quantiles_, self.model_names_ = self.cross_fit_.Z, list(self.cross_fit_.models)
+        self.stacker_ = self._stack(self.cross_fit_.Z, y, X, sample_weight, self.cross_fit_.covered)
+        self.leaderboard_ = self._leaderboard(X, y)
+
+    def _stack(self, Z, y, X, sample_weight, rows) -> QuantileStacker:
+        stacker = QuantileStacker(
+            aggregator=self.aggregator, levels=self.levels_.tolist(), solver=self.solver,
+            isotonize=self.isotonize, penalty=self.penalty, n_iter=self.n_iter, options=self.options,
+            random_state=self.random_state,
+        )
+        whole = bool(rows.all())
+        return stacker.fit(Z if whole else Z[rows], y[rows], X[rows],
+                           sample_weight=None if sample_weight is None else sample_weight[rows])
+
+    def _models(self, n: int, d: int) -> dict[str, Any]:
+        from poise.registry import build
+        from poise_quantagg.adapters import wrap
+        from poise_quantagg.defaults import default_models
+
+        given = self.estimators
+        if isinstance(given, str) and given == "auto":
+            return default_models(n, d, self.random_state)
+        if isinstance(given, str):
+            given = [given]
+        if isinstance(given, Mapping):
+            models = {str(name): wrap(model, self.levels_) for name, model in given.items()}
+        else:
+            models = {}
+            for item in given:
+                name, model = item if isinstance(item, tuple) else (item, build("model", item))
+                if name in models:
+                    raise ConfigError(f"estimators: {name!r} is given twice; name them apart by a mapping")
+                models[name] = wrap(model, self.levels_)
+        if not models:
+            raise ConfigError("estimators is empty: name at least one model, or write 'auto'")
+        return models
+
+    def _leaderboard(self, X, y) -> list[dict[str, Any]]:
+        rows = self.cross_fit_.covered
+        Z = self.cross_fit_.Z[rows]
+        own = self.stacker_.predict(Z, X[rows])
+        table = [{"model": name, "oof_pinball": pinball(y[rows], np.sort(Z[:, j], axis=1), self.levels_)}
+                 for j, name in enumerate(self.model_names_)]
+        # its weights have seen these rows; for the few numbers that they are, that flatters little
+        table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y[rows], own, self.levels_)})
+        return sorted(table, key=lambda row: row["oof_pinball"])
+
+    # -------------------------------------------------------------- calibration
+
+    def _calibrate(self, X, y, sample_weight) -> None:
+        """Fit CV+ on the ensemble's out-of-fold quantiles."""
+        from poise_quantagg.conformal import CVPlus
+
+        rows = self.cross_fit_.covered
+        pairs = self._mirrored()
+        self.conformal_ = None
+        if not len(pairs):
+            return
+        levels = self.levels_[pairs]
+        if self.conformal == "nested":
+            oof, self.nested_ = self._nested(X, y, sample_weight)
+        else:
+            oof = self.stacker_.predict(self.cross_fit_.Z[rows], X[rows])
+        with warnings.catch_warnings():
+            # 49 pairs with few rows: what is infinite is said when an interval is asked for
+            warnings.simplefilter("ignore", QuantileWarning)
+            self.conformal_ = CVPlus().fit(y[rows], oof[:, pairs], self.cross_fit_.fold[rows], levels)
+
+    def _nested(self, X, y, sample_weight):
+        """Return out-of-fold quantiles by weights that saw no row of the fold, and those weights."""
+        from poise_quantagg.conformal import nested_fold_arrays
+        from poise_quantagg.crossfit import pair_predictions
+
+        fold = self.cross_fit_.fold
+        if (fold < 0).any() or fold.max() < 2:
+            raise ConfigError("conformal='nested' needs at least 3 folds that hold out every row")
+        models = {n: m for n, m in self._models(len(y), X.shape[1]).items() if n in self.model_names_}
+        pairs = pair_predictions(models, X, y, self.levels_, fold, n_jobs=self.n_jobs,
+                                 sample_weight=sample_weight, cache=self.cache)
+        oof, stackers = np.empty((len(y), len(self.levels_))), []
+        for k, (rows, Z) in enumerate(nested_fold_arrays(pairs, fold)):
+            weight = None if sample_weight is None else sample_weight[rows]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", QuantileWarning)
+                stackers.append(self._stack(Z, y[rows], X[rows], weight, np.ones(len(rows), dtype=bool)))
+            held = fold == k
+            oof[held] = stackers[k].predict(self.cross_fit_.Z[held], X[held])
+        return oof, stackers
+
+    def _fit_split(self, X, y, sample_weight, groups):
+        from poise_quantagg.conformal import SplitCQR
+
+        n = len(y)
+        order = np.random.default_rng([self.random_state, 3]).permutation(n)
+        held, rest = np.sort(order[: max(1, n // 5)]), np.sort(order[max(1, n // 5) :])
+        if isinstance(self.cv, int) and self.cv > len(rest):
+            raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
+                              f"more rows or fewer folds")
+        self._fit_rows(X[rest], y[rest], None if sample_weight is None else sample_weight[rest],
+                       None if groups is None else np.asarray(groups)[rest])
+        pairs = self._mirrored()
+        q = self._quantiles(X[held])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantileWarning)
+            self.conformal_ = None
+            if len(pairs):
+                self.conformal_ = SplitCQR().fit(y[held], q[:, pairs], self.levels_[pairs])
+        return self
+
+    def _mirrored(self) -> np.ndarray:
+        """Return the positions of levels whose mirror image is a level too."""
+        there = np.abs(self.levels_[:, None] + self.levels_[None] - 1).min(axis=1) < 1e-9
+        keep = np.flatnonzero(there)
+        return keep if len(keep) > 1 else keep[:0]
+
+    # -------------------------------------------------------------- predicting
+
+    def predict_quantiles(self, X: Any, levels: Sequence[float] | None = None) -> Any:
+        """Return quantiles at `levels`, shape (n, m); by default those of the fit.
+
+        Levels between those of the fit are interpolated, linearly in their normal score; beyond them
+        the outermost quantile is repeated, with one `QuantileWarning`. A frame indexed like X when
+        pandas output is chosen (`set_output(transform="pandas")`).
+        """
+        rows = self._validated(X)
+        wanted = self.levels_ if levels is None else check_levels(levels)
+        return self._framed(interpolate(self._quantiles(rows), self.levels_, wanted), X, wanted)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the median, shape (n,)."""
+        rows = self._validated(X)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantileWarning)  # with one level there is no median but it
+            return interpolate(self._quantiles(rows), self.levels_, np.array([0.5]))[:, 0]
+
+    def predict_interval(self, X: Any, alpha: float = 0.2) -> Any:
+        """Return central (1 - alpha) intervals, shape (n, 2), calibrated as `conformal` says.
+
+        Raises
+        ------
+        ConfigError
+            For alpha out of (0, 1), or calibrated intervals at levels that were not fitted.
+
+        Warns
+        -----
+        QuantileWarning
+            Once, when there are too few rows for alpha: the interval is infinite then.
+        """
+        rows = self._validated(X)
+        if not 0 < alpha < 1:
+            raise ConfigError(f"alpha={alpha!r}: allowed is > 0 and < 1")
+        ends = np.array([alpha / 2, 1 - alpha / 2])
+        if self.conformal is None:
+            return self._framed(interpolate(self._quantiles(rows), self.levels_, ends), X, ends)
+        if self.conformal_ is None:
+            raise ConfigError("calibrated intervals need mirrored levels such as 0.1 and 0.9: fit with "
+                              "them, or with conformal=None")
+        return self._framed(self._interval(rows, alpha, ends), X, ends)
+
+    def _interval(self, rows, alpha: float, ends: np.ndarray) -> np.ndarray:
+        pairs, calibrated = self._mirrored(), self.conformal_
+        assert calibrated is not None
+        if self.conformal == "split":
+            out = calibrated.predict_interval(self._quantiles(rows)[:, pairs], alpha)
+        else:
+            out = calibrated.predict_interval(self._fold_quantiles(rows)[:, :, pairs], alpha)
+        if np.isinf(out).any():
+            warnings.warn(
+                f"{calibrated.n_} calibration rows are too few for alpha={alpha:g}: the interval is "
+                f"infinite; give more rows or a larger alpha", QuantileWarning, stacklevel=4)
+        return out
+
+    def _quantiles(self, X: np.ndarray) -> np.ndarray:
+        return self.stacker_.predict(self.cross_fit_.predict(X), X)
+
+    def _fold_quantiles(self, X: np.ndarray) -> np.ndarray:
+        """Return the ensemble's quantiles by the models (and weights) of each fold, (K, n, m)."""
+        folds = self.cross_fit_.predict_folds(X)
+        stackers = getattr(self, "nested_", None) or [self.stacker_] * len(folds)
+        return np.stack([s.predict(Z, X) for s, Z in zip(stackers, folds)])
+
+    def weights_(self, X: Any = None) -> np.ndarray:
+        """Return the ensemble's weights, models in the order of `model_names_`."""
+        return self.stacker_.weights(None if X is None else self._validated(X))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return R^2 of the median, as scikit-learn's regressors do; `pinball_score` is the better one."""
+        return super().score(X, y, sample_weight)
+
+    def pinball_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return minus the mean pinball loss over rows and levels; larger is better."""
+        q = np.asarray(self._quantiles(self._validated(X)))
+        return -pinball(np.asarray(y, float), q, self.levels_, sample_weight=sample_weight)
+
+    def set_output(self, *, transform: str | None = None):
+        """Choose "default" or "pandas" for what `predict_quantiles` and `predict_interval` return."""
+        if transform not in (None, "default", "pandas"):
+            raise ConfigError(f"transform={transform!r}: allowed is 'default' or 'pandas'")
+        if transform is not None:
+            self._output = transform
+        return self
+
+    def _validated(self, X: Any) -> np.ndarray:
+        validation = require("sklearn.utils.validation", "quantagg")
+        validation.check_is_fitted(self, "stacker_")
+        return validation.validate_data(self, X, reset=False, dtype=np.float64)
+
+    def _framed(self, q: np.ndarray, X: Any, levels: np.ndarray) -> Any:
+        if getattr(self, "_output", "default") != "pandas":
+            return q
+        pandas = require("pandas", "tabular")
+        return pandas.DataFrame(q, index=getattr(X, "index", None), columns=np.round(levels, 10))
+
+    # -------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted ensemble into the directory `path`: safetensors and JSON, no pickle.
+
+        Raises
+        ------
+        ConfigError
+            Naming the base models that have no form without pickle (forests, scikit-learn's boosting):
+            leave them out, or keep the whole estimator with joblib.
+        """
+        from poise_quantagg.storage import save_ensemble
+
+        save_ensemble(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantileAggregatorRegressor:
+        """Read what `save` wrote; every byte is checked.
+
+        Raises
+        ------
+        FileError
+            For files that are missing, torn, altered, or of something else.
+        """
+        from poise_quantagg.storage import load_ensemble
+
+        return load_ensemble(cls, path)
+

@@ -1,0 +1,269 @@
+"""`QuantileStacker`: aggregate quantile predictions that come from anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poise.errors import ConfigError, FileError, nearest, require
+from poise_quantagg.checks import QuantileWarning, check_levels, row_blocks
+from poise_quantagg.monotone import isotonize
+
+AGGREGATORS = {
+    "average": "Average", "median": "Median", "best": "Best", "greedy": "Greedy", "qra": "QRA",
+    "fqra": "FQRA", "global_coarse": "GlobalCoarse", "global_medium": "GlobalMedium",
+    "global_fine": "GlobalFine", "local_coarse": "LocalCoarse", "local_medium": "LocalMedium",
+    "local_fine": "LocalFine",
+}
+ISOTONIZERS = ("sort", "pava", "minmax")
+FILE_KIND = "quantile_stacker"
+
+
+class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
+    """Weigh precomputed quantile predictions of several models (arXiv 2103.00083, section 1.4).
+
+    Parameters
+    ----------
+    aggregator : str
+        average, median, best, greedy, qra, fqra, global_coarse, global_medium, global_fine,
+        local_coarse, local_medium or local_fine (the paper's DQA).
+    levels : sequence of float, shape (m,), optional
+        Increasing, in (0, 1); without them k / (m + 1), which is the paper's grid for m = 99.
+    solver : {"auto", "exact", "gradient"}
+        For global weights. auto: exact where there is no penalty.
+    isotonize : None, "sort", "pava" or "minmax"
+        Applied to predictions, row by row. Sorting and PAVA never raise the weighted interval score
+        (Prop 2); the min-max sweep may.
+    penalty : None, "constant", "adaptive" or "distance"
+        Crossing penalty in training (eqs 19 and 21); global and local weights.
+    n_iter : int
+        Configurations that a search tries.
+    options : mapping, optional
+        Further options of the aggregator, as `poise describe aggregator NAME` lists them.
+    random_state : int
+
+    Attributes
+    ----------
+    fitted_ : the fitted aggregator
+    levels_ : array, shape (m,)
+    n_models_ : int
+    """
+
+    def __init__(
+        self,
+        aggregator: str = "global_coarse",
+        levels: Sequence[float] | None = None,
+        solver: str = "auto",
+        isotonize: str | None = None,
+        penalty: str | None = None,
+        n_iter: int = 20,
+        options: Mapping[str, Any] | None = None,
+        random_state: int = 0,
+    ) -> None:
+        self.aggregator = aggregator
+        self.levels = levels
+        self.solver = solver
+        self.isotonize = isotonize
+        self.penalty = penalty
+        self.n_iter = n_iter
+        self.options = options
+        self.random_state = random_state
+
+    def fit(
+        self, Z: np.ndarray, y: np.ndarray, X: np.ndarray | None = None, *,
+        validation: tuple[Any, ...] | None = None, sample_weight: np.ndarray | None = None,
+    ) -> QuantileStacker:
+        """Learn the weights.
+
+        Parameters
+        ----------
+        Z : array, shape (n, p, m)
+            Out-of-fold predictions of p models at m levels, in the unit of y.
+        y : array, shape (n,)
+        X : array or frame, shape (n, d), optional
+            Features, for local weights.
+        validation : (Z, y) or (Z, y, X), optional
+            Rows that choose among configurations; without them a fifth of the rows is held out where a
+            choice is to be made.
+        sample_weight : array, shape (n,), optional
+
+        Raises
+        ------
+        ConfigError
+            For an unknown aggregator, options it does not take or that exclude each other, ill-formed
+            levels.
+        DataError
+            For wrong shapes, and values that are not finite, naming the rows.
+
+        Warns
+        -----
+        QuantileWarning
+            Once, when models cross in Z.
+        """
+        component = self._component()
+        if self.isotonize is not None and self.isotonize not in ISOTONIZERS:
+            raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
+                              f"{', '.join(ISOTONIZERS)} or None")
+        if self.levels is not None:
+            check_levels(self.levels)
+        fitted = component.fit(Z, y, X, levels=self.levels, validation=validation,
+                               sample_weight=sample_weight)
+        Z = np.asarray(Z)
+        _warn_crossing(Z)
+        self.fitted_, self.n_models_ = fitted, Z.shape[1]
+        self.levels_ = check_levels(self.levels, Z.shape[2])
+        return self
+
+    def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
+        """Combine predictions (n, p, m) into (n, m), made monotone as `isotonize` says.
+
+        Raises
+        ------
+        ConfigError
+            Before `fit`.
+        DataError
+            When Z or X do not fit those of the fit.
+        """
+        q = self._fitted().predict(Z, X)
+        return q if self.isotonize is None else isotonize(q, self.isotonize, self.levels_)
+
+    def weights(self, X: np.ndarray | None = None) -> np.ndarray:
+        """Return the weights: (p,) coarse, (p, m) medium, (p, m_in, m_out) fine; local ones lead with n."""
+        return self._fitted().weights(X)
+
+    def save(self, path: str | Path) -> None:
+        """Write `path.safetensors` and `path.json`; `load` reads them. No pickle."""
+        from poise.files import save_arrays
+
+        arrays, meta = dump_fitted(self._fitted())
+        options = self.get_params(deep=False)
+        options["levels"] = self.levels_.tolist()
+        save_arrays(path, arrays, {"kind": FILE_KIND, "params": options, "fitted": meta,
+                                   "n_models": self.n_models_})
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantileStacker:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileError
+            For files that are missing, torn, altered, or of something else.
+        """
+        from poise.files import load_arrays
+
+        arrays, meta = load_arrays(path)
+        if meta.get("kind") != FILE_KIND:
+            raise FileError(f"{path} holds {meta.get('kind')!r}, not a {FILE_KIND}")
+        try:
+            stacker = cls(**meta["params"])
+            stacker.levels_ = check_levels(stacker.levels)
+            stacker.n_models_ = int(meta["n_models"])
+            stacker.fitted_ = load_fitted(arrays, meta["fitted"])
+            stacker._try()
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        return stacker
+
+    def _try(self) -> None:
+        """Predict one row, which fails when shapes do not fit."""
+        features = getattr(self.fitted_, "features", None)
+        X = None if features is None else np.zeros((1, len(features.mean)))
+        self.predict(np.zeros((1, self.n_models_, len(self.levels_))), X)
+
+    def _fitted(self) -> Any:
+        if not hasattr(self, "fitted_"):
+            raise ConfigError("QuantileStacker is not fitted: call fit(Z, y) first")
+        return self.fitted_
+
+    def _component(self) -> Any:
+        from poise.options import make
+        from poise_quantagg import components
+
+        if self.aggregator not in AGGREGATORS:
+            known = list(AGGREGATORS)
+            raise ConfigError(f"aggregator={self.aggregator!r}{nearest(self.aggregator, known)} "
+                              f"(have: {', '.join(known)})")
+        cls = getattr(components, AGGREGATORS[self.aggregator])
+        have = {f.name for f in dataclasses.fields(cls)}
+        given = {"solver": self.solver, "penalty": self.penalty, "n_iter": self.n_iter,
+                 "random_state": self.random_state}
+        if self.solver not in ("auto", "exact", "gradient"):
+            raise ConfigError(f"solver={self.solver!r}: allowed is auto, exact, gradient")
+        if self.penalty is not None and "penalty" not in have:
+            raise ConfigError(f"aggregator={self.aggregator} takes no penalty: use a global or local one")
+        if self.solver == "exact" and "solver" not in have and self.aggregator.startswith("local"):
+            raise ConfigError(f"aggregator={self.aggregator} has no exact solver: use solver='auto'")
+        options = {k: v for k, v in given.items() if k in have} | dict(self.options or {})
+        return make(cls, options, f"aggregator={self.aggregator}")
+
+
+def _warn_crossing(Z: np.ndarray) -> None:
+    """Warn once, naming the models whose quantiles cross and how often."""
+    if Z.shape[2] < 2:
+        return
+    falls = np.zeros(Z.shape[1])
+    for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
+        falls += (np.diff(Z[block], axis=2) < 0).sum(axis=(0, 2))
+    share = falls / (len(Z) * (Z.shape[2] - 1))
+    if share.any():
+        named = ", ".join(f"model {j} ({share[j]:.1%})" for j in np.flatnonzero(share))
+        warnings.warn(f"base predictions cross, this share of neighbouring levels: {named}; "
+                      f"isotonize='sort' mends the result and never raises its score",
+                      QuantileWarning, stacklevel=3)
+
+
+def dump_fitted(fitted: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return a fitted aggregator as arrays and plain values."""
+    from poise_quantagg.aggregators.fitted import FittedMedian, LinearFit
+    from poise_quantagg.aggregators.search import GateFit
+
+    if isinstance(fitted, FittedMedian):
+        return {"none": np.zeros(0)}, {"kind": "median", "p": fitted.p, "m": fitted.m}
+    if isinstance(fitted, LinearFit):
+        arrays = {"w": fitted.w}
+        if fitted.intercept is not None:
+            arrays["intercept"] = np.asarray(fitted.intercept)
+        return arrays, {"kind": "linear", "m": fitted.m, "objective": fitted.objective, "gap": fitted.gap}
+    if isinstance(fitted, GateFit):
+        arrays = {f"gate.{k}": v for k, v in fitted.params.items()}
+        arrays |= {"features.mean": fitted.features.mean, "features.scale": fitted.features.scale}
+        meta = {k: getattr(fitted, k) for k in ("resolution", "p", "m", "band", "score")}
+        return arrays, {"kind": "gate", **meta, "leaderboard": list(fitted.leaderboard)}
+    raise ConfigError(f"a fitted {type(fitted).__name__} cannot be saved without pickle")
+
+
+def load_fitted(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Any:
+    """Rebuild what `dump_fitted` returned.
+
+    Raises
+    ------
+    FileError
+        For an unknown kind.
+    """
+    from poise_quantagg.aggregators.fitted import FittedMedian, LinearFit
+    from poise_quantagg.aggregators.search import Features, GateFit
+
+    kind = meta.get("kind")
+    try:
+        if kind == "median":
+            return FittedMedian(int(meta["p"]), int(meta["m"]))
+        if kind == "linear":
+            return LinearFit(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"],
+                             meta["gap"])
+        if kind == "gate":
+            params = {k.removeprefix("gate."): v for k, v in arrays.items() if k.startswith("gate.")}
+            features = Features(arrays["features.mean"], arrays["features.scale"])
+            return GateFit(params, meta["resolution"], int(meta["p"]), int(meta["m"]), features,
+                           meta["band"], meta["score"], tuple(meta["leaderboard"]))
+    except (KeyError, TypeError) as error:
+        raise FileError(f"a saved aggregator is damaged: {error}") from None
+    raise FileError(f"unknown kind of saved aggregator: {kind!r}")
+
+
+

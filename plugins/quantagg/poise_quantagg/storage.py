@@ -1,0 +1,200 @@
+"""A fitted ensemble as a directory of safetensors and JSON; nothing in it is code.
+
+| file | content |
+|---|---|
+| `ensemble` | parameters, levels, names, calibration residuals |
+| `stacker` | the aggregator |
+| `model_J_K` | model J of fold K (the last K: fitted on all rows, when there is one) |
+
+Each is a bundle with checksums (`poise.files`); `ensemble.json` is written last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poise.errors import ConfigError, FileError, PoiseError
+
+KIND, VERSION = "quantile_ensemble", 1
+
+
+def save_ensemble(estimator: Any, path: Path | str) -> None:
+    """Write a fitted `QuantileAggregatorRegressor`; see its `save`."""
+    from poise.files import save_arrays
+
+    if not hasattr(estimator, "stacker_"):
+        raise ConfigError("QuantileAggregatorRegressor is not fitted: call fit(X, y) first")
+    folder, fits = Path(path), estimator.cross_fit_
+    columns = {name: [*models, *([fits.whole[name]] if fits.whole else [])]
+               for name, models in fits.models.items()}
+    dumped = {name: [dump(name, model) for model in models] for name, models in columns.items()}
+    for j, models in enumerate(dumped.values()):
+        for k, (arrays, meta) in enumerate(models):
+            save_arrays(folder / f"model_{j}_{k}", arrays, meta)
+    estimator.stacker_.save(folder / "stacker")
+    params = estimator.get_params(deep=False) | {"estimators": "auto", "cache": None,
+                                                 "levels": estimator.levels_.tolist()}
+    if not isinstance(params["cv"], int):
+        params["cv"] = 5
+    arrays = {"fold": fits.fold, **_calibration(estimator)}
+    for i, nested in enumerate(getattr(estimator, "nested_", [])):
+        nested.save(folder / f"nested_{i}")
+    save_arrays(folder / "ensemble", arrays, {
+        "kind": KIND, "version": VERSION, "params": params, "models": list(columns),
+        "folds": len(next(iter(fits.models.values()))), "whole": bool(fits.whole),
+        "n_features": int(estimator.n_features_in_), "leaderboard": estimator.leaderboard_,
+        "features": getattr(estimator, "feature_names_in_", np.array([])).tolist(),
+        "nested": len(getattr(estimator, "nested_", [])),
+    })
+
+
+def load_ensemble(cls: type, path: Path | str) -> Any:
+    """Read what `save_ensemble` wrote.
+
+    Raises
+    ------
+    FileError
+        For files that are missing, torn, altered, of something else, or do not belong together.
+    """
+    from poise.files import load_arrays
+
+    folder = Path(path)
+    arrays, meta = load_arrays(folder / "ensemble")
+    if meta.get("kind") != KIND or meta.get("version") != VERSION:
+        raise FileError(f"{folder} holds {meta.get('kind')!r} of version {meta.get('version')!r}, not a "
+                        f"{KIND} of version {VERSION}")
+    try:
+        return _loaded(cls, folder, arrays, meta)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _loaded(cls: type, folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Any:
+    from poise.files import load_arrays
+    from poise_quantagg.crossfit import CrossFit
+    from poise_quantagg.stacker import QuantileStacker
+
+    estimator = cls(**meta["params"])
+    estimator.levels_ = np.asarray(meta["params"]["levels"], dtype=float)
+    estimator.n_features_in_ = meta["n_features"]
+    if meta["features"]:
+        estimator.feature_names_in_ = np.array(meta["features"], dtype=object)
+    estimator.stacker_ = QuantileStacker.load(folder / "stacker")
+    count = meta["folds"] + meta["whole"]
+    columns = {name: [undump(*load_arrays(folder / f"model_{j}_{k}")) for k in range(count)]
+               for j, name in enumerate(meta["models"])}
+    whole = {name: models.pop() for name, models in columns.items()} if meta["whole"] else {}
+    nothing = np.empty((0, len(columns), len(estimator.levels_)))
+    estimator.cross_fit_ = CrossFit(nothing, arrays["fold"], estimator.levels_, columns, whole)
+    estimator.model_names_, estimator.leaderboard_ = list(columns), meta["leaderboard"]
+    if meta["nested"]:
+        estimator.nested_ = [QuantileStacker.load(folder / f"nested_{i}") for i in range(meta["nested"])]
+    if estimator.conformal is not None:
+        estimator.conformal_ = _calibrated(estimator, arrays)
+    return estimator
+
+
+def storable(model: Any) -> bool:
+    """Return whether a fitted base model has a form without pickle, and is of a class that files name."""
+    return type(model).__name__ in _classes() and hasattr(model, "tensors")
+
+
+def dump(name: str, model: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return a fitted base model as arrays and plain values.
+
+    Raises
+    ------
+    ConfigError
+        For a model that has no such form, by its name in the ensemble.
+    """
+    from poise_quantagg.base.regressor import JoinedLevels
+    from poise_quantagg.crossfit import _Later
+
+    if isinstance(model, _Later):
+        return dump(name, model.model())
+    if isinstance(model, JoinedLevels):
+        parts = [dump(name, part) for part in model.parts]
+        arrays = {f"{i}.{k}": v for i, (a, _) in enumerate(parts) for k, v in a.items()}
+        return arrays, {"class": "JoinedLevels", "parts": [meta for _, meta in parts]}
+    if not storable(model):
+        raise ConfigError(f"{name} ({type(model).__name__}) has no form without pickle: leave it out of "
+                          f"the ensemble, or keep the whole estimator with joblib.dump")
+    arrays, meta = model.tensors()
+    return arrays, {"class": type(model).__name__, **meta}
+
+
+def undump(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Any:
+    """Rebuild what `dump` returned.
+
+    Raises
+    ------
+    FileError
+        For a class that is unknown, and for values that make no such model.
+    """
+    from poise_quantagg.base.regressor import JoinedLevels
+
+    if meta.get("class") == "JoinedLevels":
+        return JoinedLevels([
+            undump({k.removeprefix(f"{i}."): v for k, v in arrays.items() if k.startswith(f"{i}.")}, part)
+            for i, part in enumerate(meta["parts"])
+        ])
+    classes = _classes()
+    if meta.get("class") not in classes:
+        raise FileError(f"unknown kind of saved model: {meta.get('class')!r}")
+    cls, values = classes[meta["class"]](), {k: v for k, v in meta.items() if k != "class"}
+    try:
+        return cls.from_tensors(arrays, values)
+    except PoiseError:
+        raise
+    except Exception as error:  # whatever a peer library makes of its own text
+        raise FileError(f"a saved {meta['class']} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _classes() -> dict[str, Any]:
+    """Return the classes that a file may name, loaded only when one does."""
+    def of(module: str, name: str):
+        import importlib
+
+        return lambda: getattr(importlib.import_module(f"poise_quantagg.base.{module}"), name)
+
+    return {"NetRegressor": of("nets", "NetRegressor"), "LinearRegressor": of("linear", "LinearRegressor"),
+            "LightGBMRegressor": of("boosting", "LightGBMRegressor"),
+            "XGBoostRegressor": of("boosting", "XGBoostRegressor"),
+            "CatBoostRegressor": of("boosting", "CatBoostRegressor"),
+            "ForestRegressor": of("forest", "ForestRegressor")}
+
+
+def _calibration(estimator: Any) -> dict[str, np.ndarray]:
+    fitted = getattr(estimator, "conformal_", None)
+    if fitted is None:
+        return {}
+    if hasattr(fitted, "offset_"):
+        return {"conformal.offset": fitted.offset_, "conformal.n": np.array([fitted.n_])}
+    arrays = {"conformal.n": np.array([fitted.n_])}
+    for at, residuals in fitted.residuals_.items():
+        for k, r in enumerate(residuals):
+            arrays[f"conformal.r.{at}.{k}"] = r
+    return arrays
+
+
+def _calibrated(estimator: Any, arrays: dict[str, np.ndarray]) -> Any:
+    from poise_quantagg.conformal import CVPlus, SplitCQR
+
+    if "conformal.n" not in arrays:
+        return None
+    fitted = SplitCQR() if "conformal.offset" in arrays else CVPlus()
+    fitted.levels_ = estimator.levels_[estimator._mirrored()]
+    fitted.n_ = int(arrays["conformal.n"][0])
+    if isinstance(fitted, SplitCQR):
+        fitted.offset_ = arrays["conformal.offset"]
+        return fitted
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for key, value in arrays.items():
+        if key.startswith("conformal.r."):
+            at, k = map(int, key.removeprefix("conformal.r.").split("."))
+            found.setdefault(at, {})[k] = value
+    fitted.residuals_ = {at: [parts[k] for k in sorted(parts)] for at, parts in sorted(found.items())}
+    return fitted
