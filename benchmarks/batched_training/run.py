@@ -1,6 +1,6 @@
 """Searches over networks and gates trained as one batch, against plain torch one by one.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/batched_training/run.py [--rounds 3] [--steps 200]
+Run: OMP_NUM_THREADS=1 python benchmarks/batched_training/run.py [--rounds 3] [--steps 100]
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def measure(groups: list[Group], rounds: int, steps: int) -> dict[str, float]:
                 results[name] = [alone(task, who, steps, ams, loss) for task, who, ams, loss in groups]
             times[name].append(time.process_time() - started)
         apart = max(
-            float((net.layers[0].weight.T - trained.params[c]["W0"]).abs().max())
+            float((net.layers[0].weight.detach().T - trained.params[c]["W0"]).abs().max())
             for trained, nets in zip(results["batched"], results["one by one"])
             for c, net in enumerate(nets) if trained.step[c] == schedule.max_steps)
         assert apart < 0.02, f"not the same work: weights differ by {apart}"  # float32, many steps
@@ -186,7 +186,7 @@ def measure(groups: list[Group], rounds: int, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures = {}

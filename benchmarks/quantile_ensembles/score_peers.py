@@ -24,6 +24,7 @@ from store import LEVELS
 Row = dict[str, Any]
 SCORES = ("wis", "wis_raw", "pinball", "cover80", "cover90", "length80", "crossing")
 USED = ("seconds", "cpu_seconds", "peak_rss_mib")
+OURS = "poise_default"
 COLUMNS = ("set", "seed", "peer", *SCORES, *USED)
 
 
@@ -120,6 +121,56 @@ def summary_table(rows: list[Row], peers: list[str], reference: str) -> list[str
     return lines
 
 
+def bootstrap(logs: dict[str, list[float]], draws: int = 2000) -> tuple[float, float, float]:
+    """Return a geometric mean over sets of ratios, with a 95 % interval over splits (log ratios by set)."""
+    rng = np.random.default_rng(0)
+    sets = [np.array(values) for values in logs.values()]
+    drawn = np.mean([v[rng.integers(0, len(v), (draws, len(v)))].mean(axis=1) for v in sets], axis=0)
+    low, high = np.exp(np.quantile(drawn, [0.025, 0.975]))
+    return float(np.exp(np.mean([v.mean() for v in sets]))), float(low), float(high)
+
+
+def against(rows: list[Row], peer: str, other: str) -> dict[str, list[float]]:
+    """Return log ratios of WIS by set, on the splits both have; other "best": the single model that the
+    peer's own out-of-fold scores chose."""
+    wis = {(r["set"], r["seed"], r["peer"]): r["wis"] for r in rows}
+    logs: dict[str, list[float]] = {}
+    for row in rows:
+        same = wis.get((row["set"], row["seed"], other))
+        base = row["record"].get("wis_of_best") if other == "best" else same
+        if row["peer"] == peer and base:
+            logs.setdefault(row["set"], []).append(float(np.log(row["wis"] / base)))
+    return logs
+
+
+def ours_tables(rows: list[Row], peer: str, others: list[str]) -> list[str]:
+    """Return how the peer compares with each other one: mean ratio, interval, wins, ratios by set."""
+    lines = [f"| {peer} relative to | ratio | 95 % interval | splits | better / worse sets |",
+             "|---|---|---|---|---|"]
+    by_set = {}
+    for other in ["best", *others]:
+        logs = against(rows, peer, other)
+        if not logs:
+            continue
+        value, low, high = bootstrap(logs)
+        by_set[other] = {name: float(np.exp(np.mean(v))) for name, v in logs.items()}
+        better = sum(r < 1 for r in by_set[other].values())
+        count = sum(len(v) for v in logs.values())
+        lines.append(f"| {other} | {value:.3f} | {low:.3f} to {high:.3f} | {count} | "
+                     f"{better} / {len(logs) - better} |")
+    head = " | ".join(f"to {other}" for other in by_set)
+    lines += ["", f"| set | {head} | cover80 raw | CV+ | length CV+ / raw |",
+              "|---" * (len(by_set) + 4) + "|"]
+    for name in next(iter(by_set.values()), {}):
+        own = [r for r in rows if r["peer"] == peer and r["set"] == name]
+        cells = [f"{by_set[o][name]:.3f}" if name in by_set[o] else "–" for o in by_set]
+        plus = np.mean([r["record"]["cv_plus_cover80"] for r in own])
+        longer = np.mean([r["record"]["cv_plus_length80"] / r["length80"] for r in own])
+        raw = np.mean([r["cover80"] for r in own])
+        lines.append(f"| {name} | {' | '.join(cells)} | {raw:.3f} | {plus:.3f} | {longer:.2f} |")
+    return lines
+
+
 def models(rows: list[Row]) -> dict[str, Any]:
     """Return, for peers that pick among models, how often each was fitted, failed, and won."""
     out: dict[str, Any] = {}
@@ -171,6 +222,8 @@ def main() -> None:
     target.write_text(text)
     shown = args.peers or peers
     print("\n".join([*wis_table(rows, shown), "", *summary_table(rows, shown, args.reference)]))
+    if any(r["peer"] == OURS for r in rows):
+        print("\n".join(["", *ours_tables(rows, OURS, [p for p in shown if p != OURS])]))
     for row in [f for f in failures if f["peer"] in shown]:
         print(f"failed: {row['set']}-{row['seed']} {row['peer']}: {row['error']}")
 

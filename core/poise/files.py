@@ -142,7 +142,7 @@ def save_arrays(stem: Path | str, arrays: Mapping[str, np.ndarray], meta: Mappin
     import numpy as np
     from safetensors.numpy import save
 
-    _write_bundle(Path(stem), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}), meta)
+    _write_bundle(Path(stem), save({k: np.asarray(v, order="C") for k, v in arrays.items()}), meta)
 
 
 def _write_bundle(stem: Path, data: bytes, meta: Mapping[str, Any]) -> None:

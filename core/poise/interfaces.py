@@ -266,7 +266,11 @@ class FittedAggregator(Protocol):
 
 @runtime_checkable
 class Aggregator(Protocol):
-    """Learns how to combine p quantile models."""
+    """Learns how to combine p quantile models.
+
+    One whose weights depend on the features says `needs_features = True` and takes X (n, d) in `fit`,
+    `predict` and `weights`.
+    """
 
     def fit(
         self,

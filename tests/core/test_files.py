@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from poise.errors import FileError
 from poise.files import (
     cache_folder,
     checksum,
+    load_arrays,
     load_bundle,
     load_meta,
     plain,
     read_json,
     remove_bundle,
+    save_arrays,
     save_bundle,
     write_bytes,
     write_json,
@@ -43,7 +46,7 @@ def damaged(stem, file, data, words=None):
     """Write damaged bytes and check that loading names the file."""
     path = stem.with_name(f"{stem.name}.{file}")
     path.write_bytes(data)
-    for load in (load_bundle, load_meta):
+    for load in (load_bundle, load_arrays, load_meta):
         with pytest.raises(FileError, match=words) as caught:
             load(stem)
         assert str(path) in str(caught.value)
@@ -148,6 +151,64 @@ def test_a_name_with_dots_is_one_name(tmp_path):
     for name in ("step-1.5", "step-1.6"):
         save_bundle(tmp_path / name, {}, {"name": name})
     assert load_meta(tmp_path / "step-1.5") == {"name": "step-1.5"}
+
+
+# ------------------------------------------------------------------ arrays, without torch
+
+
+ARRAY_TYPES = [np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_]
+
+
+@few
+@given(st.lists(st.tuples(st.sampled_from(ARRAY_TYPES), st.lists(st.integers(0, 4), max_size=3)),
+                max_size=4))
+def test_arrays_that_are_saved_are_loaded(tmp_path_factory, kinds):
+    stem = tmp_path_factory.getbasetemp() / "arrays" / "trip"
+    rng = np.random.default_rng(0)
+    arrays = {f"a.{i}": rng.integers(0, 2, shape).astype(dtype) for i, (dtype, shape) in enumerate(kinds)}
+    save_arrays(stem, arrays, {"n": len(arrays)})
+    back, meta = load_arrays(stem)
+    assert meta == {"n": len(arrays)} == load_meta(stem) and back.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype and back[name].shape == array.shape
+        assert np.array_equal(back[name], array)
+
+
+def test_views_and_special_values_of_arrays_survive(tmp_path):
+    base = np.random.default_rng(0).normal(size=(4, 6))
+    arrays = {"turned": base.T, "every other": base[:, ::2], "backwards": base[::-1],
+              "odd": np.array([np.nan, np.inf, -0.0, 5e-324])}
+    save_arrays(tmp_path / "it", arrays, {})
+    for name, array in load_arrays(tmp_path / "it")[0].items():
+        assert array.tobytes() == np.ascontiguousarray(arrays[name]).tobytes()
+
+
+def test_loaded_arrays_may_be_changed_and_leave_the_file_as_it_is(tmp_path):
+    save_arrays(tmp_path / "it", {"a": np.zeros(3)}, {})
+    load_arrays(tmp_path / "it")[0]["a"][:] = 1
+    assert load_arrays(tmp_path / "it")[0]["a"].tolist() == [0, 0, 0]
+
+
+def test_arrays_and_tensors_are_one_format(tmp_path):
+    save_arrays(tmp_path / "arrays", {"w": np.arange(6.0).reshape(2, 3)}, {"n": 1})
+    save_bundle(tmp_path / "tensors", {"w": torch.arange(6.0, dtype=torch.float64).reshape(2, 3)}, {"n": 1})
+    for kind in ("json", "safetensors"):
+        assert (tmp_path / f"arrays.{kind}").read_bytes() == (tmp_path / f"tensors.{kind}").read_bytes()
+    assert torch.equal(load_bundle(tmp_path / "arrays")[0]["w"],
+                       torch.from_numpy(load_arrays(tmp_path / "tensors")[0]["w"]))
+
+
+def test_arrays_need_no_torch(tmp_path):
+    code = f"""
+import sys
+import numpy as np
+from poise.files import load_arrays, save_arrays
+save_arrays({str(tmp_path / "it")!r}, {{"a": np.arange(3)}}, {{"n": 1}})
+assert load_arrays({str(tmp_path / "it")!r})[0]["a"].tolist() == [0, 1, 2]
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------ atomic writes

@@ -4,6 +4,7 @@ import pytest
 
 from poise.registry import entries
 from poise.testing import check_aggregator, check_model
+from poise_quantagg.stacker import AGGREGATORS
 
 OWN = [e for e in entries() if e.plugin == "quantagg"]
 
@@ -17,6 +18,12 @@ def test_what_the_plugin_brings():
     assert all(e.tasks == ("quantile",) and e.summary for e in OWN)
     for entry in OWN:
         entry.load()(**entry.example)
+
+
+def test_the_stacker_takes_the_aggregators_of_the_registry():
+    listed = {e.name: e.load() for e in OWN if e.kind == "aggregator"}
+    assert listed.keys() == AGGREGATORS.keys()
+    assert all(listed[name].__name__ == AGGREGATORS[name] for name in listed)
 
 
 @pytest.mark.parametrize("entry", own("model"))

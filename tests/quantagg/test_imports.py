@@ -8,7 +8,7 @@ import pytest
 
 import poise_quantagg
 
-HEAVY = ("torch", "sklearn", "hydra", "omegaconf", "matplotlib", "lightgbm", "scipy", "joblib")
+HEAVY = ("torch", "sklearn", "hydra", "omegaconf", "matplotlib", "lightgbm", "scipy", "joblib", "pandas")
 
 ABSENT = """
 import sys
@@ -27,40 +27,102 @@ def run(code):
 
 
 @pytest.mark.parametrize("module", [
-    "poise_quantagg", "poise_quantagg.plugin", "poise_quantagg.components",
+    "poise_quantagg", "poise_quantagg.plugin", "poise_quantagg.components", "poise_quantagg.defaults",
 ])
 def test_import_is_light(module):
     loaded = json.loads(run(f"import sys, json, {module}; print(json.dumps(list(sys.modules)))"))
     assert not {"numpy", *HEAVY} & set(loaded)
 
 
-def test_scores_need_numpy_only():
+@pytest.mark.parametrize("what", ["scores", "monotone", "conformal", "scores, monotone, conformal"])
+def test_scores_monotone_and_conformal_need_numpy_only(what):
     loaded = json.loads(run(
-        "import sys, json; from poise_quantagg import *; print(json.dumps(list(sys.modules)))"
+        f"import sys, json; from poise_quantagg import {what}; print(json.dumps(list(sys.modules)))"
     ))
+    assert not set(HEAVY) & set(loaded) and "numpy" in loaded
+
+
+def test_they_compute_with_numpy_only():
+    loaded = json.loads(run("""
+import sys, json
+import numpy as np
+from poise_quantagg import conformal, monotone, scores
+levels = [0.1, 0.5, 0.9]
+y, q = np.arange(30.0), np.arange(30.0)[:, None] + [1.0, -1.0, 2.0]
+for mend in (monotone.sort, monotone.pava, lambda q: monotone.minmax(q, levels)):
+    assert (np.diff(mend(q)) >= 0).all()
+assert scores.wis(y, q, levels, convention="paper") == 6 * scores.pinball(y, q, levels)
+fitted = conformal.SplitCQR().fit(y, monotone.sort(q), levels)
+assert fitted.predict_interval(monotone.sort(q), 0.2).shape == (30, 2)
+conformal.CVPlus().fit(y, monotone.sort(q), np.arange(30) % 3, levels)
+print(json.dumps(list(sys.modules)))
+"""))
     assert not set(HEAVY) & set(loaded)
 
 
-def test_the_plugin_works_without_torch(tmp_path):
-    run(f"""
+def test_everything_that_is_not_neural_works_without_torch(tmp_path):
+    out = run(f"""
 {ABSENT.format("torch")}
-sys.path.insert(0, {str(__file__.rsplit("/", 1)[0])!r})
-from test_crossfit import Diabetes, Notebook, Parts, QuantileEnsemble
-recipe = QuantileEnsemble(base=["linear"], levels=[0.1, 0.5, 0.9], folds=2)
-print(recipe.run(Parts(data=Diabetes()), Notebook({str(tmp_path)!r})))
+import warnings
+import numpy as np
+from poise_quantagg.estimator import QuantileAggregatorRegressor
+from poise_quantagg.stacker import QuantileStacker
+warnings.simplefilter("ignore")
+rng = np.random.default_rng(0)
+X = rng.normal(size=(60, 2))
+y = X[:, 0] + rng.normal(size=60)
+Z = X[:, :1, None] + np.sort(rng.normal(size=(60, 3, 5)), axis=2)
+for name in ("average median best greedy qra fqra global_coarse global_medium global_fine").split():
+    stacker = QuantileStacker(name, isotonize="sort").fit(Z, y)
+    stacker.save({str(tmp_path / "stacker")!r})
+    back = QuantileStacker.load({str(tmp_path / "stacker")!r})
+    assert np.array_equal(back.predict(Z), stacker.predict(Z))
+for conformal in ("cv+", "nested", "split"):
+    for estimators in ("auto", ["linear", "extra_trees", "quantile_forest", "lightgbm"]):
+        fitted = QuantileAggregatorRegressor([0.1, 0.5, 0.9], estimators, cv=3, conformal=conformal)
+        fitted.fit(X, y)
+        assert np.isfinite(fitted.predict_interval(X)).all()
+        fitted.save({str(tmp_path / "ensemble")!r})
+        back = QuantileAggregatorRegressor.load({str(tmp_path / "ensemble")!r})
+        assert np.array_equal(back.predict_quantiles(X), fitted.predict_quantiles(X))
+assert "torch" not in sys.modules
+from poise.errors import MissingExtra
+for fit in (lambda: QuantileStacker("local_coarse").fit(Z, y, X),
+            lambda: QuantileStacker("global_coarse", solver="gradient").fit(Z, y),
+            lambda: QuantileAggregatorRegressor(estimators=["gaussian_net"]).fit(X, y)):
+    try:
+        fit()
+    except MissingExtra as error:
+        print(error)
 """)
+    assert len(out.splitlines()) == 3 and out.count("torch") == 3
 
 
 def test_public_names():
+    from poise_quantagg import (  # noqa: F401
+        QuantileAggregatorRegressor,
+        QuantileStacker,
+        conformal,
+        monotone,
+        scores,
+    )
+
     assert len(poise_quantagg.__all__) <= 12
     for name in poise_quantagg.__all__:
-        assert callable(getattr(poise_quantagg, name)), name
+        assert getattr(poise_quantagg, name) is not None
+    assert {"QuantileAggregatorRegressor", "QuantileStacker"} <= set(poise_quantagg.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         poise_quantagg.nothing  # noqa: B018
 
 
 def test_a_submodule_never_shadows_a_public_name():
-    run("import poise_quantagg.crossfit, poise_quantagg as q; assert callable(q.cross_fit)")
+    run("""
+import importlib, pkgutil, poise_quantagg as q
+before = {name: getattr(q, name) for name in q.__all__}
+for module in pkgutil.iter_modules(q.__path__):
+    importlib.import_module(f"poise_quantagg.{module.name}")
+assert all(getattr(q, name) is value for name, value in before.items())
+""")
 
 
 @pytest.mark.parametrize("module", ["lightgbm", "quantile_forest"])

@@ -295,12 +295,32 @@ def test_the_streamed_program_is_the_program(monkeypatch, kind, weighted):
     s = np.random.default_rng(0).integers(0, 3, size=400).astype(float) if weighted else np.ones(400)
     whole = coarse(Z, y, levels, s)
     monkeypatch.setattr(programs, "STREAM", 5000)  # of 19,600 residuals
-    monkeypatch.setattr(programs, "_KEPT", 3000)
+    monkeypatch.setattr(programs, "_KEPT", 1000)
     monkeypatch.setattr(programs, "_BLOCK_BYTES", 1 << 16)  # several blocks of rows
     streamed = coarse(Z, y, levels, s)
     assert 0 <= streamed.gap <= GAP * streamed.objective
     assert streamed.objective == pytest.approx(whole.objective, rel=GAP)
     assert achieved(streamed, Z, y, levels, s) == pytest.approx(streamed.objective, rel=1e-9)
+
+
+@given(seeds, st.sampled_from([9, 49]))
+@settings(max_examples=25, deadline=None)
+def test_the_reduced_program_touches_the_whole_from_below(seed, m):
+    """Equal where it was made, nowhere above: so its lower bound is one for the whole."""
+    rng = np.random.default_rng(seed)
+    Z, y, levels = problem(50, 4, m, seed=seed)
+    s, w = rng.uniform(0, 2, size=50), rng.dirichlet(np.ones(4))
+    A, target, weight, tau = programs._reduced(Z, y, levels, s, w, rng.random((50, m)) < 0.2)
+
+    def both(w):
+        r, u = target[0] - w @ A[0], y[:, None] - w @ Z
+        whole = s @ np.maximum(levels * u, (levels - 1) * u).sum(axis=1)
+        return float(weight[0] @ np.maximum(tau[0] * r, (tau[0] - 1) * r)), float(whole)
+
+    assert both(w)[0] == pytest.approx(both(w)[1], rel=1e-10)
+    for other in rng.dirichlet(np.full(4, 0.3), size=20):
+        reduced, whole = both(other)
+        assert reduced <= whole * (1 + 1e-10)
 
 
 MANY_ROWS = """

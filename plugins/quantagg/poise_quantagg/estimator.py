@@ -13,7 +13,7 @@ from poise.errors import ConfigError, require
 from poise_quantagg.checks import QuantileWarning, check_levels
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
-from poise_quantagg.stacker import QuantileStacker
+from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
 
 _base = require("sklearn.base", "quantagg")
 
@@ -165,9 +165,13 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             isotonize=self.isotonize, penalty=self.penalty, n_iter=self.n_iter, options=self.options,
             random_state=self.random_state,
         )
-        whole = bool(rows.all())
-        return stacker.fit(Z if whole else Z[rows], y[rows], X[rows],
-                           sample_weight=None if sample_weight is None else sample_weight[rows])
+        Z = Z if rows.all() else Z[rows]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", CROSSING, QuantileWarning)  # said with the models' names
+            stacker.fit(Z, y[rows], X[rows],
+                        sample_weight=None if sample_weight is None else sample_weight[rows])
+        warn_crossing(Z, self.model_names_, stacklevel=5)
+        return stacker
 
     def _models(self, n: int, d: int) -> dict[str, Any]:
         from poise.registry import build
@@ -247,9 +251,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     def _fit_split(self, X, y, sample_weight, groups):
         from poise_quantagg.conformal import SplitCQR
 
-        n = len(y)
-        order = np.random.default_rng([self.random_state, 3]).permutation(n)
-        held, rest = np.sort(order[: max(1, n // 5)]), np.sort(order[max(1, n // 5) :])
+        held, rest = self._held_out(len(y), groups)
         if isinstance(self.cv, int) and self.cv > len(rest):
             raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
                               f"more rows or fewer folds")
@@ -263,6 +265,17 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             if len(pairs):
                 self.conformal_ = SplitCQR().fit(y[held], q[:, pairs], self.levels_[pairs])
         return self
+
+    def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return a fifth of the rows, or as many whole groups as it takes, and the other rows."""
+        rng, count = np.random.default_rng([self.random_state, 3]), max(1, n // 5)
+        if groups is None:
+            order = rng.permutation(n)
+            return np.sort(order[:count]), np.sort(order[count:])
+        names, index = np.unique(np.asarray(groups), return_inverse=True)
+        rank = rng.permutation(len(names))[index]
+        last = np.sort(rank)[count - 1]
+        return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
 
     def _mirrored(self) -> np.ndarray:
         """Return the positions of levels whose mirror image is a level too."""
@@ -354,7 +367,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if transform not in (None, "default", "pandas"):
             raise ConfigError(f"transform={transform!r}: allowed is 'default' or 'pandas'")
         if transform is not None:
-            self._output = transform
+            self._sklearn_output_config = {"transform": transform}  # what scikit-learn's clone keeps
         return self
 
     def _validated(self, X: Any) -> np.ndarray:
@@ -363,7 +376,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         return validation.validate_data(self, X, reset=False, dtype=np.float64)
 
     def _framed(self, q: np.ndarray, X: Any, levels: np.ndarray) -> Any:
-        if getattr(self, "_output", "default") != "pandas":
+        if getattr(self, "_sklearn_output_config", {}).get("transform") != "pandas":
             return q
         pandas = require("pandas", "tabular")
         return pandas.DataFrame(q, index=getattr(X, "index", None), columns=np.round(levels, 10))

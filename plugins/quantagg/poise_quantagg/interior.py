@@ -31,7 +31,7 @@ _RIDGE = 1e-14
 _FLOOR = 1e-5
 _TINY = 1e-100  # keeps what is positive from vanishing
 _STALL = 12  # iterations without a better certificate
-_CHUNK = 300_000  # rows x problems worked on together: temporaries then stay in the cache
+_CHUNK = 40_000  # rows x problems worked on together: temporaries then stay in the cache
 
 
 @dataclass(frozen=True)

@@ -403,8 +403,10 @@ def _reduced(Z, y, levels, s, w, near: np.ndarray):
             sums[sign] += np.einsum("nm,npm->p", share, part)
             sum_y[sign] += float(share.sum(axis=1) @ y[block])
     A = np.concatenate([*columns, sums.T], axis=1)[None]
-    # a row of loss |r|: weight 2 at level 1/2; its residual is a sum of residuals of one sign
-    weight = np.r_[np.concatenate(weights), 2.0, 2.0]
-    tau = np.r_[np.concatenate(taus), 0.5, 0.5]
+    # a sum of one sign is its own loss; of the other sign it gets less than its residuals would: then
+    # the reduced loss is nowhere above the whole one, and its bound a bound
+    little = min(levels[0], 1 - levels[-1]) / 2
+    weight = np.r_[np.concatenate(weights), np.full(2, 1 / (1 - little))]
+    tau = np.r_[np.concatenate(taus), 1 - little, little]
     # on the simplex Z - y is used, and for a sum that is sums - sum_y: the same form
     return A, np.r_[np.concatenate(targets), sum_y][None], weight[None], tau[None]

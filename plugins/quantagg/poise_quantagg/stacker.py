@@ -22,6 +22,8 @@ AGGREGATORS = {
 }
 ISOTONIZERS = ("sort", "pava", "minmax")
 FILE_KIND = "quantile_stacker"
+CROSSING = "base predictions cross"
+ROUNDING = 1e-9  # of the largest prediction; two quantiles that are apart by less count as equal
 
 
 class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
@@ -114,7 +116,7 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         fitted = component.fit(Z, y, X, levels=self.levels, validation=validation,
                                sample_weight=sample_weight)
         Z = np.asarray(Z)
-        _warn_crossing(Z)
+        warn_crossing(Z)
         self.fitted_, self.n_models_ = fitted, Z.shape[1]
         self.levels_ = check_levels(self.levels, Z.shape[2])
         return self
@@ -203,19 +205,21 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         return make(cls, options, f"aggregator={self.aggregator}")
 
 
-def _warn_crossing(Z: np.ndarray) -> None:
-    """Warn once, naming the models whose quantiles cross and how often."""
+def warn_crossing(Z: np.ndarray, names: Sequence[str] | None = None, stacklevel: int = 3) -> None:
+    """Warn once, naming the models whose quantiles cross by more than rounding, and how often."""
     if Z.shape[2] < 2:
         return
     falls = np.zeros(Z.shape[1])
     for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
-        falls += (np.diff(Z[block], axis=2) < 0).sum(axis=(0, 2))
+        tolerance = ROUNDING * np.abs(Z[block]).max()
+        falls += (np.diff(Z[block], axis=2) < -tolerance).sum(axis=(0, 2))
     share = falls / (len(Z) * (Z.shape[2] - 1))
     if share.any():
-        named = ", ".join(f"model {j} ({share[j]:.1%})" for j in np.flatnonzero(share))
-        warnings.warn(f"base predictions cross, this share of neighbouring levels: {named}; "
+        given = names or [f"model {j}" for j in range(len(share))]
+        named = ", ".join(f"{given[j]} ({share[j]:.1%})" for j in range(len(share)) if share[j])
+        warnings.warn(f"{CROSSING}, this share of neighbouring levels: {named}; "
                       f"isotonize='sort' mends the result and never raises its score",
-                      QuantileWarning, stacklevel=3)
+                      QuantileWarning, stacklevel=stacklevel)
 
 
 def dump_fitted(fitted: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -79,7 +79,7 @@ def _loaded(cls: type, folder: Path, arrays: dict[str, np.ndarray], meta: dict[s
 
     estimator = cls(**meta["params"])
     estimator.levels_ = np.asarray(meta["params"]["levels"], dtype=float)
-    estimator.n_features_in_ = meta["n_features"]
+    estimator.n_features_in_ = int(meta["n_features"])
     if meta["features"]:
         estimator.feature_names_in_ = np.array(meta["features"], dtype=object)
     estimator.stacker_ = QuantileStacker.load(folder / "stacker")
