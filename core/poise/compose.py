@@ -234,7 +234,8 @@ def _mappings(kind: str) -> set[str]:
             component = entry.load()
         except ConfigError:
             continue
-        found |= {n for n, hint in typing.get_type_hints(component).items() if typing.get_origin(hint) is dict}
+        hints = typing.get_type_hints(component)
+        found |= {name for name, hint in hints.items() if typing.get_origin(hint) is dict}
     return found
 
 

@@ -568,8 +568,6 @@ def test_cross_fitting_is_silent_where_nothing_is_wrong():
         cross_fit(models, x, y, LEVELS, folds=3).predict(x)
 
 
-@pytest.mark.xfail(reason="the configuration of a network is chosen by the mean score over all folds, and "
-                          "the other folds' scores have seen this fold's targets", strict=False)
 def test_out_of_fold_predictions_of_a_searched_network_do_not_depend_on_the_folds_targets():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(90, 3))
@@ -581,4 +579,5 @@ def test_out_of_fold_predictions_of_a_searched_network_do_not_depend_on_the_fold
         changed = y.copy()
         changed[held] = 10 * rng.normal(size=held.sum())
         other = cross_fit(models, x, changed, [0.1, 0.5, 0.9], folds=3)
-        assert np.array_equal(other.Z[held], one.Z[held])
+        # other members beside it may change the rounding of a member's products, nothing else
+        assert other.Z[held] == pytest.approx(one.Z[held], abs=1e-3)

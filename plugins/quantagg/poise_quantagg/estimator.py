@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from poise.errors import ConfigError, require
-from poise_quantagg.checks import QuantileWarning, check_levels
+from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -18,6 +19,18 @@ from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
 _base = require("sklearn.base", "quantagg")
 
 CONFORMAL = ("cv+", "nested", "split")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows that calibrate: targets (n,), the ensemble's quantiles (n, m) that have not seen them, and
+    their fold (n,), None for rows held out of all fitting."""
+
+    y: np.ndarray
+    q: np.ndarray
+    fold: np.ndarray | None
+
+
 LEVELS = [k / 100 for k in range(1, 100)]
 
 
@@ -142,6 +155,8 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
+        if self.conformal == "nested" and isinstance(self.cv, int) and self.cv < 3:
+            raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
         if isinstance(self.cv, int) and not 2 <= self.cv <= n:
             raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
                               f"give more rows or fewer folds")
@@ -209,23 +224,31 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     # -------------------------------------------------------------- calibration
 
     def _calibrate(self, X, y, sample_weight) -> None:
-        """Fit CV+ on the ensemble's out-of-fold quantiles."""
-        from poise_quantagg.conformal import CVPlus
-
+        """Keep what CV+ needs: the ensemble's out-of-fold quantiles."""
         rows = self.cross_fit_.covered
-        pairs = self._mirrored()
-        self.conformal_ = None
-        if not len(pairs):
-            return
-        levels = self.levels_[pairs]
         if self.conformal == "nested":
             oof, self.nested_ = self._nested(X, y, sample_weight)
         else:
             oof = self.stacker_.predict(self.cross_fit_.Z[rows], X[rows])
+        self._keep_calibration(Calibration(y[rows], oof, self.cross_fit_.fold[rows]))
+
+    def _keep_calibration(self, calibration: Calibration) -> None:
+        self.calibration_ = calibration
+        pairs = self._mirrored()
+        self.conformal_ = self._calibrated(self.levels_[pairs]) if len(pairs) else None
+
+    def _calibrated(self, levels: np.ndarray) -> Any:
+        """Return the fitted calibration of mirrored levels."""
+        from poise_quantagg.conformal import CVPlus, SplitCQR
+
+        rows = self.calibration_
         with warnings.catch_warnings():
             # 49 pairs with few rows: what is infinite is said when an interval is asked for
             warnings.simplefilter("ignore", QuantileWarning)
-            self.conformal_ = CVPlus().fit(y[rows], oof[:, pairs], self.cross_fit_.fold[rows], levels)
+            q = interpolate(rows.q, self.levels_, levels)
+            if rows.fold is None:
+                return SplitCQR().fit(rows.y, q, levels)
+            return CVPlus().fit(rows.y, q, rows.fold, levels)
 
     def _nested(self, X, y, sample_weight):
         """Return out-of-fold quantiles by weights that saw no row of the fold, and those weights."""
@@ -249,21 +272,13 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         return oof, stackers
 
     def _fit_split(self, X, y, sample_weight, groups):
-        from poise_quantagg.conformal import SplitCQR
-
         held, rest = self._held_out(len(y), groups)
         if isinstance(self.cv, int) and self.cv > len(rest):
             raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
                               f"more rows or fewer folds")
         self._fit_rows(X[rest], y[rest], None if sample_weight is None else sample_weight[rest],
                        None if groups is None else np.asarray(groups)[rest])
-        pairs = self._mirrored()
-        q = self._quantiles(X[held])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", QuantileWarning)
-            self.conformal_ = None
-            if len(pairs):
-                self.conformal_ = SplitCQR().fit(y[held], q[:, pairs], self.levels_[pairs])
+        self._keep_calibration(Calibration(y[held], self._quantiles(X[held]), None))
         return self
 
     def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -306,10 +321,13 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     def predict_interval(self, X: Any, alpha: float = 0.2) -> Any:
         """Return central (1 - alpha) intervals, shape (n, 2), calibrated as `conformal` says.
 
+        At alpha / 2 among the levels, all intervals are nested in one another. For any other alpha the
+        quantiles are interpolated and this pair is calibrated by itself: the same guarantee.
+
         Raises
         ------
         ConfigError
-            For alpha out of (0, 1), or calibrated intervals at levels that were not fitted.
+            For alpha out of (0, 1).
 
         Warns
         -----
@@ -322,18 +340,21 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         ends = np.array([alpha / 2, 1 - alpha / 2])
         if self.conformal is None:
             return self._framed(interpolate(self._quantiles(rows), self.levels_, ends), X, ends)
-        if self.conformal_ is None:
-            raise ConfigError("calibrated intervals need mirrored levels such as 0.1 and 0.9: fit with "
-                              "them, or with conformal=None")
         return self._framed(self._interval(rows, alpha, ends), X, ends)
 
     def _interval(self, rows, alpha: float, ends: np.ndarray) -> np.ndarray:
-        pairs, calibrated = self._mirrored(), self.conformal_
-        assert calibrated is not None
+        """Return calibrated intervals: swept with all pairs at fitted levels, else this pair alone."""
+        levels = self.levels_[self._mirrored()]
+        known = len(levels) and all(np.abs(levels - end).min() < LEVEL_TOLERANCE for end in ends)
+        levels = levels if known else ends
+        calibrated: Any = self.conformal_ if known else self._calibrated(ends)
         if self.conformal == "split":
-            out = calibrated.predict_interval(self._quantiles(rows)[:, pairs], alpha)
+            q = interpolate(self._quantiles(rows), self.levels_, levels)
         else:
-            out = calibrated.predict_interval(self._fold_quantiles(rows)[:, :, pairs], alpha)
+            folds = self._fold_quantiles(rows)
+            flat = interpolate(folds.reshape(-1, folds.shape[2]), self.levels_, levels)
+            q = flat.reshape(len(folds), len(rows), len(levels))
+        out = calibrated.predict_interval(q, alpha)
         if np.isinf(out).any():
             warnings.warn(
                 f"{calibrated.n_} calibration rows are too few for alpha={alpha:g}: the interval is "

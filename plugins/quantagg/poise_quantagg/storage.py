@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| `ensemble` | parameters, levels, names, calibration residuals |
+| `ensemble` | parameters, levels, names, calibration rows |
 | `stacker` | the aggregator |
 | `model_J_K` | model J of fold K (the last K: fitted on all rows, when there is one) |
 
@@ -93,7 +93,7 @@ def _loaded(cls: type, folder: Path, arrays: dict[str, np.ndarray], meta: dict[s
     if meta["nested"]:
         estimator.nested_ = [QuantileStacker.load(folder / f"nested_{i}") for i in range(meta["nested"])]
     if estimator.conformal is not None:
-        estimator.conformal_ = _calibrated(estimator, arrays)
+        _calibrate(estimator, arrays)
     return estimator
 
 
@@ -168,33 +168,15 @@ def _classes() -> dict[str, Any]:
 
 
 def _calibration(estimator: Any) -> dict[str, np.ndarray]:
-    fitted = getattr(estimator, "conformal_", None)
-    if fitted is None:
+    rows = getattr(estimator, "calibration_", None)
+    if rows is None:
         return {}
-    if hasattr(fitted, "offset_"):
-        return {"conformal.offset": fitted.offset_, "conformal.n": np.array([fitted.n_])}
-    arrays = {"conformal.n": np.array([fitted.n_])}
-    for at, residuals in fitted.residuals_.items():
-        for k, r in enumerate(residuals):
-            arrays[f"conformal.r.{at}.{k}"] = r
-    return arrays
+    arrays = {"calibration.y": rows.y, "calibration.q": rows.q}
+    return arrays if rows.fold is None else arrays | {"calibration.fold": rows.fold}
 
 
-def _calibrated(estimator: Any, arrays: dict[str, np.ndarray]) -> Any:
-    from poise_quantagg.conformal import CVPlus, SplitCQR
+def _calibrate(estimator: Any, arrays: dict[str, np.ndarray]) -> None:
+    from poise_quantagg.estimator import Calibration
 
-    if "conformal.n" not in arrays:
-        return None
-    fitted = SplitCQR() if "conformal.offset" in arrays else CVPlus()
-    fitted.levels_ = estimator.levels_[estimator._mirrored()]
-    fitted.n_ = int(arrays["conformal.n"][0])
-    if isinstance(fitted, SplitCQR):
-        fitted.offset_ = arrays["conformal.offset"]
-        return fitted
-    found: dict[int, dict[int, np.ndarray]] = {}
-    for key, value in arrays.items():
-        if key.startswith("conformal.r."):
-            at, k = map(int, key.removeprefix("conformal.r.").split("."))
-            found.setdefault(at, {})[k] = value
-    fitted.residuals_ = {at: [parts[k] for k in sorted(parts)] for at, parts in sorted(found.items())}
-    return fitted
+    estimator._keep_calibration(Calibration(
+        arrays["calibration.y"], arrays["calibration.q"], arrays.get("calibration.fold")))

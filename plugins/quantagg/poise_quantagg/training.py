@@ -97,6 +97,7 @@ class Task(Protocol):
     """What the members learn. `alive` lists the members that the leading axis stands for."""
 
     undecayed: frozenset[str]
+    scores_start: bool  # whether the untrained parameters may be what is kept
 
     def init(self, member: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one member's parameters."""
@@ -264,7 +265,8 @@ def train(
     best = {name: leaf.detach().clone() for name, leaf in stack.leaves.items()}
     score = torch.full((count,), math.inf, dtype=torch.float64)
     at, run = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-    _validate(task, stack, alive, 0, score, at, best)
+    if task.scores_start:
+        _validate(task, stack, alive, 0, score, at, best)
     queue: list[Batch] = []
     for step in range(1, schedule.max_steps + 1):
         if not queue:

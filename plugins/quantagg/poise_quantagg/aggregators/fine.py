@@ -100,7 +100,7 @@ def _train_one(task, members: Members, member: int, schedule: Schedule, dtype, p
             now = _score(task, trunk, head)
             if not math.isfinite(now):
                 break
-            if now < score:
+            if now < score and (step or task.scores_start):
                 score, at, best = now, step, _copy(trunk, head)
             if progress:
                 progress(step, 1)

@@ -2,8 +2,8 @@
 
 A gate is a network from features to logits; a softmax over models (for fine: over models and input
 levels) makes the weights, and base predictions enter only through the weighted sum. Training starts
-at the exact global solution, of which the first validation score is that; so a gate is chosen over it
-only when it is better on the validation rows.
+at the exact global solution; without a penalty its validation score counts too, so a gate is chosen over
+it only when it is better on the validation rows.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class GateTask:
         self.start = torch.as_tensor(start.ravel(), dtype=torch.float64)
         first = configs[0]
         self.local = first.width > 0
+        # the start minimises the pinball loss alone: it would beat what a penalty asks for
+        self.scores_start = penalty is None and isotonize is None
         self.sizes = ()
         if self.local:
             assert self.X is not None

@@ -28,6 +28,7 @@ class NetTask:
     """
 
     undecayed: frozenset[str] = frozenset()
+    scores_start = True
 
     def __init__(
         self, kind: str, data, held_out, levels: np.ndarray, hubers, shape, dtype: torch.dtype, *,

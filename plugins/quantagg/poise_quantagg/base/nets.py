@@ -1,9 +1,9 @@
 """Neural base models (section 1.2): conditional Gaussian, simultaneous and multi-quantile networks.
 
 A random search draws configurations from the paper's space; all configurations x folds of one shape
-train as one batch (`training.train`). Each member keeps a part of its own rows for early stopping,
-so out-of-fold predictions stay out of fold; the configuration with the best mean score over folds
-wins, and its networks are kept, one per fold. Training is in float32, prediction in float64.
+train as one batch (`training.train`). Each member keeps a part of its own rows, by which it stops and
+by which each fold chooses its configuration, so out-of-fold predictions stay out of fold. Training is
+in float32, prediction in float64.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Search:
         self.units = [_units(X[rows], y[rows]) for rows in parts]
 
     def run(self, progress=None) -> list[_Network]:
-        """Return the best configuration's network of each part.
+        """Return the network of the best configuration of each part.
 
         Raises
         ------
@@ -226,14 +226,14 @@ class _Search:
                 scores[i, k], params[i, k] = score, weights
             if progress:
                 progress(f"{len(members)} configurations of {shape[1]} x {shape[0]} units")
-        mean = scores.mean(axis=1)
-        if not np.isfinite(mean).any():
+        if not np.isfinite(scores.min(axis=0)).all():
             raise RunError(f"no network of kind {self.model.kind!r} has a finite validation loss: "
                            f"check the scale of X and y")
-        best = int(np.argmin(np.where(np.isfinite(mean), mean, np.inf)))
+        # each part by its own held-out rows: a choice over all parts would let a fold's targets in
+        best = np.argmin(np.where(np.isfinite(scores), scores, np.inf), axis=0)
         return [
-            _Network(self.model.kind, self.configs[best], params[best, k], *self.units[k])
-            for k in range(len(self.parts))
+            _Network(self.model.kind, self.configs[i], params[int(i), k], *self.units[k])
+            for k, i in enumerate(best)
         ]
 
     def _together(self, configs: list[int]):
