@@ -493,3 +493,31 @@ def test_options_that_make_no_sense_are_refused(kind, options):
     with pytest.raises(ConfigError) as caught:
         kind(**options)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ models that hardly differ
+
+
+@pytest.mark.parametrize("name", ["float32 copy", "noise of 1e-10", "noise of 1e-5"])
+def test_models_that_hardly_differ_get_no_wild_weights(name):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=300)
+    one = 0.5 * y[:, None, None] + np.sort(rng.normal(size=(300, 1, 9)), axis=2)
+    noise = rng.normal(size=one.shape)
+    other = {"float32 copy": one.astype(np.float32).astype(float), "noise of 1e-10": one + 1e-10 * noise,
+             "noise of 1e-5": one + 1e-5 * noise}[name]
+    levels = np.arange(1, 10) / 10
+    both = QRA().fit(np.concatenate([one, other], axis=1), y, levels=levels)
+    alone = QRA().fit(one, y, levels=levels)
+    assert np.abs(both.weights()).max() < 100
+    assert both.predict(np.concatenate([one, one], axis=1)) == pytest.approx(alone.predict(one), abs=0.05)
+
+
+def test_the_objective_of_fqra_is_that_of_its_weights():
+    rng = np.random.default_rng(0)
+    Z, y = rng.normal(size=(2, 3, 5)), rng.normal(size=2)
+    Z[:, 0] = Z[:1, 0]  # a model that says the same for every row
+    levels = np.arange(1, 6) / 6
+    fitted = FQRA().fit(Z, y, levels=levels)
+    assert fitted.objective == pytest.approx(pinball(y, fitted.predict(Z), levels), abs=1e-9)
+    assert np.abs(fitted.weights()).max() < 100

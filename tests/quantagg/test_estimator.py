@@ -11,13 +11,14 @@ import pytest
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, TimeSeriesSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from poise.errors import ConfigError, FileError, RunError
+from poise.errors import ConfigError, DataError, FileError, RunError
 from poise_quantagg.adapters import per_level, wrap
 from poise_quantagg.checks import QuantileWarning
 from poise_quantagg.components import ExtraTrees, HistBoosting, LightGBM, Linear, MultiQuantileNet
@@ -334,7 +335,8 @@ def test_crossing_models_are_named_in_exactly_one_warning():
 @pytest.mark.parametrize(("estimators", "words"), [
     ([], "estimators is empty"), ({}, "estimators is empty"), (["linaer"], "did you mean 'linear'"),
     (["linear", "linear"], "'linear' is given twice"), ({"it": 3}, "3 is no quantile model: allowed are"),
-    ({"it": LinearRegression}, "is no quantile model"), ("nothing", "no model named 'nothing'"),
+    ({"it": LinearRegression}, "is no quantile model"), (None, "estimators=None"),
+    ({"it": LightGBM}, "is no quantile model"), ("nothing", "no model named 'nothing'"),
 ], ids=str)
 def test_estimators_that_are_none_are_refused(estimators, words):
     with pytest.raises(ConfigError, match=words):
@@ -348,12 +350,33 @@ def test_an_estimator_that_predicts_no_quantiles_is_told_how():
         wrap("linear")
 
 
+def test_options_are_checked_before_a_model_is_fitted():
+    class Never(Normal):
+        def fit(self, X, y):
+            raise AssertionError("fitted")
+
+    for options in ({"aggregator": "globl_fine"}, {"isotonize": "up"}, {"options": {"widht": 3}}):
+        with pytest.raises(ConfigError):
+            made({"it": Never()}, **options).fit(*rows())
+
+
+@pytest.mark.parametrize("conformal", [None, "cv+", "split"])
+def test_levels_beyond_the_grid_warn_where_they_are_asked_for(conformal):
+    X, y = rows()
+    estimator = made({"it": Normal()}, conformal=conformal, levels=[0.3, 0.5, 0.7]).fit(X, y)
+    with pytest.warns(QuantileWarning, match="beyond the grid") as caught:
+        estimator.predict_interval(X, 0.2)
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
 # ------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"cv": 91}, r"cv=91 with 90 rows \(n_samples=90\): allowed is 2 <= cv <= rows"), ({"cv": 1}, "cv=1"),
-    ({"cv": "five"}, "folds='five'"), ({"conformal": "cv"}, "conformal='cv': allowed is one of cv"),
+    ({"cv": "five"}, "cv='five'"), ({"cv": 2.5}, r"cv=2\.5"), ({"cv": [([0, 1], [2])]}, "cv=list"),
+    ({"random_state": -1}, "random_state=-1"),
+    ({"conformal": "cv"}, "conformal='cv': allowed is one of cv"),
     ({"levels": [0.9, 0.1]}, "levels"), ({"levels": [0.5, 1.0]}, "levels"), ({"levels": []}, "levels"),
     ({"aggregator": "globl_fine"}, "did you mean 'global_fine'"), ({"isotonize": "up"}, "isotonize='up'"),
     ({"refit": "none"}, "refit='none'"), ({"penalty": "l1"}, "penalty='l1'"),
@@ -386,7 +409,16 @@ def test_rows_that_cannot_be_used_are_refused():
         made().fit(X[:1], y[:1])
     with pytest.raises(ConfigError, match=r"cv=3 with 2 rows"):
         made().fit(X[:2], y[:2])
-    for alpha in (0, 1, -1, 2, np.nan):
+    with pytest.raises(NotFittedError):
+        made().weights_()
+    for conformal in ("cv+", "split"):
+        with pytest.raises(DataError, match="one group per row"):
+            made(conformal=conformal).fit(X, y, groups=[1, 2])
+        with pytest.raises(DataError, match="groups cannot be told apart"):
+            made(conformal=conformal).fit(X, y, groups=np.array([None, "a", "b", "c"] * 5, dtype=object))
+    with pytest.raises(ConfigError, match="of one group nothing is left to fit"):
+        made(conformal="split").fit(X, y, groups=np.zeros(20))
+    for alpha in (0, 1, -1, 2, np.nan, "0.2", None, [0.1, 0.2]):
         with pytest.raises(ConfigError, match="alpha="):
             estimator.predict_interval(X, alpha)
 

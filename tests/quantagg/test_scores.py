@@ -392,10 +392,10 @@ def test_bad_arrays_are_refused_in_one_line(y, q):
 
 
 def test_bad_choices_are_refused():
-    for alpha in (0.0, -1.0, 1.1, np.nan):
+    for alpha in (0.0, -1.0, 1.1, np.nan, "0.1", None):
         with pytest.raises(ConfigError, match="alpha"):
             interval_score([0.0], [0.0], [1.0], alpha)
-    for huber in (-1.0, np.nan, np.inf):
+    for huber in (-1.0, np.nan, np.inf, "1", None):
         with pytest.raises(ConfigError, match="huber"):
             pinball([0.0], [[0.0]], [0.5], huber=huber)
     with pytest.raises(DataError, match="every value must be finite"):

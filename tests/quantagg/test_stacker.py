@@ -192,10 +192,16 @@ def test_crossing_models_are_named_in_exactly_one_warning(aggregator):
 @everywhere
 @pytest.mark.parametrize("levels", [[0.9, 0.7, 0.5, 0.3, 0.1], [0.1, 0.3, 0.3, 0.7, 0.9],
                                     [0.0, 0.3, 0.5, 0.7, 0.9], [0.1, 0.3, 0.5, 0.7, 1.0],
-                                    [0.1, 0.3, np.nan, 0.7, 0.9], [0.1, 0.9], []], ids=str)
+                                    [0.1, 0.3, np.nan, 0.7, 0.9], [0.1, 0.9], [], "abc",
+                                    ["a"] * 5], ids=str)
 def test_ill_formed_levels_are_refused(aggregator, levels):
     with pytest.raises(ConfigError, match="levels"):
         made(aggregator, levels=levels).fit(*problem())
+
+
+def test_levels_in_float32_are_the_decimals_that_they_print_as():
+    stacker = made("average", levels=np.array(LEVELS, dtype=np.float32)).fit(*problem())
+    assert stacker.levels_.tolist() == LEVELS
 
 
 @everywhere
@@ -206,12 +212,20 @@ def test_ill_formed_levels_are_refused(aggregator, levels):
     (lambda Z, y, X: (Z[:, :0], y, X), r"Z has shape \(80, 0, 5\)"),
     (lambda Z, y, X: (Z[:0], y[:0], X[:0]), r"Z has shape \(0, 3, 5\)"),
     (lambda Z, y, X: ("text", y, X), "Z is not an array of real numbers"),
+    (lambda Z, y, X: (Z, y.astype("datetime64[s]"), X), "y is not an array of real numbers: dates"),
     (lambda Z, y, X: (spoiled(Z), y, X), r"Z\[5, 0, 0\] is nan; .* in 2 rows, first rows 5, 9"),
     (lambda Z, y, X: (Z, spoiled(y, np.inf), X), r"y\[5\] is inf; .* in 2 rows, first rows 5, 9"),
 ])
 def test_bad_rows_are_named(aggregator, change, words):
     with pytest.raises(DataError, match=words):
         made(aggregator).fit(*change(*problem()))
+
+
+@pytest.mark.parametrize("dtype", [str, object, np.float32])
+def test_whatever_can_be_read_as_numbers_is(dtype):
+    Z, y, _ = problem()
+    given = made("global_coarse").fit(Z.round(2).astype(dtype), y).predict(Z[:3])
+    np.testing.assert_allclose(given, made("global_coarse").fit(Z.round(2), y).predict(Z[:3]), atol=1e-5)
 
 
 def spoiled(array, value=np.nan):
@@ -239,6 +253,36 @@ def test_local_weights_need_features_that_fit(aggregator):
         stacker.predict(Z, X[1:])
     with pytest.raises(DataError, match="X has 1 features; fitted on 2"):
         stacker.predict(Z, X[:, :1])
+    with pytest.raises(DataError, match="validation X has 1 features; X has 2"):
+        made(aggregator).fit(Z, y, X, validation=(Z, y, X[:, :1]))
+
+
+def test_frames_with_columns_in_another_order_are_refused(tmp_path):
+    Z, y, X = problem()
+    frame = pd.DataFrame(X, columns=["a", "b"])
+    made("local_coarse").fit(Z, y, frame).save(tmp_path / "gate")
+    stacker = QuantileStacker.load(tmp_path / "gate")
+    np.testing.assert_array_equal(stacker.predict(Z, frame), stacker.predict(Z, X))
+    for call in (lambda: stacker.predict(Z, frame[["b", "a"]]), lambda: stacker.weights(frame[["b", "a"]])):
+        with pytest.raises(DataError, match=r"X has the columns \['b', 'a'\]; fitted on \['a', 'b'\]"):
+            call()
+
+
+def test_gates_take_read_only_levels_and_rows_of_weight_zero_without_a_warning():
+    Z, y, X = problem()
+    some = np.zeros(len(y))
+    some[:3] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stacker = made("local_coarse", levels=pd.Series(LEVELS)).fit(Z, y, X, sample_weight=some)
+    alone = made("local_coarse").fit(Z[:3], y[:3], X[:3])
+    np.testing.assert_array_equal(stacker.weights(X), alone.weights(X))
+
+
+def test_sample_weights_may_be_as_large_as_numbers_go():
+    Z, y, _ = problem()
+    huge = made("global_coarse").fit(Z, y, sample_weight=np.full(len(y), 1e308))
+    np.testing.assert_allclose(huge.weights(), made("global_coarse").fit(Z, y).weights(), atol=1e-12)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -249,12 +293,21 @@ def test_local_weights_need_features_that_fit(aggregator):
     ({"options": {"wdith": 3}}, "wdith"),
     ({"aggregator": "qra", "penalty": "constant"}, "aggregator=qra takes no penalty"),
     ({"aggregator": "local_fine", "solver": "exact"}, "aggregator=local_fine has no exact solver"),
-    ({"aggregator": None}, "aggregator=None"),
+    ({"aggregator": None}, "aggregator=None"), ({"aggregator": ["qra"]}, r"aggregator=\['qra'\]"),
+    ({"options": ["simplex"]}, "allowed is a mapping"), ({"isotonize": ["sort"]}, "isotonize="),
 ], ids=str)
 def test_options_that_cannot_be_used_are_refused(options, words):
     with pytest.raises(ConfigError, match=words) as caught:
         QuantileStacker(levels=LEVELS).set_params(**options).fit(*problem())
     assert "\n" not in str(caught.value)
+
+
+def test_options_may_be_numpys_numbers():
+    Z, y, X = problem()
+    options = {k: np.int64(v) for k, v in GATE.items()}
+    gate = QuantileStacker("local_coarse", options=options, n_iter=np.int64(2), random_state=np.int64(0))
+    plain = QuantileStacker("local_coarse", options=GATE, n_iter=2)
+    np.testing.assert_array_equal(gate.fit(Z, y, X).weights(X), plain.fit(Z, y, X).weights(X))
 
 
 def test_predictions_must_fit_and_need_a_fit():

@@ -369,6 +369,7 @@ def test_huber_pinball_by_hand():
     h = torch.tensor([1.75, 0.01, 0.0, 0.01, 1.75], dtype=torch.float64)
     assert torch.allclose(pinball(u, tau, a), h * torch.tensor([0.7, 0.7, 0.3, 0.3, 0.3]).double())
     assert torch.allclose(pinball(u, tau, a * 0), torch.maximum(tau * u, (tau - 1) * u))
+    assert torch.autograd.gradcheck(lambda x: pinball(x, tau, a), (u[[0, 1, 3, 4]].requires_grad_(),))
     both = pinball(u[None].expand(2, -1), tau, torch.tensor([[0.0], [0.5]]).double())
     assert torch.allclose(both[0], pinball(u, tau)) and torch.allclose(both[1], pinball(u, tau, a))
 

@@ -29,7 +29,7 @@ from poise.files import plain, read_json, write_bytes, write_json
 STATES = ("running", "done", "failed", "interrupted")
 PACKAGES = (
     "poise", "torch", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers",
-    "scikit-learn", "lightgbm", "quantile-forest",
+    "scikit-learn", "scipy", "lightgbm", "catboost", "xgboost-cpu", "quantile-forest",
 )
 
 

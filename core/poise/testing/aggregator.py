@@ -96,7 +96,9 @@ def _shape(out: np.ndarray, Z: np.ndarray) -> None:
 
 def _level_order(out: np.ndarray) -> None:
     means = out.mean(0)
-    expect(bool((np.diff(means) > 0).all()),
+    # neighbouring levels may be the same where one level may borrow from another
+    rises = np.diff(means) >= -1e-6 * np.ptp(means)
+    expect(bool(rises.all() and means[-1] > means[0]),
            "the level order is ignored: predictions at higher levels are not higher on average")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TASKS = ("classification", "causal_lm", "quantile")
+
 
 def register(registry) -> None:
     """Add the compander and its control arm."""
@@ -9,10 +11,10 @@ def register(registry) -> None:
     registry.add(
         "adapter", "compander", "poise_compander.components:Compander",
         "every weight as w = a arctan(v / b); v trains", paper=paper,
-        tasks=("classification", "causal_lm"),
+        tasks=TASKS,
     )
     registry.add(
         "adapter", "lr_matched", "poise_compander.components:LrMatched",
         "control arm: plain weights at the learning rate a compander amounts to",
-        tasks=("classification", "causal_lm"), paper=f"{paper}, control not in the paper",
+        tasks=TASKS, paper=f"{paper}, control not in the paper",
     )

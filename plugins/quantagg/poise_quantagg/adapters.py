@@ -32,7 +32,7 @@ def wrap(model: Any, levels: np.ndarray | None = None) -> Any:
     ConfigError
         For what is neither a component nor an estimator of a known kind.
     """
-    if hasattr(model, "build"):
+    if hasattr(model, "build") and not isinstance(model, type):
         return model
     if not hasattr(model, "fit") or isinstance(model, type):
         raise ConfigError(f"{model!r} is no quantile model: {_HOW}")

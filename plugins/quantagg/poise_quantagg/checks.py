@@ -31,13 +31,13 @@ def check_levels(levels: Sequence[float] | np.ndarray | None, m: int | None = No
     Raises
     ------
     ConfigError
-        For levels that are empty, out of range, not increasing or not m of them.
+        For levels that are no numbers, empty, out of range, not increasing or not m of them.
     """
     if levels is None:
         if m is None:
             raise ConfigError("levels are missing: give increasing numbers in (0, 1)")
         return np.arange(1, m + 1) / (m + 1)
-    tau = np.atleast_1d(np.asarray(levels, dtype=float))
+    tau = _level_numbers(levels)
     # written so that NaN fails too
     if tau.ndim != 1 or tau.size == 0 or not (np.all(tau > 0) and np.all(tau < 1)):
         raise ConfigError(f"levels={tau.tolist()}: allowed are numbers in (0, 1)")
@@ -46,6 +46,30 @@ def check_levels(levels: Sequence[float] | np.ndarray | None, m: int | None = No
     if m is not None and tau.size != m:
         raise ConfigError(f"{tau.size} levels given for predictions at {m} levels")
     return tau
+
+
+def _level_numbers(levels: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return float64; a float32 level is the decimal that it prints as: 0.1, not 0.10000000149."""
+    try:
+        given = np.atleast_1d(np.asarray(levels))
+        if given.dtype.kind == "f" and given.dtype.itemsize < 8:
+            return np.array([float(str(t)) for t in given.ravel()]).reshape(given.shape)
+        return np.asarray(given, dtype=float)
+    except (TypeError, ValueError):
+        raise ConfigError(f"levels={levels!r}: allowed are increasing numbers in (0, 1)") from None
+
+
+def open_unit(name: str, value: float) -> float:
+    """Return a number in (0, 1).
+
+    Raises
+    ------
+    ConfigError
+        For anything else.
+    """
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not 0 < value < 1:
+        raise ConfigError(f"{name}={value!r}: allowed is > 0 and < 1")
+    return float(value)
 
 
 def level_index(levels: np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -106,8 +130,8 @@ def finite(
 def _numbers(name: str, array: np.ndarray | Sequence, keep_float32: bool) -> np.ndarray:
     try:
         given = np.asarray(array)
-        if given.dtype.kind == "c":
-            raise TypeError("complex numbers")
+        if given.dtype.kind in "cmM":
+            raise TypeError("complex numbers" if given.dtype.kind == "c" else "dates or durations")
         return given if keep_float32 and given.dtype == np.float32 else np.asarray(given, dtype=float)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} is not an array of real numbers: {error}") from None
@@ -141,10 +165,10 @@ def _not_finite(name: str, array: np.ndarray, rows: np.ndarray, infinite: bool) 
     return f"{name}{list(at)} is {array[at]}; {name} has {what} in {count}: {allowed}"
 
 
-def same_rows(name: str, array: np.ndarray, n: int) -> None:
+def same_rows(name: str, array: np.ndarray, n: int, of: str = "y") -> None:
     """Raise `DataError` unless the first axis has length n."""
     if len(array) != n:
-        raise DataError(f"{name} has {len(array)} rows and y has {n}: they must be equal")
+        raise DataError(f"{name} has {len(array)} rows and {of} has {n}: they must be equal")
 
 
 def row_weights(sample_weight: np.ndarray | None, n: int) -> np.ndarray:
@@ -161,6 +185,9 @@ def row_weights(sample_weight: np.ndarray | None, n: int) -> np.ndarray:
     same_rows("sample_weight", weight, n)
     if weight.min() < 0 or weight.max() == 0:
         raise DataError("sample_weight: allowed are weights >= 0 with at least one > 0")
+    with np.errstate(over="ignore"):
+        if np.isinf(weight.sum()):
+            weight = weight / weight.max()
     return weight / weight.mean()
 
 
@@ -205,16 +232,18 @@ def fit_rows(Z, y, X, levels, validation, sample_weight, needs_features: bool) -
         if held[0].shape[1:] != Z.shape[1:]:
             raise DataError(f"validation Z has shape {held[0].shape}, Z has {Z.shape}: models and levels "
                             f"must be the same")
+        if X is not None and held[2] is not None and held[2].shape[1] != X.shape[1]:
+            raise DataError(f"validation X has {held[2].shape[1]} features; X has {X.shape[1]}")
     return FitRows(Z, y, X, tau, row_weights(sample_weight, len(y)), held)
 
 
 def _rows(what: str, Z, y, X, needs_features: bool):
     Z, y = finite(f"{what}Z", Z, 3), finite(f"{what}y", y, 1)
-    same_rows(f"{what}Z", Z, len(y))
+    same_rows(f"{what}Z", Z, len(y), f"{what}y")
     if not needs_features:
         return Z, y, None
     if X is None:
         raise DataError(f"weights that depend on the features need them: give {what}X, shape (n, d)")
     X = finite(f"{what}X", X, 2)
-    same_rows(f"{what}X", X, len(y))
+    same_rows(f"{what}X", X, len(y), f"{what}y")
     return Z, y, X

@@ -26,6 +26,7 @@ from poise_quantagg.checks import (
     check_levels,
     finite,
     level_index,
+    open_unit,
     row_blocks,
     same_rows,
 )
@@ -120,10 +121,12 @@ class SplitCQR:
 
         Raises
         ------
+        ConfigError
+            Before `fit`.
         DataError
             Unless q has shape (n, m) and is finite.
         """
-        return _shifted(q, self.levels_, self.offset_, self.sweep)
+        return _shifted(q, _levels(self), self.offset_, self.sweep)
 
     def predict_interval(self, q: Array, alpha: float) -> np.ndarray:
         """Return the central (1 - alpha) intervals of new rows, shape (n, 2): lower end, upper end.
@@ -170,10 +173,12 @@ class OneSided:
 
         Raises
         ------
+        ConfigError
+            Before `fit`.
         DataError
             Unless q has shape (n, m) and is finite.
         """
-        return _shifted(q, self.levels_, self.offset_, self.sweep)
+        return _shifted(q, _levels(self), self.offset_, self.sweep)
 
 
 # ------------------------------------------------------------------ CV+
@@ -269,7 +274,9 @@ class CVPlus:
         out = q.mean(axis=0)
         pivot = pivot_index(self.levels_)
         if median is not None and abs(self.levels_[pivot] - 0.5) <= LEVEL_TOLERANCE:
-            out[:, pivot] = finite("median", median, 1)
+            point = finite("median", median, 1)
+            same_rows("median", point, len(out), "q_folds[0]")
+            out[:, pivot] = point
         for at in self.residuals_:
             out[:, at] = self._end(q[:, :, at], at)
         return sweep(out, pivot) if self.sweep else out
@@ -286,17 +293,17 @@ class CVPlus:
         DataError
             As for `predict`.
         """
-        ends = _ends(self.levels_, alpha)
+        ends = _ends(_levels(self), alpha)
         if self.sweep:
             return self.predict(q_folds)[:, ends]
         q = self._check_new(q_folds)
         return np.stack([self._end(q[:, :, at], at) for at in ends], axis=1)
 
     def _check_new(self, q_folds: Array) -> np.ndarray:
-        q = finite("q_folds", q_folds, 3)
+        levels, q = _levels(self), finite("q_folds", q_folds, 3)
         k = len(next(iter(self.residuals_.values()))) if self.residuals_ else len(q)
-        if (q.shape[0], q.shape[2]) != (k, len(self.levels_)):
-            raise DataError(f"q_folds has shape {q.shape}: expected ({k}, n_new, {len(self.levels_)})")
+        if (q.shape[0], q.shape[2]) != (k, len(levels)):
+            raise DataError(f"q_folds has shape {q.shape}: expected ({k}, n_new, {len(levels)})")
         return q
 
     def _rank(self, at: int) -> int:
@@ -470,6 +477,12 @@ def _check_bound(n: int, alpha: float) -> None:
 # ------------------------------------------------------------------ parts
 
 
+def _levels(calibration: SplitCQR | OneSided | CVPlus) -> np.ndarray:
+    if not hasattr(calibration, "levels_"):
+        raise ConfigError(f"{type(calibration).__name__} is not fitted: call fit first")
+    return calibration.levels_
+
+
 def _calibration(y: Array, q: Array, levels: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     y, q = finite("y", y, 1), finite("q", q, 2)
     same_rows("q", q, len(y))
@@ -486,7 +499,9 @@ def check_folds(fold: Array, n: int) -> tuple[np.ndarray, int]:
     """
     given = np.asarray(fold)
     if given.shape != (n,) or given.dtype.kind not in "iu" or given.min() != 0:
-        raise DataError(f"fold has shape {given.shape}, {given.dtype}: allowed are {n} integers from 0")
+        lowest = f", smallest {given.min()}" if given.dtype.kind in "iu" and given.size else ""
+        raise DataError(f"fold has shape {given.shape}, {given.dtype}{lowest}: allowed are {n} integers "
+                        f"from 0 to K - 1")
     counts = np.bincount(given)
     if len(counts) < 2 or counts.min() == 0:
         raise DataError(f"folds have {counts.tolist()} rows: allowed are two folds or more, none empty")
@@ -502,8 +517,7 @@ def _mirror_pairs(tau: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _ends(tau: np.ndarray, alpha: float) -> np.ndarray:
-    if not 0 < alpha < 1:
-        raise ConfigError(f"alpha={alpha!r}: allowed is > 0 and < 1")
+    alpha = open_unit("alpha", alpha)
     return level_index(tau, [alpha / 2, 1 - alpha / 2])
 
 

@@ -243,11 +243,27 @@ def make_folds(
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
 
 
+def check_groups(groups: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the names of the groups in ascending order, and the place of each row's group in them.
+
+    Raises
+    ------
+    DataError
+        For another length than n, or groups that have no order.
+    """
+    given = np.asarray(groups)
+    if given.shape != (n,):
+        raise DataError(f"groups has shape {given.shape}, y has {n} rows: one group per row")
+    try:
+        return np.unique(given, return_inverse=True)
+    except TypeError as error:
+        raise DataError(f"groups cannot be told apart ({error}): give numbers, or strings") from None
+
+
 def _group_folds(groups: np.ndarray, n: int, folds: int, seed: int) -> np.ndarray:
     """Give whole groups to folds, large ones first, each to the smallest fold so far."""
-    if groups.shape != (n,):
-        raise DataError(f"groups has shape {groups.shape}, y has {n} rows: one group per row")
-    names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    names, index = check_groups(groups, n)
+    sizes = np.bincount(index)
     if not 2 <= folds <= len(names):
         raise ConfigError(f"folds={folds}: allowed is 2 <= folds <= {len(names)} groups")
     order = np.random.default_rng(seed).permutation(len(names))

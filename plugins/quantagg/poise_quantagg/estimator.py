@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, require
-from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels
+from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels, open_unit
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -155,9 +155,17 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
-        if self.conformal == "nested" and isinstance(self.cv, int) and self.cv < 3:
+        number = isinstance(self.cv, (int, np.integer)) and not isinstance(self.cv, bool)
+        if not number and (isinstance(self.cv, str) or not hasattr(self.cv, "split")):
+            short = isinstance(self.cv, (str, float, type(None)))  # lists of splits are pages long
+            raise ConfigError(f"cv={repr(self.cv) if short else type(self.cv).__name__}: allowed is a "
+                              f"number of folds, or a splitter with split(X, y, groups)")
+        if isinstance(self.random_state, (int, np.integer)) and self.random_state < 0:
+            raise ConfigError(f"random_state={self.random_state!r}: allowed is >= 0")
+        self._stacker().component()  # before hours of base models
+        if self.conformal == "nested" and number and self.cv < 3:
             raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
-        if isinstance(self.cv, int) and not 2 <= self.cv <= n:
+        if number and not 2 <= self.cv <= n:
             raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
                               f"give more rows or fewer folds")
 
@@ -174,18 +182,21 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         self.stacker_ = self._stack(self.cross_fit_.Z, y, X, sample_weight, self.cross_fit_.covered)
         self.leaderboard_ = self._leaderboard(X, y)
 
-    def _stack(self, Z, y, X, sample_weight, rows) -> QuantileStacker:
-        stacker = QuantileStacker(
+    def _stacker(self) -> QuantileStacker:
+        return QuantileStacker(
             aggregator=self.aggregator, levels=self.levels_.tolist(), solver=self.solver,
             isotonize=self.isotonize, penalty=self.penalty, n_iter=self.n_iter, options=self.options,
             random_state=self.random_state,
         )
+
+    def _stack(self, Z, y, X, sample_weight, rows) -> QuantileStacker:
+        stacker = self._stacker()
         Z = Z if rows.all() else Z[rows]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", CROSSING, QuantileWarning)  # said with the models' names
             stacker.fit(Z, y[rows], X[rows],
                         sample_weight=None if sample_weight is None else sample_weight[rows])
-        warn_crossing(Z, self.model_names_, stacklevel=5)
+        warn_crossing(Z, self.model_names_, stacklevel=5, mended=self.isotonize is not None)
         return stacker
 
     def _models(self, n: int, d: int) -> dict[str, Any]:
@@ -200,6 +211,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             given = [given]
         if isinstance(given, Mapping):
             models = {str(name): wrap(model, self.levels_) for name, model in given.items()}
+        elif not isinstance(given, Sequence):
+            raise ConfigError(f"estimators={given!r}: allowed is 'auto', names, or a mapping of name to "
+                              f"model")
         else:
             models = {}
             for item in given:
@@ -273,6 +287,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def _fit_split(self, X, y, sample_weight, groups):
         held, rest = self._held_out(len(y), groups)
+        if not len(rest):
+            raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
+                              "nothing is left to fit: give more groups, or groups=None")
         if isinstance(self.cv, int) and self.cv > len(rest):
             raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
                               f"more rows or fewer folds")
@@ -283,11 +300,13 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return a fifth of the rows, or as many whole groups as it takes, and the other rows."""
+        from poise_quantagg.crossfit import check_groups
+
         rng, count = np.random.default_rng([self.random_state, 3]), max(1, n // 5)
         if groups is None:
             order = rng.permutation(n)
             return np.sort(order[:count]), np.sort(order[count:])
-        names, index = np.unique(np.asarray(groups), return_inverse=True)
+        names, index = check_groups(groups, n)
         rank = rng.permutation(len(names))[index]
         last = np.sort(rank)[count - 1]
         return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
@@ -335,8 +354,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             Once, when there are too few rows for alpha: the interval is infinite then.
         """
         rows = self._validated(X)
-        if not 0 < alpha < 1:
-            raise ConfigError(f"alpha={alpha!r}: allowed is > 0 and < 1")
+        alpha = open_unit("alpha", alpha)
         ends = np.array([alpha / 2, 1 - alpha / 2])
         if self.conformal is None:
             return self._framed(interpolate(self._quantiles(rows), self.levels_, ends), X, ends)
@@ -349,16 +367,16 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         levels = levels if known else ends
         calibrated: Any = self.conformal_ if known else self._calibrated(ends)
         if self.conformal == "split":
-            q = interpolate(self._quantiles(rows), self.levels_, levels)
+            q = interpolate(self._quantiles(rows), self.levels_, levels, stacklevel=4)
         else:
             folds = self._fold_quantiles(rows)
-            flat = interpolate(folds.reshape(-1, folds.shape[2]), self.levels_, levels)
+            flat = interpolate(folds.reshape(-1, folds.shape[2]), self.levels_, levels, stacklevel=4)
             q = flat.reshape(len(folds), len(rows), len(levels))
         out = calibrated.predict_interval(q, alpha)
         if np.isinf(out).any():
             warnings.warn(
                 f"{calibrated.n_} calibration rows are too few for alpha={alpha:g}: the interval is "
-                f"infinite; give more rows or a larger alpha", QuantileWarning, stacklevel=4)
+                f"infinite; give more rows or a larger alpha", QuantileWarning, stacklevel=3)
         return out
 
     def _quantiles(self, X: np.ndarray) -> np.ndarray:
@@ -372,6 +390,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def weights_(self, X: Any = None) -> np.ndarray:
         """Return the ensemble's weights, models in the order of `model_names_`."""
+        require("sklearn.utils.validation", "quantagg").check_is_fitted(self, "stacker_")
         return self.stacker_.weights(None if X is None else self._validated(X))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -410,8 +429,8 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         Raises
         ------
         ConfigError
-            Naming the base models that have no form without pickle (forests, scikit-learn's boosting):
-            leave them out, or keep the whole estimator with joblib.
+            Naming the base models that have no form without pickle (scikit-learn's boosting, models of
+            your own): leave them out, or keep the whole estimator with joblib.
         """
         from poise_quantagg.storage import save_ensemble
 

@@ -10,7 +10,7 @@ import numpy as np
 from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning
 
 
-def interpolate(q: np.ndarray, trained: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def interpolate(q: np.ndarray, trained: np.ndarray, wanted: np.ndarray, stacklevel: int = 3) -> np.ndarray:
     """Return quantiles (n, m') at the levels `wanted`, from those (n, m) at `trained`.
 
     Between two levels it is linear in the normal score of the level, which is exact for a normal
@@ -26,7 +26,7 @@ def interpolate(q: np.ndarray, trained: np.ndarray, wanted: np.ndarray) -> np.nd
         warnings.warn(
             f"levels {np.round(beyond, 6).tolist()} lie beyond the grid {trained[0]:g} to "
             f"{trained[-1]:g}: the outermost quantile stands for them; fit with those levels instead",
-            QuantileWarning, stacklevel=3,
+            QuantileWarning, stacklevel=stacklevel,
         )
     if len(trained) == 1:
         return np.repeat(q, len(wanted), axis=1)

@@ -17,7 +17,9 @@ from poise_quantagg.interior import TOLERANCE, Solution, solve
 STREAM = 100_000  # residuals above which global coarse works on those near zero only
 _KEPT = 20_000  # fewest of these
 _PASSES = 30
-_DEPENDENT = 1e-24  # squared relative length below which a direction is dropped
+# squared relative length below which a direction is dropped: models that differ by rounding (a copy in
+# float32, say) would otherwise get weights of a million that cancel on these rows and on no others
+_DEPENDENT = 1e-12
 _SQUARING = 1e-8
 _NEW_COLUMNS = 8
 _ROUNDS = 60
@@ -71,11 +73,11 @@ def coarse(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
 
 
 def medium(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
-           simplex: bool = True, intercept: bool = False) -> Program:
+           simplex: bool = True, intercept: bool = False, dependent: float = _DEPENDENT) -> Program:
     """One weight per model and level: m programs with n residuals and p (+ 1) unknowns each.
 
     With free weights and an intercept this is quantile regression averaging (Nowotarski and Weron
-    2015). Parameters as for `coarse`.
+    2015). Parameters as for `coarse`, and `dependent` as for `basis`.
     """
     _, p, m = Z.shape
     keep = s > 0
@@ -86,7 +88,7 @@ def medium(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
         block = slice(i, min(m, i + size))
         A = np.ascontiguousarray(Z[:, :, block][keep].transpose(2, 1, 0))
         parts.append(_general(A, target, weight, levels[block, None], simplex=simplex,
-                              intercept=intercept))
+                              intercept=intercept, dependent=dependent))
     w = np.concatenate([part[1] for part in parts]).T
     shift = np.concatenate([part[2] for part in parts])
     return _program(w, shift, _joined([part[0] for part in parts]), s, m)
@@ -185,6 +187,7 @@ def linear(
 
 def _general(
     A: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray, *, simplex: bool, intercept: bool,
+    dependent: float = _DEPENDENT,
 ) -> tuple[Solution, np.ndarray, np.ndarray]:
     """Solve on columns A (b, p, N); return the solution, weights (b, p) and intercepts (b,)."""
     b, p, n = A.shape
@@ -199,7 +202,7 @@ def _general(
         found = solve(columns, target, s, tau, mask)
         shift = found.w[:, 0] * n**-0.5 if intercept else np.zeros(b)
         return found, found.w[:, -p:], shift
-    Q, T = basis(A, intercept)
+    Q, T = basis(A, intercept, dependent)
     start = np.matmul(Q, y[:, :, None])  # least squares
     rest = y - np.matmul(start.swapaxes(1, 2), Q)[:, 0]
     found = solve(Q, rest, s, tau, np.zeros(Q.shape[1], dtype=bool))
@@ -212,7 +215,9 @@ def _general(
     return found, w[:, -p:], shift
 
 
-def basis(A: np.ndarray, intercept: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def basis(
+    A: np.ndarray, intercept: bool = False, dependent: float = _DEPENDENT
+) -> tuple[np.ndarray, np.ndarray]:
     """Return an orthonormal basis Q of the rows of A, and T with Q = T'A.
 
     Dependent directions become zero rows of Q, so that collinear, duplicated or constant columns
@@ -223,6 +228,8 @@ def basis(A: np.ndarray, intercept: bool = False) -> tuple[np.ndarray, np.ndarra
     A : array, shape (b, p, N)
     intercept : bool
         Put a row of ones first; the others are centred, which keeps their differences exact.
+    dependent : float
+        Squared length, relative to the longest, below which a direction is dropped.
 
     Returns
     -------
@@ -245,7 +252,7 @@ def basis(A: np.ndarray, intercept: bool = False) -> tuple[np.ndarray, np.ndarra
             _, size, right = np.linalg.svd(np.linalg.qr(X.swapaxes(1, 2), mode="r"))
             value, vector = size[:, ::-1] ** 2, right[:, ::-1].swapaxes(1, 2)
             value = np.concatenate([np.zeros((b, p - value.shape[1])), value], axis=1)
-        whole = value > _DEPENDENT * value[:, -1:]
+        whole = value > dependent * value[:, -1:]
         step = vector * np.where(whole, 1 / np.sqrt(np.where(whole, value, 1.0)), 0.0)[:, None]
         X, T = np.matmul(step.swapaxes(1, 2), X), np.matmul(T, step)
     if not intercept:

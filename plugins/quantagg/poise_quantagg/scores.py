@@ -17,6 +17,7 @@ from poise_quantagg.checks import (
     check_levels,
     finite,
     level_index,
+    open_unit,
     row_blocks,
     row_weights,
     same_rows,
@@ -95,7 +96,7 @@ def _checked(y: Array, q: Array, levels: Array | None, infinite: bool = False) -
 
 
 def _width(huber: float) -> float:
-    if not 0 <= huber < np.inf:
+    if not isinstance(huber, (int, float, np.integer, np.floating)) or not 0 <= huber < np.inf:
         raise ConfigError(f"huber={huber!r}: allowed is a half-width >= 0, in the unit of y")
     return float(huber)
 
@@ -225,7 +226,7 @@ def interval_score(y: Array, lower: Array, upper: Array, alpha: float) -> np.nda
     DataError
         For shapes that do not fit, or values that are not finite.
     """
-    if not 0 < alpha <= 1:
+    if not isinstance(alpha, (int, float, np.integer, np.floating)) or not 0 < alpha <= 1:
         raise ConfigError(f"alpha={alpha!r}: allowed is > 0 and <= 1")
     y, lower, upper = finite("y", y, 1), finite("lower", lower, 1), finite("upper", upper, 1)
     same_rows("lower", lower, len(y))
@@ -336,8 +337,7 @@ def interval_length(q: Array, levels: Array, nominal: float) -> float:
 
 
 def _ends(tau: np.ndarray, nominal: float) -> np.ndarray:
-    if not 0 < nominal < 1:
-        raise ConfigError(f"nominal={nominal!r}: allowed is > 0 and < 1")
+    nominal = open_unit("nominal", nominal)
     return level_index(tau, [(1 - nominal) / 2, (1 + nominal) / 2])
 
 

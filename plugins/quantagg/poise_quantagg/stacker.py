@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, FileError, nearest, require
+from poise.errors import ConfigError, DataError, FileError, nearest, require
 from poise_quantagg.checks import QuantileWarning, check_levels, row_blocks
 from poise_quantagg.monotone import isotonize
 
@@ -21,6 +21,7 @@ AGGREGATORS = {
     "local_fine": "LocalFine",
 }
 ISOTONIZERS = ("sort", "pava", "minmax")
+SOLVERS = ("auto", "exact", "gradient")
 FILE_KIND = "quantile_stacker"
 CROSSING = "base predictions cross"
 ROUNDING = 1e-9  # of the largest prediction; two quantiles that are apart by less count as equal
@@ -54,6 +55,8 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
     fitted_ : the fitted aggregator
     levels_ : array, shape (m,)
     n_models_ : int
+    feature_names_ : list of str, or None
+        The columns of X, where it was a frame and the weights depend on it.
     """
 
     def __init__(
@@ -107,17 +110,15 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         QuantileWarning
             Once, when models cross in Z.
         """
-        component = self._component()
-        if self.isotonize is not None and self.isotonize not in ISOTONIZERS:
-            raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
-                              f"{', '.join(ISOTONIZERS)} or None")
+        component = self.component()
         if self.levels is not None:
             check_levels(self.levels)
         fitted = component.fit(Z, y, X, levels=self.levels, validation=validation,
                                sample_weight=sample_weight)
         Z = np.asarray(Z)
-        warn_crossing(Z)
+        warn_crossing(Z, mended=self.isotonize is not None)
         self.fitted_, self.n_models_ = fitted, Z.shape[1]
+        self.feature_names_ = _names(X) if getattr(fitted, "needs_features", False) else None
         self.levels_ = check_levels(self.levels, Z.shape[2])
         return self
 
@@ -131,12 +132,12 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         DataError
             When Z or X do not fit those of the fit.
         """
-        q = self._fitted().predict(Z, X)
+        q = self._fitted(X).predict(Z, X)
         return q if self.isotonize is None else isotonize(q, self.isotonize, self.levels_)
 
     def weights(self, X: np.ndarray | None = None) -> np.ndarray:
         """Return the weights: (p,) coarse, (p, m) medium, (p, m_in, m_out) fine; local ones lead with n."""
-        return self._fitted().weights(X)
+        return self._fitted(X).weights(X)
 
     def save(self, path: str | Path) -> None:
         """Write `path.safetensors` and `path.json`; `load` reads them. No pickle."""
@@ -146,7 +147,7 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         options = self.get_params(deep=False)
         options["levels"] = self.levels_.tolist()
         save_arrays(path, arrays, {"kind": FILE_KIND, "params": options, "fitted": meta,
-                                   "n_models": self.n_models_})
+                                   "n_models": self.n_models_, "feature_names": self.feature_names_})
 
     @classmethod
     def load(cls, path: str | Path) -> QuantileStacker:
@@ -165,7 +166,7 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         try:
             stacker = cls(**meta["params"])
             stacker.levels_ = check_levels(stacker.levels)
-            stacker.n_models_ = int(meta["n_models"])
+            stacker.n_models_, stacker.feature_names_ = int(meta["n_models"]), meta.get("feature_names")
             stacker.fitted_ = load_fitted(arrays, meta["fitted"])
             stacker._try()
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -178,47 +179,75 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         X = None if features is None else np.zeros((1, len(features.mean)))
         self.predict(np.zeros((1, self.n_models_, len(self.levels_))), X)
 
-    def _fitted(self) -> Any:
+    def _fitted(self, X: Any = None) -> Any:
         if not hasattr(self, "fitted_"):
             raise ConfigError("QuantileStacker is not fitted: call fit(Z, y) first")
+        names = _names(X)
+        fitted = getattr(self, "feature_names_", None)
+        if fitted and names and names != fitted:
+            raise DataError(f"X has the columns {names}; fitted on {fitted}: give the same ones "
+                            f"in the same order")
         return self.fitted_
 
-    def _component(self) -> Any:
+    def component(self) -> Any:
+        """Return the aggregator that `fit` uses, all options checked.
+
+        Raises
+        ------
+        ConfigError
+            As for `fit`.
+        """
         from poise.options import make
         from poise_quantagg import components
 
-        if self.aggregator not in AGGREGATORS:
-            known = list(AGGREGATORS)
+        known = list(AGGREGATORS)
+        if self.aggregator not in known:
             raise ConfigError(f"aggregator={self.aggregator!r}{nearest(self.aggregator, known)} "
                               f"(have: {', '.join(known)})")
         cls = getattr(components, AGGREGATORS[self.aggregator])
         have = {f.name for f in dataclasses.fields(cls)}
         given = {"solver": self.solver, "penalty": self.penalty, "n_iter": self.n_iter,
                  "random_state": self.random_state}
-        if self.solver not in ("auto", "exact", "gradient"):
+        if self.solver not in list(SOLVERS):
             raise ConfigError(f"solver={self.solver!r}: allowed is auto, exact, gradient")
+        if self.isotonize is not None and self.isotonize not in list(ISOTONIZERS):
+            raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
+                              f"{', '.join(ISOTONIZERS)} or None")
         if self.penalty is not None and "penalty" not in have:
             raise ConfigError(f"aggregator={self.aggregator} takes no penalty: use a global or local one")
         if self.solver == "exact" and "solver" not in have and self.aggregator.startswith("local"):
             raise ConfigError(f"aggregator={self.aggregator} has no exact solver: use solver='auto'")
+        if not isinstance(self.options, (Mapping, type(None))):
+            raise ConfigError(f"options={self.options!r}: allowed is a mapping of option to value, or None")
         options = {k: v for k, v in given.items() if k in have} | dict(self.options or {})
+        # grid searches draw NumPy's numbers
+        options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         return make(cls, options, f"aggregator={self.aggregator}")
 
 
-def warn_crossing(Z: np.ndarray, names: Sequence[str] | None = None, stacklevel: int = 3) -> None:
+def _names(X: Any) -> list[str] | None:
+    """Return the columns of a frame whose columns have names."""
+    names = list(getattr(X, "columns", []))
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def warn_crossing(
+    Z: np.ndarray, names: Sequence[str] | None = None, stacklevel: int = 3, mended: bool = False
+) -> None:
     """Warn once, naming the models whose quantiles cross by more than rounding, and how often."""
     if Z.shape[2] < 2:
         return
     falls = np.zeros(Z.shape[1])
     for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
-        tolerance = ROUNDING * np.abs(Z[block]).max()
-        falls += (np.diff(Z[block], axis=2) < -tolerance).sum(axis=(0, 2))
+        q = np.asarray(Z[block], dtype=float)
+        falls += (np.diff(q, axis=2) < -ROUNDING * np.abs(q).max()).sum(axis=(0, 2))
     share = falls / (len(Z) * (Z.shape[2] - 1))
     if share.any():
         given = names or [f"model {j}" for j in range(len(share))]
         named = ", ".join(f"{given[j]} ({share[j]:.1%})" for j in range(len(share)) if share[j])
-        warnings.warn(f"{CROSSING}, this share of neighbouring levels: {named}; "
-                      f"isotonize='sort' mends the result and never raises its score",
+        how = "the result is made monotone" if mended else \
+            "isotonize='sort' mends the result and never raises its score"
+        warnings.warn(f"{CROSSING}, this share of neighbouring levels: {named}; {how}",
                       QuantileWarning, stacklevel=stacklevel)
 
 

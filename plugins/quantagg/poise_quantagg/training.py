@@ -354,10 +354,12 @@ def pinball(residual: Tensor, levels: Tensor, huber: Tensor | None = None) -> Te
     if huber is None or not huber.any():
         # one product: its gradient is a product too, that of a maximum takes several passes
         return residual * torch.where(residual >= 0, levels, levels - 1)
-    size = residual.abs()
     a = huber.clamp_min(1e-12)
-    smooth = torch.where(size < a, size * size / (2 * a), size - a / 2)
-    return smooth * torch.where(residual >= 0, levels, 1 - levels)
+    with torch.no_grad():  # h(u) = c (u - a c / 2) with c = h'(u): a constant c leaves the gradient right
+        slope = (residual / a).clamp_(-1, 1)
+        bend = slope * (a / 2)
+        slope *= torch.where(residual >= 0, levels, 1 - levels)
+    return slope * (residual - bend)
 
 
 def batch_size(n: int) -> int:

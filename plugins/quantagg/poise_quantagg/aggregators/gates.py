@@ -81,7 +81,7 @@ class GateTask:
     ) -> None:
         self.resolution, self.dtype, self.isotonize, self.penalty = resolution, dtype, isotonize, penalty
         self.p, self.m = train.Z.shape[1:]
-        self.tau = np.asarray(levels, float)
+        self.tau = np.array(levels, float)  # a copy: torch warns of arrays that cannot be written
         self.levels = torch.as_tensor(self.tau, dtype=dtype)
         self.Z, self.y, self.X, self.s = _tensors(train, dtype)
         self.held = _tensors(validation, dtype)

@@ -87,10 +87,6 @@ def search(
     from poise_quantagg.aggregators.gates import GateTask, Rows
     from poise_quantagg.penalties import adaptive_margins
 
-    center, unit = float(np.average(y, weights=s)), float(np.sqrt(np.cov(y, aweights=s))) if len(y) > 1 \
-        else 0.0
-    unit = unit if unit > 0 else 1.0
-    features = Features.of(X) if options.local and X is not None else None
     windowed = options.band is not None
     resolution = "medium" if windowed else options.resolution
 
@@ -99,6 +95,13 @@ def search(
         Z -= np.float32(center)
         Z /= np.float32(unit)
         return Rows(Z, (y - center) / unit, features(X) if features else None, s)
+
+    if not s.all():  # rows of weight 0 neither train nor choose
+        Z, y, X, s = Z[s > 0], y[s > 0], None if X is None else X[s > 0], s[s > 0]
+    center, unit = float(np.average(y, weights=s)), float(np.sqrt(np.cov(y, aweights=s))) if len(y) > 1 \
+        else 0.0
+    unit = unit if unit > 0 else 1.0
+    features = Features.of(X) if options.local and X is not None else None
 
     weighted = None if np.all(s == s[0]) else s
     start = starting_weights(options, Z, y, levels, s)
@@ -131,7 +134,8 @@ def search(
                 best = score, {k: v.double().numpy() for k, v in trained.params[c].items()}
     if best is None:
         raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
-                       f"{options.resolution} has a finite validation loss")
+                       f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
+                       f"{y.min():g} to {y.max():g}")
     score, params = best
     if not options.local:
         w = _softmax(params["logits"].reshape(start.shape), resolution, Z.shape[1], Z.shape[2])
@@ -153,10 +157,12 @@ def _train(options: SearchOptions, task, configs, numbers, n: int, progress):
         lr=[c.lr for c in configs], weight_decay=[c.weight_decay for c in configs],
         dropout=[c.dropout for c in configs], width=first.width, masks=max(0, first.depth - 1),
     )
-    small = n < 500
-    schedule = Schedule(options.max_steps or (3_000 if small else 20_000), 50 if small else 100,
-                        options.patience or (300 if small else 500), amsgrad=False)
-    if options.local and task.resolution == "fine":
+    small, fine = n < 500, options.local and task.resolution == "fine"
+    # a fine step costs a hundred times a coarse one: half the patience
+    patience = options.patience or (300 if small else 500) // (2 if fine else 1)
+    schedule = Schedule(options.max_steps or (3_000 if small else 20_000), 50 if small else 100, patience,
+                        amsgrad=False)
+    if fine:
         return train_fine(task, members, schedule, progress=progress)
     return train(task, members, schedule, progress=progress)
 

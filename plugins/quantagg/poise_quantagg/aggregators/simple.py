@@ -8,7 +8,10 @@ from poise_quantagg import programs
 from poise_quantagg.aggregators.fitted import FittedMedian, LinearFit
 from poise_quantagg.checks import row_blocks
 
+WILD = 100.0
+_HARDLY = 1e-6
 _SAME = 1e-12
+_NOISE = 1e-14  # of the largest variance; a component below it is rounding
 
 
 def average(Z: np.ndarray) -> LinearFit:
@@ -65,10 +68,26 @@ def greedy(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, roun
 
 def qra(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *, intercept: bool,
         simplex: bool) -> LinearFit:
-    """Regress the target on the models' predictions, level by level (Nowotarski and Weron 2015)."""
+    """Regress the target on the models' predictions, level by level (Nowotarski and Weron 2015).
+
+    Models that hardly differ can get weights of thousands that cancel on these rows and on no others.
+    Levels where a weight exceeds `WILD` are solved again without the directions in which the models
+    differ by less than a thousandth; the gap then counts from the whole program's bound.
+    """
     found = programs.medium(Z, y, levels, s, simplex=simplex, intercept=intercept)
-    return LinearFit(found.w, Z.shape[2], found.intercept if intercept else None, found.objective,
-                     found.gap)
+    fit = LinearFit(found.w, Z.shape[2], found.intercept if intercept else None, found.objective, found.gap)
+    wild = np.abs(found.w).max(axis=0) > WILD
+    if not wild.any():
+        return fit
+    tame = programs.medium(Z[:, :, wild], y, levels[wild], s, simplex=False, intercept=intercept,
+                           dependent=_HARDLY)
+    w, shift = found.w.copy(), found.intercept.copy()
+    w[:, wild], shift[wild] = tame.w, tame.intercept
+    fit = LinearFit(w, Z.shape[2], shift if intercept else None)
+    u = y[:, None] - fit.predict(Z)
+    objective = float((s / s.sum()) @ np.maximum(levels * u, (levels - 1) * u).mean(axis=1))
+    gap = max(0.0, objective - (found.objective - found.gap))
+    return LinearFit(w, Z.shape[2], fit.intercept, objective, gap)
 
 
 def fqra(
@@ -82,7 +101,7 @@ def fqra(
     criterion log(loss) + (r + 1) log(n) / 2n, averaged over levels (Lee, Noh and Park 2014). In
     terms of the models' predictions the result is again a weighted sum with an intercept.
     """
-    n, p, m = Z.shape
+    n, _, m = Z.shape
     share = s / s.sum()
     centre = np.einsum("n,npm->pm", share, Z)
     moved = Z - centre
@@ -92,16 +111,19 @@ def fqra(
     if factors is None and choose == "variance":
         explained = np.cumsum(value, axis=1) / np.maximum(value.sum(axis=1, keepdims=True), 1e-300)
         factors = int(np.argmax(explained.mean(axis=0) >= variance - _SAME)) + 1
-    sizes = range(1, p + 1) if factors is None else [min(factors, p)]
+    rank = max(1, int((value > _NOISE * value[:, :1]).sum(axis=1).max()))
+    sizes = range(1, rank + 1) if factors is None else [min(factors, rank)]
     best_fit: tuple[float, LinearFit] | None = None
     for r in sizes:
         F = np.einsum("npm,mpr->nrm", moved, vector[:, :, :r], optimize=True)
         found = programs.medium(F, y, levels, s, simplex=False, intercept=True)
         w = np.einsum("mpr,rm->pm", vector[:, :, :r], found.w)
         shift = found.intercept - (w * centre).sum(axis=0)
-        fit = LinearFit(w, m, shift, found.objective, found.gap)
-        u = y[:, None] - fit.predict(Z)
+        u = y[:, None] - LinearFit(w, m, shift).predict(Z)
         loss = share @ np.maximum(levels * u, (levels - 1) * u)
+        # of these weights, rounding included; the bound is that of the program in factors
+        objective = max(float(loss.mean()), found.objective - found.gap)
+        fit = LinearFit(w, m, shift, objective, objective - (found.objective - found.gap))
         score = float(np.log(np.maximum(loss, 1e-300)).mean() + (r + 1) * np.log(n) / (2 * n))
         if best_fit is None or score < best_fit[0]:
             best_fit = score, fit
