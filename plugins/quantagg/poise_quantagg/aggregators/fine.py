@@ -7,8 +7,8 @@ the way back through its gradient and its Adam step (torch's own kernel) at once
 goes to memory.
 
 Bytes of one step: 4 m H pm (1 + 1 + 6) with the forward read, the backward read, and w, m, v read and
-written; arithmetic: 3 B m H pm multiply-adds, forward and for two gradients. At B = 32 the arithmetic is
-the larger of the two.
+written; arithmetic: 3 B m H pm multiply-adds, forward and for two gradients. At B = 32 the bytes are
+the larger of the two (`benchmarks/local_fine`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 A gate is a network from features to logits; a softmax over models (for fine: over models and input
 levels) makes the weights, and base predictions enter only through the weighted sum. Training starts
-at the exact global solution; without a penalty its validation score counts too, so a gate is chosen over
-it only when it is better on the validation rows.
+at the exact global solution with a floor (`FLOOR` of the weight spread evenly, so that no softmax starts
+saturated); without a penalty its validation score counts too, so a gate is chosen over that start
+only when it is better on the validation rows. That is no promise against the unfloored solution.
 """
 
 from __future__ import annotations
