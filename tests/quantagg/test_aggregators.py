@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from poise.errors import ConfigError, DataError
 from poise.registry import build
+from poise_quantagg.aggregators import search
 from poise_quantagg.aggregators.gates import FLOOR
 from poise_quantagg.components import (
     FQRA,
@@ -336,28 +337,44 @@ def test_the_gradient_solver_finds_the_exact_solution_from_equal_weights(kind):
 
 
 @pytest.mark.parametrize("kinds", [(LocalCoarse, GlobalCoarse), (LocalMedium, GlobalMedium)])
-def test_a_gate_starts_at_the_floored_global_solution_and_ends_no_worse(kinds):
+def test_a_gate_starts_at_the_floored_global_solution_and_ends_no_worse_than_it_or_the_solution(kinds):
     local, whole = kinds
     Z, y, X = problem(12)
     held = problem(13)
-    w = fit(whole(), Z, y).weights()
+    train, _ = search._parts(search._Rows(Z, y, X, np.ones(60)), None, 0)
+    w = fit(whole(), train.Z, train.y).weights()  # the rows that choose are not among those of the start
     floored = (1 - FLOOR) * w + FLOOR / 4
     first = fit(local(**SMALL | {"max_steps": 1}), Z, y, X)
     # one step of Adam at 1e-3 moves a logit by less than 0.01
     assert first.weights(X) == pytest.approx(np.broadcast_to(floored, (60, *w.shape)), abs=0.01)
     trained = fit(local(**SMALL | {"max_steps": 200}), Z, y, X, validation=held)
-    at_start = np.sort(summed(floored, held[0]), axis=1)
-    assert trained.score <= pinball(held[1], at_start, LEVELS) * (1 + 1e-6)
+    known = fit(whole(), Z, y).weights()
+    for start in ((1 - FLOOR) * known + FLOOR / 4, known):
+        at_start = np.sort(summed(start, held[0]), axis=1)
+        assert trained.score <= pinball(held[1], at_start, LEVELS) * (1 + 1e-6)
     own = np.sort(trained.predict(held[0], held[2]), axis=1)
     assert trained.score == pytest.approx(pinball(held[1], own, LEVELS), rel=1e-4)
     scores = [row["validation_pinball"] for row in trained.leaderboard]
     assert scores == sorted(scores) and scores[0] == trained.score
 
 
+@pytest.mark.parametrize("kinds", [(LocalCoarse, GlobalCoarse), (LocalMedium, GlobalMedium),
+                                   (LocalFine, GlobalMedium)], ids=lambda kinds: kinds[0].__name__)
+def test_where_no_gate_is_better_the_global_solution_on_all_rows_is_what_is_left(kinds):
+    local, whole = kinds
+    Z, y, X = problem(12)
+    Z[:, 2] = y[:, None]  # one model is exact: any floor is worse
+    gate = fit(local(**SMALL | {"max_steps": 3}), Z, y, X)
+    assert gate.predict(Z, X) == pytest.approx(fit(whole(), Z, y).predict(Z), abs=1e-12)
+    assert np.ptp(gate.weights(X), axis=0).max() == 0
+    assert gate.score < gate.leaderboard[0]["validation_pinball"]
+
+
 def test_a_fine_gate_starts_at_the_medium_solution():
     Z, y, X = problem(12)
+    train, _ = search._parts(search._Rows(Z, y, X, np.ones(60)), None, 0)
     w = fit(LocalFine(**SMALL | {"max_steps": 1}), Z, y, X).weights(X)
-    floored = (1 - FLOOR) * fit(GlobalMedium(), Z, y).weights() + FLOOR / 36
+    floored = (1 - FLOOR) * fit(GlobalMedium(), train.Z, train.y).weights() + FLOOR / 36
     assert np.einsum("npkk->npk", w) == pytest.approx(np.broadcast_to(floored, (60, 4, 9)), abs=0.01)
 
 

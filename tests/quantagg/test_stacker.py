@@ -411,7 +411,8 @@ def test_a_file_of_something_else_is_refused(change, tmp_path):
 def test_a_gate_whose_layers_do_not_fit_is_refused(tmp_path):
     Z, y, X = problem()
     made("local_medium").fit(Z, y, X).save(tmp_path / "it")
-    rewritten(tmp_path / "it", lambda arrays, meta: ({**arrays, "gate.W1": arrays["gate.W1"][:-1]}, meta))
+    rewritten(tmp_path / "it",
+              lambda arrays, meta: ({**arrays, "gate.W0": arrays["gate.W0"][:, :-1]}, meta))
     with pytest.raises(FileError, match="it is damaged"):
         QuantileStacker.load(tmp_path / "it")
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, require
-from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels, open_unit
+from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels, finite, open_unit
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -32,6 +32,14 @@ class Calibration:
 
 
 LEVELS = [k / 100 for k in range(1, 100)]
+
+
+def _refuse_not_finite(**arrays: Any) -> None:
+    """Raise `DataError` with the rows that hold NaN or Inf; all else is for scikit-learn's checks."""
+    for name, given in arrays.items():
+        array = np.asarray(given)
+        if array.dtype.kind == "f" and array.size and array.ndim:
+            finite(name, array, None, keep_float32=True)
 
 
 class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
@@ -137,6 +145,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             For rows that cannot be used.
         """
         validation = require("sklearn.utils.validation", "quantagg")
+        _refuse_not_finite(X=X, y=y)
         X, y = validation.validate_data(self, X, y, y_numeric=True, dtype=np.float64, ensure_min_samples=2)
         if sample_weight is not None:
             sample_weight = validation._check_sample_weight(sample_weight, X, dtype=np.float64,
@@ -413,6 +422,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     def _validated(self, X: Any) -> np.ndarray:
         validation = require("sklearn.utils.validation", "quantagg")
         validation.check_is_fitted(self, "stacker_")
+        _refuse_not_finite(X=X)
         return validation.validate_data(self, X, reset=False, dtype=np.float64)
 
     def _framed(self, q: np.ndarray, X: Any, levels: np.ndarray) -> Any:

@@ -2,9 +2,8 @@
 
 A gate is a network from features to logits; a softmax over models (for fine: over models and input
 levels) makes the weights, and base predictions enter only through the weighted sum. Training starts
-at the exact global solution with a floor (`FLOOR` of the weight spread evenly, so that no softmax starts
-saturated); without a penalty its validation score counts too, so a gate is chosen over that start
-only when it is better on the validation rows. That is no promise against the unfloored solution.
+at given weights with a floor (`FLOOR` of the weight spread evenly, so that no softmax starts saturated);
+`search.py` gives the exact global solution, and compares what was trained with it.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ class Rows:
     s: np.ndarray | None = None
 
 
-def start_logits(weights: np.ndarray) -> np.ndarray:
-    """Return logits whose softmax over axis 0 is `weights` with a floor."""
-    even = 1 / weights.shape[0]
+def start_logits(weights: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Return logits whose softmax over `axis` is `weights` with a floor."""
+    even = 1 / weights.shape[axis]
     return np.log((1 - FLOOR) * np.maximum(weights, 0) + FLOOR * even)
 
 

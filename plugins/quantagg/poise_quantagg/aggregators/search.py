@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from poise.errors import DataError, RunError, require
 from poise_quantagg.aggregators.fitted import LinearFit, check_predictions
 from poise_quantagg.aggregators.global_ import exact
 from poise_quantagg.checks import finite, row_blocks
+from poise_quantagg.scores import pinball
 
 WIDTHS, DEPTHS, DROPOUTS = (64, 128), (2, 3), (0.0, 0.05, 0.1)
 STRENGTHS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -22,6 +24,7 @@ MARGINS = {
     "distance": (1e-1, 5e-2, 1e-2, 1e-3, 1e-4),
 }
 RATES = {"local": (1e-3, 5e-4), "global": (1e-2, 1e-3)}
+SMALL_HEAD = 2048  # weights
 HELD_OUT = 0.2  # of the rows, when no validation rows are given
 
 
@@ -76,75 +79,132 @@ def search(
 ) -> Any:
     """Train all configurations, return the best on the validation rows as a fitted aggregator.
 
+    Training starts near the exact global solution on the training rows (`start="exact"`). Where no gate
+    beats that solution on the validation rows, the result is the global solution on all rows, in the form
+    of a gate that ignores the features. A penalty asks for something else than the pinball loss: then the
+    best of what was trained is returned.
+
     Raises
     ------
     RunError
         When no configuration has a finite validation loss.
     """
     require("torch", "nets")
+    used = s > 0  # rows of weight 0 neither train nor choose
+    rows = _Rows(Z, y, X, s) if used.all() else _Rows(Z, y, X, s).some(used)
+    train, held = _parts(rows, validation, options.random_state)
+    weights = starting_weights(options, train, levels)
+    features = Features.of(rows.X) if options.local and rows.X is not None else None
+    score, params, board = _best_of(options, train, held, weights, features, levels, progress)
+    p, m = Z.shape[1:]
+    if not options.local:
+        resolution = "medium" if options.band is not None else options.resolution
+        w = _softmax(params["logits"].reshape(weights.shape), resolution, p, m)
+        return LinearFit(w, m, objective=score)
+    gate = GateFit(params, options.resolution, p, m, features, options.band, score, board)
+    if options.start == "uniform" or options.penalty is not None or options.loss_isotonize is not None:
+        return gate
+    without = dataclasses.replace(gate, params=_constant(weights, features))
+    q = np.sort(without.predict(held.Z, held.X), axis=1)
+    reached = pinball(held.y, q, levels, sample_weight=held.s)
+    if reached > score:
+        return gate
+    whole = _constant(starting_weights(options, rows, levels), features)
+    return dataclasses.replace(gate, params=whole, score=reached)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows in their own units: Z (n, p, m), y, s (n,), X (n, d) or None."""
+
+    Z: np.ndarray
+    y: np.ndarray
+    X: np.ndarray | None
+    s: np.ndarray
+
+    def some(self, rows: np.ndarray) -> _Rows:
+        """Return the rows that an index or mask selects."""
+        return _Rows(self.Z[rows], self.y[rows], None if self.X is None else self.X[rows], self.s[rows])
+
+
+def _parts(rows: _Rows, validation, seed: int) -> tuple[_Rows, _Rows]:
+    """Return training and validation rows; without the latter a fifth is held out."""
+    if validation is not None:
+        Z, y, X = validation
+        return rows, _Rows(Z, y, X, np.ones(len(y)))
+    n = len(rows.y)
+    if n < 2:
+        return rows, rows
+    order = np.random.default_rng([seed, 11]).permutation(n)
+    held = max(1, int(HELD_OUT * n))
+    return rows.some(np.sort(order[held:])), rows.some(np.sort(order[:held]))
+
+
+def _best_of(
+    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Any,
+    levels: np.ndarray, progress: Any,
+) -> tuple[float, dict[str, np.ndarray], tuple[dict[str, Any], ...]]:
+    """Return the best validation score, its parameters, and all configurations, best first."""
     import torch
 
-    from poise_quantagg.aggregators.gates import GateTask, Rows
+    from poise_quantagg.aggregators.gates import GateTask, Rows, start_logits
     from poise_quantagg.penalties import adaptive_margins
 
-    windowed = options.band is not None
-    resolution = "medium" if windowed else options.resolution
+    center, unit = float(np.average(train.y, weights=train.s)), _spread(train)
+    # a small output layer of a fine gate lies in the cache: there doubled precision costs little
+    small = _axis(options) == 1 and weights.size <= SMALL_HEAD
+    dtype, numbers = (torch.float64, np.float64) if small else (torch.float32, np.float32)
 
-    def rows(Z, y, X, s=None):
-        Z = (window(Z, options.band) if windowed else Z).astype(np.float32)
-        Z -= np.float32(center)
-        Z /= np.float32(unit)
-        return Rows(Z, (y - center) / unit, features(X) if features else None, s)
+    def scaled(part: _Rows) -> Rows:
+        wide = window(part.Z, options.band)
+        Z = np.subtract(wide, center, out=np.empty(wide.shape, numbers), casting="same_kind")
+        Z /= numbers(unit)
+        return Rows(Z, (part.y - center) / unit, features(part.X) if features else None,
+                    None if np.all(part.s == part.s[0]) else part.s)
 
-    if not s.all():  # rows of weight 0 neither train nor choose
-        Z, y, X, s = Z[s > 0], y[s > 0], None if X is None else X[s > 0], s[s > 0]
-    center, unit = float(np.average(y, weights=s)), float(np.sqrt(np.cov(y, aweights=s))) if len(y) > 1 \
-        else 0.0
-    unit = unit if unit > 0 else 1.0
-    features = Features.of(X) if options.local and X is not None else None
-
-    weighted = None if np.all(s == s[0]) else s
-    start = starting_weights(options, Z, y, levels, s)
-    if validation is None:
-        train, held = _split(len(y), options.random_state)
-        fit_rows = rows(Z[train], y[train], None if X is None else X[train],
-                        None if weighted is None else weighted[train])
-        held_rows = rows(Z[held], y[held], None if X is None else X[held],
-                         None if weighted is None else weighted[held])
-    else:
-        fit_rows, held_rows = rows(Z, y, X, weighted), rows(*validation)
-    profile = adaptive_margins(Z, y, levels) / unit if options.penalty == "adaptive" else None
+    profile = None
+    if options.penalty == "adaptive":
+        profile = adaptive_margins(train.Z, train.y, levels) / unit
+    start = start_logits(weights, _axis(options)) if options.start == "exact" else np.zeros(weights.shape)
+    data = scaled(train), scaled(held)
     configs = draw(options)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, config in enumerate(configs):
         groups.setdefault((config.width, config.depth), []).append(i)
-    best: tuple[float, dict[str, np.ndarray]] | None = None
-    board = []
+    found = []
     for members in groups.values():
         members.sort(key=lambda i: configs[i].lr)  # equal ones side by side: fewer pieces to optimize
         chosen = [configs[i] for i in members]
-        task = GateTask(resolution, fit_rows, held_rows, levels, chosen, start, torch.float32,
-                        penalty=options.penalty, profile=profile, isotonize=options.loss_isotonize,
-                        rank=options.rank)
-        trained = _train(options, task, chosen, members, len(fit_rows.y), progress)
-        for c, i in enumerate(members):
-            score = float(trained.score[c]) * unit
-            board.append({**vars(configs[i]), "validation_pinball": score, "step": int(trained.step[c])})
-            if np.isfinite(score) and (best is None or score < best[0]):
-                best = score, {k: v.double().numpy() for k, v in trained.params[c].items()}
-    if best is None:
+        task = GateTask("medium" if options.band is not None else options.resolution, *data, levels, chosen,
+                        start, dtype, penalty=options.penalty, profile=profile,
+                        isotonize=options.loss_isotonize, rank=options.rank)
+        trained = _train(options, task, chosen, members, len(train.y), dtype, progress)
+        found += [(float(trained.score[c]) * unit, int(trained.step[c]), config, trained.params[c])
+                  for c, config in enumerate(chosen)]
+    found = sorted((one for one in found if np.isfinite(one[0])), key=lambda one: one[0])
+    if not found:
         raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
                        f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
-                       f"{y.min():g} to {y.max():g}")
-    score, params = best
-    if not options.local:
-        w = _softmax(params["logits"].reshape(start.shape), resolution, Z.shape[1], Z.shape[2])
-        return LinearFit(w, Z.shape[2], objective=score)
-    return GateFit(params, options.resolution, Z.shape[1], Z.shape[2], features, options.band, score,
-                   tuple(sorted(board, key=lambda row: row["validation_pinball"])))
+                       f"{train.y.min():g} to {train.y.max():g}")
+    board = tuple({**vars(config), "validation_pinball": score, "step": step}
+                  for score, step, config, _ in found)
+    score, _, _, params = found[0]
+    return score, {k: v.double().numpy() for k, v in params.items()}, board
 
 
-def _train(options: SearchOptions, task, configs, numbers, n: int, progress):
+def _spread(rows: _Rows) -> float:
+    """Return the standard deviation of the target; 1 where there is none."""
+    unit = float(np.sqrt(np.cov(rows.y, aweights=rows.s))) if len(rows.y) > 1 else 0.0
+    return unit if unit > 0 else 1.0
+
+
+def _constant(weights: np.ndarray, features: Any) -> dict[str, np.ndarray]:
+    """Return the parameters of a gate without hidden layers whose weights ignore the features."""
+    logits = np.log(np.maximum(weights, np.finfo(float).tiny))
+    return {"W0": np.zeros((len(features.mean), logits.size)), "b0": logits.ravel()}
+
+
+def _train(options: SearchOptions, task, configs, numbers, n: int, dtype, progress):
     import torch
 
     from poise_quantagg.aggregators.fine import train_fine
@@ -163,34 +223,38 @@ def _train(options: SearchOptions, task, configs, numbers, n: int, progress):
     schedule = Schedule(options.max_steps or (3_000 if small else 20_000), 50 if small else 100, patience,
                         amsgrad=False)
     if fine:
-        return train_fine(task, members, schedule, progress=progress)
-    return train(task, members, schedule, progress=progress)
+        return train_fine(task, members, schedule, dtype, progress=progress)
+    return train(task, members, schedule, dtype=dtype, progress=progress)
 
 
-def starting_weights(options: SearchOptions, Z, y, levels, s) -> np.ndarray:
-    """Return logits to start from: the exact global solution, or zeros (the paper)."""
-    from poise_quantagg.aggregators.gates import start_logits
+def starting_weights(options: SearchOptions, rows: _Rows, levels: np.ndarray) -> np.ndarray:
+    """Return the exact global weights in the layout of the logits, or equal ones (the paper).
 
-    p, m = Z.shape[1:]
-    if options.band is not None:
-        width = 2 * options.band + 1
-        w = np.zeros((p, width, m))
-        w[:, options.band] = exact("medium", Z, y, levels, s).w if options.start == "exact" else 1 / p
-        logits = start_logits(w.reshape(p * width, m))
-        return logits if options.start == "exact" else np.zeros_like(logits)
+    Layouts: coarse (p,), medium (p, m), banded (p (2 band + 1), m), fine (m, pm). Fine ones start at the
+    medium solution.
+    """
+    p, m = rows.Z.shape[1:]
     if options.start == "uniform":
-        return np.zeros({"coarse": (p,), "medium": (p, m), "fine": (m, p * m)}[options.resolution])
+        width = 1 if options.band is None else 2 * options.band + 1
+        shape = {"coarse": (p,), "medium": (p, m), "fine": (m, p * m)}[options.resolution]
+        w = np.ones(shape if options.band is None else (p * width, m))
+        return w / w.sum(axis=_axis(options), keepdims=True)
+    resolution = "coarse" if options.resolution == "coarse" else "medium"
+    known = exact(resolution, rows.Z, rows.y, levels, rows.s).w
+    if options.band is not None:
+        w = np.zeros((p, 2 * options.band + 1, m))
+        w[:, options.band] = known
+        return w.reshape(-1, m)
     if options.resolution != "fine":
-        return start_logits(exact(options.resolution, Z, y, levels, s).w)
+        return known
     w = np.zeros((m, p, m))
-    w[np.arange(m), :, np.arange(m)] = exact("medium", Z, y, levels, s).w.T
-    return start_logits(w.reshape(m, p * m).T).T
+    w[np.arange(m), :, np.arange(m)] = known.T
+    return w.reshape(m, p * m)
 
 
-def _split(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.random.default_rng([seed, 11]).permutation(n)
-    held = max(1, int(HELD_OUT * n)) if n > 1 else 0
-    return np.sort(order[held:]), np.sort(order[:held] if held else order)
+def _axis(options: SearchOptions) -> int:
+    """Return the axis of the logits over which the softmax goes."""
+    return 1 if options.resolution == "fine" and options.band is None else 0
 
 
 def _softmax(logits: np.ndarray, resolution: str, p: int, m: int) -> np.ndarray:
@@ -204,9 +268,12 @@ def _softmax(logits: np.ndarray, resolution: str, p: int, m: int) -> np.ndarray:
 
 
 def window(Z: np.ndarray, band: int | None) -> np.ndarray:
-    """Return (n, p (2 band + 1), m): at level k, the predictions at levels k - band to k + band."""
+    """Return (n, p (2 band + 1), m): at level k, the predictions at levels k - band to k + band; Z as it
+    is without a band."""
+    if band is None:
+        return Z
     m = Z.shape[2]
-    near = np.clip(np.arange(m)[None] + np.arange(-(band or 0), (band or 0) + 1)[:, None], 0, m - 1)
+    near = np.clip(np.arange(m)[None] + np.arange(-band, band + 1)[:, None], 0, m - 1)
     return Z[:, :, near].reshape(len(Z), -1, m)
 
 
