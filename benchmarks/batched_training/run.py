@@ -138,20 +138,23 @@ def net_groups(kind: str, n: int) -> list[Group]:
 
 
 def gate_groups(resolution: str, n: int) -> list[Group]:
-    """Return the batches, one per shape, of the 20 gates that the search draws."""
+    """Return the batches, one per shape, of the 20 gates that the search draws x 5 folds."""
     X, y, Z = table(n)
     cut = int(0.8 * n)
     rows = Rows(Z[:cut], y[:cut], X[:cut]), Rows(Z[cut:], y[cut:], X[cut:])
+    parts = [torch.from_numpy(np.flatnonzero(np.arange(cut) % FOLDS != k)) for k in range(FOLDS)]
     configs = search.draw(search.SearchOptions(resolution, True, n_iter=CONFIGS))
     start = np.zeros((MODELS,) if resolution == "coarse" else (MODELS, len(LEVELS)))
     out = []
     for shape in dict.fromkeys((c.width, c.depth) for c in configs):
         own = sorted((c for c in configs if (c.width, c.depth) == shape), key=lambda c: c.lr)
+        own = [c for c in own for _ in range(FOLDS)]
         task = GateTask(resolution, *rows, LEVELS, own, start, torch.float32)
         members = Members(
-            seeds=list(range(len(own))), rows=[torch.arange(cut)] * len(own), batch_size=batch_size(cut),
-            lr=[c.lr for c in own], weight_decay=[c.weight_decay for c in own],
-            dropout=[c.dropout for c in own], width=shape[0], masks=shape[1] - 1)
+            seeds=list(range(len(own))), rows=parts * (len(own) // FOLDS),
+            batch_size=batch_size(len(parts[0])), lr=[c.lr for c in own],
+            weight_decay=[c.weight_decay for c in own], dropout=[c.dropout for c in own],
+            width=shape[0], masks=shape[1] - 1)
         out.append((task, members, False, lambda c, task=task: gate_loss(task, c)))
     return out
 

@@ -21,6 +21,7 @@ _PASSES = 30
 # float32, say) would otherwise get weights of a million that cancel on these rows and on no others
 _DEPENDENT = 1e-12
 _SQUARING = 1e-8
+_CERTIFIED = 1e-7  # relative gap above which free fine weights are asked of HiGHS too
 _NEW_COLUMNS = 8
 _ROUNDS = 60
 _BLOCK_BYTES = 1 << 25
@@ -304,6 +305,12 @@ def _by_columns(
 def _fine_free(flat, y, s, levels, all_s, p: int) -> Program:
     """Solve with free weights on an orthonormal basis that all output levels share."""
     m = len(levels)
+    # A row divided by c with c times its weight is the same program. Without it a row of 1e6 decides what
+    # is dependent: levels of one model then differ too little beside it, and directions would be lost.
+    size = np.maximum(np.abs(flat).max(axis=1), np.abs(y))
+    usual = np.median(size)
+    c = np.maximum(1.0, size / usual) if usual > 0 else np.ones(len(size))
+    flat, y, s = flat / c[:, None], y / c, s * c
     Q, T = basis(flat.T[None])
     whole = np.einsum("qn,qn->q", Q[0], Q[0]) > 0.5
     Q, T = Q[:, whole], T[:, :, whole]
@@ -312,12 +319,30 @@ def _fine_free(flat, y, s, levels, all_s, p: int) -> Program:
     found, w = [], np.empty((m, p * m))
     for k in range(m):
         one = solve(Q, rest, s, levels[k : k + 1, None], np.zeros(Q.shape[1], dtype=bool))
+        if one.gap[0] > _CERTIFIED * one.objective[0]:
+            one = _by_highs(one, Q[0], rest, s, np.full(len(s), levels[k]))
         w[k] = T[0] @ (one.w[0] + start)
         # what the weights themselves achieve, rounding of T included
         r = y - flat @ w[k]
         value = s @ np.maximum(levels[k] * r, (levels[k] - 1) * r)
         found.append(dataclasses.replace(one, objective=np.maximum(value, one.bound)))
     return _program(w.reshape(m, p, m).transpose(1, 2, 0), np.zeros(m), _joined(found), all_s, m)
+
+
+def _by_highs(one: Solution, Q: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray) -> Solution:
+    """Return the better of a solution that stalled and HiGHS' one, with the bound that was certified.
+
+    Free weights of a million can reach targets of a million; the box of the multipliers is then as wide
+    for some rows as it is narrow for others, and their equations lose the digits that a bound needs.
+    """
+    from poise_quantagg.reference import pinball_program
+
+    w = pinball_program(Q.T, y, s, tau, simplex=False)[0]
+    r = y - w @ Q
+    value = s @ np.maximum(tau * r, (tau - 1) * r)
+    if value >= one.objective[0]:
+        return one
+    return dataclasses.replace(one, w=w[None], objective=np.array([value]))
 
 
 # ------------------------------------------------------------------ coarse, without a copy of Z

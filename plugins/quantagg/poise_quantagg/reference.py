@@ -8,9 +8,11 @@ from poise.errors import RunError, require
 
 
 def pinball_program(
-    A: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray, *, simplex: bool
+    A: np.ndarray, y: np.ndarray, s: np.ndarray, tau: np.ndarray, *, simplex: bool, shift: bool = False
 ) -> tuple[np.ndarray, float]:
     """Minimise sum_i s_i psi_{tau_i}(y_i - a_i'w) over free or simplex weights.
+
+    With `shift` simplex weights come with a free intercept; free ones take a column of ones in A.
 
     The bounded dual is what is solved: q rows and N boxed unknowns, instead of N rows and 2N + q
     unknowns. The weights are the multipliers of its rows.
@@ -47,6 +49,7 @@ def pinball_program(
     columns = sparse.csr_array(np.hstack([A.T, -np.ones((q, 1))]))
     answer = optimize.linprog(
         np.r_[-y, 1.0], A_ub=columns, b_ub=np.zeros(q),
+        A_eq=np.r_[np.ones(n), 0.0][None] if shift else None, b_eq=[0.0] if shift else None,
         bounds=np.vstack([bounds, [-np.inf, np.inf]]), method="highs",
     )
     _solved(answer)
