@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import KFold, RepeatedKFold, ShuffleSplit, TimeSeriesSplit
 
 from poise.errors import ConfigError, DataError, RunError
-from poise_quantagg import crossfit
+from poise_quantagg import cache, crossfit, jobs
 from poise_quantagg.adapters import per_level, wrap
 from poise_quantagg.base.regressor import JoinedLevels
 from poise_quantagg.checks import QuantileWarning
@@ -26,7 +26,8 @@ from poise_quantagg.components import (
     MultiQuantileNet,
     QuantileForest,
 )
-from poise_quantagg.crossfit import assign_folds, cross_fit, make_folds, pair_predictions
+from poise_quantagg.crossfit import cross_fit, pair_predictions
+from poise_quantagg.folds import assign_folds, make_folds
 
 LEVELS = [0.1, 0.25, 0.5, 0.75, 0.9]
 NET = {"n_iter": 2, "width": 8, "depth": 2, "lr": 0.01, "max_steps": 60}
@@ -207,7 +208,7 @@ def test_levels_in_blocks_give_what_all_levels_together_give(model, monkeypatch)
     blocks = cross_fit({"it": model}, x, y, levels, folds=2, progress=done.append)
     assert len(done) == 6 and done[0] == "it, fold 1/2, levels 0.0163934..0.327869"
     assert isinstance(blocks.models["it"][0], JoinedLevels)
-    monkeypatch.setattr(crossfit, "LEVELS_OF_A_JOB", 100)
+    monkeypatch.setattr(jobs, "LEVELS_OF_A_JOB", 100)
     whole = cross_fit({"it": model}, x, y, levels, folds=2)
     assert np.array_equal(blocks.Z, whole.Z)
     assert np.array_equal(blocks.predict(x), whole.predict(x))
@@ -421,13 +422,14 @@ def resumed_labels():
 
 def fits_again(monkeypatch):
     """Count the fits by model."""
-    real, count = crossfit._fit, Counter()
+    real, count = jobs.fit, Counter()
 
     def fit(job, *args):
         count[job.name] += 1
         return real(job, *args)
 
-    monkeypatch.setattr(crossfit, "_fit", fit)
+    for module in (cache, crossfit):
+        monkeypatch.setattr(module, "fit", fit)
     return count
 
 

@@ -309,7 +309,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return a fifth of the rows, or as many whole groups as it takes, and the other rows."""
-        from poise_quantagg.crossfit import check_groups
+        from poise_quantagg.folds import check_groups
 
         rng, count = np.random.default_rng([self.random_state, 3]), max(1, n // 5)
         if groups is None:

@@ -111,9 +111,9 @@ def dump(name: str, model: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         For a model that has no such form, by its name in the ensemble.
     """
     from poise_quantagg.base.regressor import JoinedLevels
-    from poise_quantagg.crossfit import _Later
+    from poise_quantagg.cache import Later
 
-    if isinstance(model, _Later):
+    if isinstance(model, Later):
         return dump(name, model.model())
     if isinstance(model, JoinedLevels):
         parts = [dump(name, part) for part in model.parts]

@@ -1,0 +1,139 @@
+"""Finished jobs on disk, under a key of all that decides their predictions.
+
+Nothing is pickled: kept are predictions, and the models that have a form of arrays and plain values.
+Another model that was not fitted in this process is fitted again, the same, should new rows ask for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from poise.errors import PoiseError, RunError
+from poise.files import load_arrays, plain, save_arrays
+from poise.version import __version__
+from poise_quantagg.jobs import Job, Result, Work, fit
+
+CACHE_VERSION = 1
+
+
+class Again:
+    """The models of a job whose predictions came from the cache: read, or fitted again, when asked for."""
+
+    def __init__(self, job: Job, work: Work, key: str) -> None:
+        self.job, self.work, self.key = job, work, key
+        self.found: list[Any] = []
+
+    def models(self) -> list[Any]:
+        """Return the models, one per fold of the job.
+
+        Raises
+        ------
+        RunError
+            When fitting again fails.
+        """
+        if not self.found:
+            self.found = self._read() or self._fitted()
+        return self.found
+
+    def _read(self) -> list[Any]:
+        from poise_quantagg.storage import undump
+
+        assert self.work.cache is not None
+        try:
+            return [undump(*load_arrays(self.work.cache / f"{self.key}_{i}"))
+                    for i in range(len(self.job.folds))]
+        except PoiseError:  # not there, or damaged
+            return []
+
+    def _fitted(self) -> list[Any]:
+        work = self.work
+        result = fit(self.job, work.X, work.y, work.weight, work.train, work.held, None)
+        if result.error:
+            raise RunError(f"{self.job.name} failed when fitted again: {result.error}")
+        return result.fitted
+
+
+class Later:
+    """One of the models of `Again`; pickles as the model itself, without the data."""
+
+    def __init__(self, again: Again, position: int) -> None:
+        self.again, self.position = again, position
+        self.levels_ = again.job.levels
+
+    def model(self) -> Any:
+        """Return the fitted model."""
+        return self.again.models()[self.position]
+
+    def predict_quantiles(self, X: np.ndarray, levels: Sequence[float] | None = None) -> np.ndarray:
+        """Return quantiles, shape (n, m)."""
+        return self.model().predict_quantiles(X, self.levels_ if levels is None else levels)
+
+    def __reduce__(self):
+        return _itself, (self.model(),)
+
+
+def _itself(model: Any) -> Any:
+    return model
+
+
+def key_of(job: Job, work: Work) -> str:
+    """Return a digest of all that decides a job's predictions."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {__version__} {type(job.model).__qualname__}".encode())
+    digest.update(json.dumps(plain(_described(vars(job.model) if hasattr(job.model, "__dict__") else {})),
+                             sort_keys=True, default=repr).encode())
+    arrays = [work.X, work.y, work.weight, job.levels, *(work.train[k] for k in job.folds),
+              *(work.held[k] for k in job.folds if k < len(work.held)), work.extra]
+    for array in arrays:
+        if array is not None:
+            digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()[:40]
+
+
+def _described(value: Any) -> Any:
+    """Return what tells an options apart; the `repr` of estimators and arrays leaves things out."""
+    if isinstance(value, Mapping):
+        return {str(k): _described(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if hasattr(value, "get_params") and not isinstance(value, type):
+        return [name, _described(value.get_params(deep=False))]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [name, _described(vars(value))]
+    return value
+
+
+def save(work: Work, key: str, result: Result) -> None:
+    """Write a finished job: its models first, so that one whose key is there is whole."""
+    from poise_quantagg.storage import dump, storable
+
+    assert work.cache is not None
+    for i, model in enumerate(result.fitted):
+        if storable(model):
+            save_arrays(work.cache / f"{key}_{i}", *dump(key, model))
+    arrays = {f"held_{i}": a for i, a in enumerate(result.held) if a is not None}
+    arrays |= {f"extra_{i}": a for i, a in enumerate(result.extra) if a is not None}
+    save_arrays(work.cache / key, arrays, {"parts": len(result.held)})
+
+
+def load(work: Work, job: Job, key: str) -> Result | None:
+    """Return a finished job, or None when it is not there or damaged (then it is done again)."""
+    assert work.cache is not None
+    if not (work.cache / f"{key}.json").exists():
+        return None
+    try:
+        arrays, meta = load_arrays(work.cache / key)
+    except PoiseError:
+        return None
+    parts, again = range(meta["parts"]), Again(job, work, key)
+    return Result([arrays.get(f"held_{i}") for i in parts], [arrays.get(f"extra_{i}") for i in parts],
+                   [Later(again, i) for i in parts])

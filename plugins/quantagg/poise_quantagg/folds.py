@@ -1,0 +1,81 @@
+"""Which rows train and which are held out: shuffled parts, whole groups, or a splitter of scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from poise.errors import ConfigError, DataError
+
+
+def assign_folds(n: int, folds: int, seed: int) -> np.ndarray:
+    """Return a shuffled fold index per row, shape (n,); sizes differ by at most one.
+
+    Raises
+    ------
+    ConfigError
+        Unless 2 <= folds <= n.
+    """
+    if not 2 <= folds <= n:
+        raise ConfigError(f"folds={folds}: allowed is 2 <= folds <= {n} rows")
+    fold = np.empty(n, dtype=np.int64)
+    fold[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
+    return fold
+
+
+def make_folds(
+    X: np.ndarray, y: np.ndarray, folds: Any, seed: int, groups: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (training rows, held-out rows) of each fold.
+
+    Raises
+    ------
+    ConfigError
+        For a number of folds that rows or groups do not allow, or a splitter whose parts overlap.
+    """
+    if hasattr(folds, "split") and not isinstance(folds, str):
+        parts = [(np.asarray(a), np.asarray(b)) for a, b in folds.split(X, y, groups)]
+        seen = np.concatenate([b for _, b in parts])
+        if len(np.unique(seen)) != len(seen):
+            raise ConfigError("the splitter holds out some rows twice: use one without repetition")
+        return parts
+    if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)):
+        raise ConfigError(f"folds={folds!r}: allowed is a number or a splitter with split(X, y, groups)")
+    if groups is None:
+        fold = assign_folds(len(y), int(folds), seed)
+    else:
+        fold = _group_folds(np.asarray(groups), len(y), int(folds), seed)
+    return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
+
+
+def check_groups(groups: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the names of the groups in ascending order, and the place of each row's group in them.
+
+    Raises
+    ------
+    DataError
+        For another length than n, or groups that have no order.
+    """
+    given = np.asarray(groups)
+    if given.shape != (n,):
+        raise DataError(f"groups has shape {given.shape}, y has {n} rows: one group per row")
+    try:
+        return np.unique(given, return_inverse=True)
+    except TypeError as error:
+        raise DataError(f"groups cannot be told apart ({error}): give numbers, or strings") from None
+
+
+def _group_folds(groups: np.ndarray, n: int, folds: int, seed: int) -> np.ndarray:
+    """Give whole groups to folds, large ones first, each to the smallest fold so far."""
+    names, index = check_groups(groups, n)
+    sizes = np.bincount(index)
+    if not 2 <= folds <= len(names):
+        raise ConfigError(f"folds={folds}: allowed is 2 <= folds <= {len(names)} groups")
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    fold_of, filled = np.empty(len(names), dtype=np.int64), np.zeros(folds)
+    for g in order:
+        fold_of[g] = np.argmin(filled)
+        filled[fold_of[g]] += sizes[g]
+    return fold_of[index]
