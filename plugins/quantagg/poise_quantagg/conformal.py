@@ -51,7 +51,32 @@ def lower_rank(level: float, n: int) -> int:
 
 
 @dataclass
-class SplitCQR:
+class _Offsets:
+    """What a calibration by one number per level has in common: the numbers, and how they are added."""
+
+    levels_: np.ndarray = field(init=False, repr=False)
+    offset_: np.ndarray = field(init=False, repr=False)
+    n_: int = field(init=False, repr=False)
+
+    def predict(self, q: Array) -> np.ndarray:
+        """Return calibrated quantiles of new rows, shape (n, m).
+
+        Raises
+        ------
+        ConfigError
+            Before `fit`.
+        DataError
+            Unless q has shape (n, m) and is finite.
+        """
+        levels, q = _levels(self), finite("q", q, 2)
+        if q.shape[1] != len(levels):
+            raise DataError(f"q has {q.shape[1]} levels: expected the {len(levels)} of the calibration")
+        out = q + self.offset_
+        return sweep(out, pivot_index(levels)) if self.sweep else out
+
+
+@dataclass
+class SplitCQR(_Offsets):
     """Conformalized quantile regression on rows that no model has seen (eqs 26 and 27).
 
     Symmetric: E_i = max(q_lo(x_i) - y_i, y_i - q_hi(x_i)) and Q the ceil((1 - alpha)(n + 1))-th smallest
@@ -69,16 +94,13 @@ class SplitCQR:
     ----------
     levels_ : array, shape (m,)
     offset_ : array, shape (m,)
-        What is added to the predictions, in the unit of y; 0 at the median.
+        What is added to the predictions, in the unit of y; 0 at the median, which stays as predicted.
     n_ : int
         Calibration rows.
     """
 
     symmetric: bool = True
     sweep: bool = True
-    levels_: np.ndarray = field(init=False, repr=False)
-    offset_: np.ndarray = field(init=False, repr=False)
-    n_: int = field(init=False, repr=False)
 
     def fit(self, y: Array, q: Array, levels: Array) -> SplitCQR:
         """Learn the offsets from calibration rows.
@@ -116,18 +138,6 @@ class SplitCQR:
         _warn_infinite(tau, self.offset_, len(y))
         return self
 
-    def predict(self, q: Array) -> np.ndarray:
-        """Return calibrated quantiles of new rows, shape (n, m); the median is as predicted.
-
-        Raises
-        ------
-        ConfigError
-            Before `fit`.
-        DataError
-            Unless q has shape (n, m) and is finite.
-        """
-        return _shifted(q, _levels(self), self.offset_, self.sweep)
-
     def predict_interval(self, q: Array, alpha: float) -> np.ndarray:
         """Return the central (1 - alpha) intervals of new rows, shape (n, 2): lower end, upper end.
 
@@ -142,7 +152,7 @@ class SplitCQR:
 
 
 @dataclass
-class OneSided:
+class OneSided(_Offsets):
     """Each level calibrated on its own residuals y - q_tau, so that P(Y <= q_tau) is tau, safely.
 
     From 0.5 on the ceil(tau (n + 1))-th smallest residual is added: P(Y <= .) >= tau. Below it is the
@@ -155,9 +165,6 @@ class OneSided:
     """
 
     sweep: bool = True
-    levels_: np.ndarray = field(init=False, repr=False)
-    offset_: np.ndarray = field(init=False, repr=False)
-    n_: int = field(init=False, repr=False)
 
     def fit(self, y: Array, q: Array, levels: Array) -> OneSided:
         """Learn the offsets from calibration rows; parameters, errors and warning as in `SplitCQR`."""
@@ -167,18 +174,6 @@ class OneSided:
         self.offset_ = np.array([_smallest(y - column, r) for column, r in zip(q.T, ranks)])
         _warn_infinite(tau, self.offset_, len(y))
         return self
-
-    def predict(self, q: Array) -> np.ndarray:
-        """Return calibrated quantiles of new rows, shape (n, m).
-
-        Raises
-        ------
-        ConfigError
-            Before `fit`.
-        DataError
-            Unless q has shape (n, m) and is finite.
-        """
-        return _shifted(q, _levels(self), self.offset_, self.sweep)
 
 
 # ------------------------------------------------------------------ CV+
@@ -477,7 +472,7 @@ def _check_bound(n: int, alpha: float) -> None:
 # ------------------------------------------------------------------ parts
 
 
-def _levels(calibration: SplitCQR | OneSided | CVPlus) -> np.ndarray:
+def _levels(calibration: _Offsets | CVPlus) -> np.ndarray:
     if not hasattr(calibration, "levels_"):
         raise ConfigError(f"{type(calibration).__name__} is not fitted: call fit first")
     return calibration.levels_
@@ -526,13 +521,6 @@ def _smallest(values: np.ndarray, rank: int) -> float:
     if rank < 1:
         return -np.inf
     return float(np.partition(values, rank - 1)[rank - 1]) if rank <= len(values) else np.inf
-
-
-def _shifted(q: Array, tau: np.ndarray, offset: np.ndarray, nested: bool) -> np.ndarray:
-    q = finite("q", q, 2)
-    if q.shape[1] != len(tau):
-        raise DataError(f"q has {q.shape[1]} levels: expected the {len(tau)} of the calibration")
-    return sweep(q + offset, pivot_index(tau)) if nested else q + offset
 
 
 def _low_ends(centre: np.ndarray, residuals: list[np.ndarray], rank: int) -> np.ndarray:
