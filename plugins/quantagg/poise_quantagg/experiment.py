@@ -18,7 +18,7 @@ from poise.registry import build, entries
 from poise_quantagg import scores
 from poise_quantagg.checks import QuantileWarning, finite, level_index
 from poise_quantagg.conformal import CVPlus
-from poise_quantagg.crossfit import CrossFit, cross_fit
+from poise_quantagg.crossfit import cross_fit
 from poise_quantagg.monotone import isotonize, sort
 
 if TYPE_CHECKING:
@@ -46,6 +46,38 @@ class Split:
     test: Arrays
     scale: tuple[float, float]
     columns: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What base models predict, without the models: forests on ten thousand rows take gigabytes.
+
+    Parameters
+    ----------
+    models : list of str
+    oof : array, shape (n, p, m)
+        Out-of-fold, for the training rows.
+    fold : array, shape (n,)
+    test : array, shape (n_test, p, m)
+    folds : array, shape (K, n_test, p, m)
+        The test rows by each fold's models.
+    levels : array, shape (m,)
+    """
+
+    models: list[str]
+    oof: np.ndarray
+    fold: np.ndarray
+    test: np.ndarray
+    folds: np.ndarray
+    levels: np.ndarray
+
+    @staticmethod
+    def joined(parts: list[Predicted]) -> Predicted:
+        """Put the models of several side by side."""
+        axes = {"oof": 1, "test": 1, "folds": 2}
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=axis)
+                  for name, axis in axes.items()}
+        return dataclasses.replace(parts[0], models=[m for part in parts for m in part.models], **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +151,14 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
             if number == 0:
                 context.note("provenance", splits.provenance)
             split = _standardised(splits)
-            fits, outcomes = _fit(recipe, parts, seed, split, folder, bar)
-            rows += [{"split": seed, **_row(name, outcome, split.test.y, fits.levels)}
+            found, outcomes = _fit(recipe, parts, seed, split, folder, bar)
+            rows += [{"split": seed, **_row(name, outcome, split.test.y, found.levels)}
                      for name, outcome in outcomes.items()]
             _log(context, number, rows, seed)
             if number == 0:
-                context.note("weights", _weights(outcomes, list(fits.models)))
+                context.note("weights", _weights(outcomes, found.models))
                 if recipe.figures:
-                    context.note("figures", _draw(outcomes, split, fits, splits.spec, folder))
+                    context.note("figures", _draw(outcomes, split, found, splits.spec, folder))
     shutil.rmtree(folder / "crossfit", ignore_errors=True)
     table = _averaged(rows)
     context.note("scores", table)
@@ -225,10 +257,10 @@ def _standardised(splits: Splits) -> Split:
 
 def _fit(
     recipe: QuantileEnsemble, parts: Parts, seed: int, split: Split, folder: Path, bar: Any
-) -> tuple[CrossFit, dict[str, Outcome]]:
+) -> tuple[Predicted, dict[str, Outcome]]:
     """Cross-fit the base models one after the other, then fit every aggregator on them."""
     outcomes: dict[str, Outcome] = {}
-    whole: list[CrossFit] = []
+    parts_of: list[Predicted] = []
     for name, model in _models(recipe, parts, seed).items():
         began = time.process_time()
         with warnings.catch_warnings():
@@ -237,41 +269,34 @@ def _fit(
                 {name: model}, split.train.x, split.train.y, recipe.levels, folds=recipe.folds, seed=seed,
                 n_jobs=recipe.n_jobs, refit=recipe.refit, extra=split.test.x, cache=folder / "crossfit",
             )
-        whole.append(one)
-        outcomes[name] = Outcome("model", one.extra[:, 0], _interval(one, None, split),  # type: ignore
-                                 time.process_time() - began)
+        seconds = time.process_time() - began
+        assert one.extra is not None
+        parts_of.append(Predicted([name], one.Z, one.fold, one.extra, one.predict_folds(split.test.x),
+                                  one.levels))
+        outcomes[name] = Outcome("model", one.extra[:, 0], _interval(parts_of[-1], None, split), seconds)
         bar.advance(note=f"split {seed}: {name}")
-    fits = _merged(whole)
+    found = Predicted.joined(parts_of)
     for name, aggregator in _aggregators(recipe, parts, seed).items():
         began = time.process_time()
-        fitted = aggregator.fit(fits.Z, split.train.y, split.train.x, levels=fits.levels)
-        raw = fitted.predict(fits.extra, split.test.x)
+        fitted = aggregator.fit(found.oof, split.train.y, split.train.x, levels=found.levels)
+        raw = fitted.predict(found.test, split.test.x)
         seconds = time.process_time() - began
-        outcomes[name] = Outcome("aggregator", raw, _interval(fits, fitted, split), seconds, fitted)
+        outcomes[name] = Outcome("aggregator", raw, _interval(found, fitted, split), seconds, fitted)
         bar.advance(note=f"split {seed}: {name}")
-    return fits, outcomes
+    return found, outcomes
 
 
-def _merged(fits: list[CrossFit]) -> CrossFit:
-    return CrossFit(
-        np.concatenate([f.Z for f in fits], axis=1), fits[0].fold, fits[0].levels,
-        {n: m for f in fits for n, m in f.models.items()}, {n: m for f in fits for n, m in f.whole.items()},
-        np.concatenate([f.extra for f in fits], axis=1),  # type: ignore[arg-type]
-    )
-
-
-def _interval(fits: CrossFit, fitted: Any, split: Split) -> np.ndarray:
+def _interval(found: Predicted, fitted: Any, split: Split) -> np.ndarray:
     """Return the CV+ interval (n, 2) at the nominal coverage, of one model or of an aggregator."""
-    folds = fits.predict_folds(split.test.x)
     if fitted is None:
-        oof, new = fits.Z[:, 0], folds[:, :, 0]
+        oof, new = found.oof[:, 0], found.folds[:, :, 0]
     else:
-        oof = fitted.predict(fits.Z, split.train.x)
-        new = np.stack([fitted.predict(Z, split.test.x) for Z in folds])
-    ends = level_index(fits.levels, [(1 - NOMINAL) / 2, (1 + NOMINAL) / 2])
+        oof = fitted.predict(found.oof, split.train.x)
+        new = np.stack([fitted.predict(Z, split.test.x) for Z in found.folds])
+    ends = level_index(found.levels, [(1 - NOMINAL) / 2, (1 + NOMINAL) / 2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QuantileWarning)
-        plus = CVPlus(sweep=False).fit(split.train.y, sort(oof)[:, ends], fits.fold, fits.levels[ends])
+        plus = CVPlus(sweep=False).fit(split.train.y, sort(oof)[:, ends], found.fold, found.levels[ends])
     return plus.predict_interval(np.sort(new, axis=2)[:, :, ends], 1 - NOMINAL)
 
 
@@ -319,12 +344,12 @@ def _weights(outcomes: Mapping[str, Outcome], models: list[str]) -> dict[str, An
     return found
 
 
-def _draw(outcomes, split: Split, fits: CrossFit, spec: Mapping[str, Any], folder: Path) -> list[str]:
+def _draw(outcomes, split: Split, found: Predicted, spec: Mapping[str, Any], folder: Path) -> list[str]:
     """Draw the figures of one split; the fan is that of the best aggregator, in the target's unit."""
     from poise_quantagg import plots
 
     mean, std = split.scale
-    y, levels, models = split.test.y, fits.levels, list(fits.models)
+    y, levels, models = split.test.y, found.levels, found.models
     target = str(spec.get("target", "target"))
     panels: dict[str, dict[str, np.ndarray]] = {}
     for name, outcome in outcomes.items():
