@@ -72,6 +72,7 @@ class Registry:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._plugin = "unknown"
         self.conf_packages: list[str] = []
+        self.findings: dict[str, str] = {}
 
     def add(
         self,
@@ -106,6 +107,10 @@ class Registry:
     def add_conf(self, package: str) -> None:
         """Add a package of YAML files ("my_plugin.conf") to Hydra's search path."""
         self.conf_packages.append(f"pkg://{package}")
+
+    def add_finding(self, what: str, function: str) -> None:
+        """Add a line to `poise doctor`: "module:function", called without arguments, returns one line."""
+        self.findings[what] = function
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the entries of one kind, or all, sorted by kind and name."""

@@ -16,7 +16,7 @@ from poise.recipes.loop import Order, build_optimizer, fit
 from poise.runs.context import RunContext
 from poise.walk import weights
 from poise_bone import Bone, bone_delta
-from poise_compander import Compander
+from poise_compander import WeightCompander
 from poise_edgemoe import expert_errors, half_plan
 
 EXAMPLES = [Example(f"{a}+{b}=", str(a + b)) for a in range(6) for b in range(6)]
@@ -88,7 +88,7 @@ def test_a_folded_model_can_be_packed_again(tmp_path):
 def test_compander_then_bone(tmp_path):
     """Train the weights companded, fold for good, then freeze them and train beside them."""
     model = build()
-    first = Compander().attach(model)
+    first = WeightCompander().attach(model)
     start, middle = train(model, first, tmp_path / "a")
     trained = logits(model)
     first.detach()
@@ -104,7 +104,7 @@ def test_compander_then_bone(tmp_path):
 
 def test_companded_weights_are_packed_as_they_are_seen(tmp_path):
     model = build()
-    attached = Compander(a=1.0, b=0.6).attach(model)
+    attached = WeightCompander(a=1.0, b=0.6).attach(model)
     train(model, attached, tmp_path)
     attached.detach()
     seen = {w.name: w.read().clone() for w in weights(model)}

@@ -21,7 +21,7 @@ from poise.testing import (
 )
 from poise.testing.aggregator import sample
 from poise_bone import Bone
-from poise_compander import Compander
+from poise_compander import WeightCompander
 from poise_quantagg.aggregators.fitted import LinearFit
 from poise_quantagg.components import Average, LocalCoarse
 
@@ -254,7 +254,7 @@ def test_a_reparameterisation_that_forgets_its_training_is_refused():
         attached.detach = detach
 
     with pytest.raises(ContractError, match="detach changes the output of a reparameterised"):
-        check_adapter(FaultyAdapter(plant, Compander()))
+        check_adapter(FaultyAdapter(plant, WeightCompander()))
 
 
 def test_a_reparameterisation_that_leaves_biases_out_is_refused():
@@ -262,7 +262,7 @@ def test_a_reparameterisation_that_leaves_biases_out_is_refused():
         attached.optimizer = lambda cls, **options: cls(attached.trainable()[:1], **options)
 
     with pytest.raises(ContractError, match="leaves out trainable parameters"):
-        check_adapter(FaultyAdapter(plant, Compander()))
+        check_adapter(FaultyAdapter(plant, WeightCompander()))
 
 
 # ------------------------------------------------------------------ quantizer

@@ -22,7 +22,7 @@ from poise.runs.checkpoint import Checkpoints
 from poise.runs.context import Interrupted, RunContext, seed_for
 from poise.runs.records import read_rows
 from poise_bone import Bone
-from poise_compander import Compander
+from poise_compander import WeightCompander
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
@@ -220,9 +220,9 @@ CASES = {
     "batch norm": {"train": {"optimizer": "sgd"}, "norm": True},
     "accumulate, clip": {"train": {"accumulate": 2, "clip": 0.1}, "dropout": 0.3},
     "bone": {"train": {"optimizer": "adamw", "lr": 0.01}, "adapter": Bone(r=2)},
-    "compander sgd": {"train": {"optimizer": "sgd"}, "adapter": Compander()},
+    "compander sgd": {"train": {"optimizer": "sgd"}, "adapter": WeightCompander()},
     "compander adamw": {"train": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
-                        "adapter": Compander(), "dropout": 0.5},
+                        "adapter": WeightCompander(), "dropout": 0.5},
 }
 
 

@@ -23,7 +23,7 @@ from poise.walk import (
     weights,
 )
 from poise_bone import Bone
-from poise_compander import Compander
+from poise_compander import WeightCompander
 
 IDS = torch.tensor([[1, 2, 3, 200, 17, 5, 9, 30]])
 MIXTURES = [
@@ -295,7 +295,7 @@ def test_writing_to_a_packed_weight_quantizes_again():
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM"])
-@pytest.mark.parametrize("adapter", [Bone(r=4), Compander()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("adapter", [Bone(r=4), WeightCompander()], ids=lambda a: type(a).__name__)
 def test_attaching_changes_no_name_and_adds_no_weight(name, adapter):
     model = build(name)
     before = [(w.name, w.shape) for w in weights(model)]

@@ -14,7 +14,7 @@ import pytest
 from poise.errors import ConfigError, DataError, FileError
 from poise.registry import build
 from poise_bone import Bone
-from poise_compander import Compander
+from poise_compander import WeightCompander
 from poise_quantagg.base.forest import ForestRegressor
 from poise_quantagg.base.nets import draw
 from poise_quantagg.base.regressor import JoinedLevels
@@ -408,7 +408,8 @@ def test_networks_of_many_parts_are_those_of_each_part_alone():
 
 def test_an_adapter_trains_the_same_network_unless_it_freezes_the_base():
     x, y = table(80)
-    adapted = GaussianNet(levels=LEVELS, **NET | {"max_steps": 100}, adapter=Compander()).build().fit(x, y)
+    net = GaussianNet(levels=LEVELS, **NET | {"max_steps": 100}, adapter=WeightCompander())
+    adapted = net.build().fit(x, y)
     q = adapted.predict_quantiles(x)
     assert np.isfinite(q).all() and (np.diff(q) > 0).all()
     flat = np.tile(np.quantile(y, LEVELS), (80, 1))

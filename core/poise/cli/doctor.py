@@ -59,6 +59,7 @@ def findings(directory: Path) -> list[tuple[str, str]]:
         ("memory", memory()),
         ("disk", f"{shutil.disk_usage(directory).free / 2**30:.1f} GiB free at {directory.resolve()}"),
         ("O_DIRECT", o_direct(directory)),
+        *_of_plugins(),
         *_extras(),
         *_data(),
     ]
@@ -114,6 +115,18 @@ def _torch() -> str:
         f"{torch.__version__}, {torch.get_num_threads()} threads by default, "
         f"{torch.backends.cpu.get_cpu_capability()}, BLAS {blas}, {cuda}"
     )
+
+
+def _of_plugins() -> list[tuple[str, str]]:
+    from importlib import import_module
+
+    from poise.registry import installed
+
+    rows = []
+    for what, function in installed().findings.items():
+        module, _, name = function.partition(":")
+        rows.append((what, getattr(import_module(module), name)()))
+    return rows
 
 
 def _extras() -> list[tuple[str, str]]:

@@ -1,164 +1,284 @@
-"""The compander on a model: attach, optimize, fold, save, detach."""
+"""What both paths share: choosing weights, checking bounds, reports, checkpoints of v, optimizers."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
 
-from poise.errors import ConfigError
+from poise.errors import ConfigError, FileError
 from poise.files import copy_checked
-from poise.walk import Weight, refuse_tied, select
-from poise_compander.components import Compander
-from poise_compander.optimizer import companded
-from poise_compander.parametrization import Psi, within_bound
+from poise.walk import select
+from poise_compander.bounds import Finding, clamped, fitting, look, refuse, rounded_up
+from poise_compander.components import WeightCompander
+from poise_compander.functions import Function, named
+from poise_compander.scales import Scales
 
 KINDS = ("linear", "conv")
+_HALF = (torch.float16, torch.bfloat16)
+_held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that a compander holds
 
 
-def attach(options: Compander, model: nn.Module, name: str) -> AttachedCompander:
-    """Reparameterize the weights of linears and convolutions; see `Compander.attach`."""
-    chosen = select(model, None, options.exclude or None, KINDS)
-    refuse_tied(chosen, "compander")
-    if held := [w.name for w in chosen if parametrize.is_parametrized(w.module, "weight")]:
-        raise ConfigError(f"compander: {held[0]} is reparameterized already: detach that first")
-    inside = {
-        w.name: within_bound(_plain(w).detach(), options.a, w.name, options.bound) for w in chosen
-    }
-    for w in chosen:  # nothing is changed before every weight is known to fit
-        values, moved = inside[w.name]
-        if moved:
-            _plain(w).data.copy_(values)
-        _register(w.module, options)
-    return AttachedCompander(options, model, name, chosen, {n: m for n, (_, m) in inside.items()})
+@dataclass
+class Layer:
+    """One companded weight: the modules that hold it (several when it is tied), and its pair."""
+
+    name: str
+    holders: list[nn.Module]
+    scales: Scales
+    finding: Finding
+
+    @property
+    def module(self) -> nn.Module:
+        """The first module that holds the weight."""
+        return self.holders[0]
 
 
-def _plain(weight: Weight) -> nn.Parameter:
-    return weight.module.get_parameter("weight")
+def attach(options: WeightCompander, model: nn.Module, name: str) -> AttachedCompander:
+    """Reparameterize the weights of linears and convolutions; see `WeightCompander.attach`."""
+    from poise_compander.fast import FastCompander
+    from poise_compander.reference import ReferenceCompander
+
+    function = named(options.function)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = [
+        w for w in select(model, options.target_modules, options.exclude or None, (*KINDS, "embedding"))
+        if w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with)
+    ]  # an embedding only where an output layer shares its weight
+    if not chosen:
+        raise ConfigError("compander: the layers that are named are embeddings; it takes linears and "
+                          "convolutions")
+    holders = {w.name: [w.module, *(modules[tie] for tie in w.tied_with if tie in modules)] for w in chosen}
+    for w in chosen:
+        _refuse(w.name, holders[w.name])
+    found = {w.name: look(function, local(_plain(w.module)), options.a, w.name) for w in chosen}
+    pairs = _pairs(options, function, found, {w.name: _plain(w.module).dtype for w in chosen})
+    layers = [Layer(w.name, _distinct(holders[w.name]), pairs[w.name], found[w.name]) for w in chosen]
+    with torch.no_grad():  # nothing is changed before every weight is known to fit
+        for layer in layers:
+            if layer.finding.over and options.bound_policy == "clamp":
+                w = local(_plain(layer.module))
+                w.copy_(clamped(function, w, options.a))
+    made = FastCompander if options.path == "fast" else ReferenceCompander
+    return made(options, model, name, layers)
 
 
-def _register(module: nn.Module, options: Compander) -> None:
-    parametrize.register_parametrization(module, "weight", Psi(options.a, options.b))
+def _plain(module: nn.Module) -> nn.Parameter:
+    return module.get_parameter("weight")
+
+
+def _distinct(modules: list[nn.Module]) -> list[nn.Module]:
+    return list({id(m): m for m in modules}.values())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor; a view without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def _refuse(name: str, holders: list[nn.Module]) -> None:
+    """Raise `ConfigError` for a weight that cannot be companded."""
+    for module in holders:
+        if parametrize.is_parametrized(module, "weight"):
+            raise ConfigError(f"compander: {name} is reparameterized already: detach that first")
+    weight = _plain(holders[0])
+    if weight in _held:
+        raise ConfigError(f"compander: {name} is companded already: call detach() on what attach returned "
+                          f"before, and attach once")
+    if weight.dtype in _HALF or not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ConfigError(f"compander: {name} is {kind}: v needs more digits near the bound; keep weights "
+                          f"in float32 (model.float()) and train under autocast")
+
+
+def _pairs(options: WeightCompander, function: Function, found: Mapping[str, Finding],
+           dtypes: Mapping[str, torch.dtype]) -> dict[str, Scales]:
+    """Return the pair of each weight, with a grown where the policy says so."""
+    if options.bound_policy == "raise":
+        refuse(function, options.a, dict(found))
+    by_layer = options.learn == "layer"
+
+    def made(names: list[str]) -> Scales:
+        largest = max(found[n].largest for n in names)
+        grown = options.bound_policy == "grow" and any(found[n].over for n in names)
+        a = rounded_up(fitting(function, largest)) if grown else options.a
+        dtype = torch.float64 if any(dtypes[n] == torch.float64 for n in names) else torch.float32
+        return Scales(function, a, options.b, options.learn != "none", options.guard, dtype)
+
+    if by_layer:
+        return {name: made([name]) for name in found}
+    return dict.fromkeys(found, made(list(found)))
 
 
 class AttachedCompander:
-    """A compander on a model (reference path).
+    """A compander on a model.
 
     Parameters
     ----------
-    chosen : list of Weight
-        The weights it reparameterizes.
-    clamped : dict
-        How many entries of each were moved inside the bound at attach.
+    options : WeightCompander
+    model : nn.Module
+    name : str
+    companded : list of Layer
     """
 
     def __init__(
-        self, options: Compander, model: nn.Module, name: str, chosen: list[Weight],
-        clamped: Mapping[str, int],
+        self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
     ) -> None:
         self.options, self.model, self.name = options, model, name
-        self.layers = {w.name: w.module for w in chosen}
-        self.clamped = clamped
-        self._unfolded: dict[str, tuple[Tensor, Tensor]] = {}
+        self.function = named(options.function)
+        self.companded = {layer.name: layer for layer in companded}
+        self.folded = False
+        for layer in companded:
+            _held[self.parameter(layer.name)] = True
 
-    @property
-    def folded(self) -> bool:
-        """Whether the weights are plain at the moment."""
-        return bool(self._unfolded)
+    # -------------------------------------------------------------- what the paths differ in
 
-    def v(self, name: str) -> nn.Parameter:
-        """Return the trained tensor v of a layer."""
-        return self.layers[name].parametrizations["weight"].original  # type: ignore[index]
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the parameter of the model that an optimizer is given for a layer."""
+        raise NotImplementedError
 
-    def psi(self, name: str) -> Psi:
-        """Return the parametrization of a layer."""
-        return self.layers[name].parametrizations["weight"][0]  # type: ignore[index]
+    def v(self, name: str) -> Tensor:
+        """Return v of a layer."""
+        raise NotImplementedError
 
-    def trainable(self) -> list[dict[str, Any]]:
-        """Return two groups: every v, which no optimizer may decay, and all else."""
-        own = [self.v(n) for n in self.layers]
-        ids = {id(p) for p in own}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
-        groups = [{"params": own, "weight_decay": 0.0}]
-        return [*groups, {"params": rest}] if rest else groups
-
-    def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
-        """Return the optimizer with L2 on w and, for adaptive rules, the step times Psi'."""
-        pairs = [(self.psi(n), self.v(n)) for n in self.layers]
-        return companded(cls, self.trainable(), pairs, options)
+    def w(self, name: str) -> Tensor:
+        """Return w of a layer, detached."""
+        raise NotImplementedError
 
     def fold(self) -> None:
         """Put w into plain weights, in place."""
-        if self.folded:
-            return
-        for name, layer in self.layers.items():
-            v = self.v(name).detach().clone()
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            self._unfolded[name] = (v, layer.weight.detach().clone())  # type: ignore[union-attr]
+        raise NotImplementedError
 
     def unfold(self) -> None:
         """Reparameterize again; v comes back exactly where w was not changed meanwhile."""
-        for name, (v, w) in self._unfolded.items():
-            layer = self.layers[name]
-            untouched = torch.equal(layer.weight, w)  # type: ignore[arg-type]
-            _register(layer, self.options)
-            if untouched:
-                self.v(name).data.copy_(v)
-        self._unfolded = {}
+        raise NotImplementedError
 
     def folded_state_dict(self) -> dict[str, Tensor]:
         """Return a plain checkpoint with w in place of v; the live model is untouched."""
-        mark = "parametrizations.weight.original"
-        tensors = {}
-        live = {f"{path}.".lstrip("."): m for path, m in self.model.named_modules()}
-        for key, value in self.model.state_dict().items():
-            if key.endswith(mark):
-                path = key.removesuffix(mark)
-                tensors[f"{path}weight"] = live[path].weight.detach().clone()  # type: ignore[union-attr]
-            else:
-                tensors[key] = value
-        return tensors
+        raise NotImplementedError
+
+    def check_untouched(self) -> None:
+        """Raise `RunError` when something other than the compander's optimizer has written to a weight."""
+        raise NotImplementedError
+
+    def cached(self) -> contextlib.AbstractContextManager:
+        """Return a context in which w is computed once for each v; for evaluation loops."""
+        return contextlib.nullcontext()
+
+    # -------------------------------------------------------------- shared
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules whose weights are companded, by name."""
+        return {name: layer.module for name, layer in self.companded.items()}
+
+    @property
+    def pairs(self) -> list[Scales]:
+        """The distinct pairs (a, b)."""
+        return list({id(layer.scales): layer.scales for layer in self.companded.values()}.values())
+
+    def scales(self, name: str) -> Scales:
+        """Return the pair of a layer."""
+        return self.companded[name].scales
+
+    def trainable(self) -> list[dict[str, Any]]:
+        """Return groups: the companded weights, the learned pairs (never decayed), and all else."""
+        own = [self.parameter(name) for name in self.companded]
+        learned = [p for pair in self.pairs for p in pair.parameters()]
+        ids = {id(p) for p in [*own, *learned]}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        groups = [{"params": own}, {"params": learned, "weight_decay": 0.0}, {"params": rest}]
+        return [group for group in groups if group["params"]]
+
+    def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
+        """Return an optimizer of this class that drives the model, the companded weights by the rule.
+
+        Parameters
+        ----------
+        cls : type
+            torch.optim.SGD, Adam or AdamW; on the reference path any.
+        max_grad_norm : float, optional
+            Clip the norm of the gradient, taken on dL/dw. `clip_grad_norm_` from outside sees dL/dw on the
+            fast path and dL/dv on the reference path.
+        groups : list of dict, optional
+            Parameter groups: `params` holds patterns of parameter names ("layers.0.*", as in the plain
+            model), the rest are options of the group. The first group that matches a parameter takes it;
+            what none matches has the options given here.
+        **options
+            As for the class.
+
+        Raises
+        ------
+        ConfigError
+            For a class without a rule, or a pattern that matches nothing.
+        """
+        from poise_compander.optimizers import companded_optimizer
+
+        return companded_optimizer(self, cls, options)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return every v by layer name, `NAME.v`."""
-        return {f"{n}.v": self.v(n).detach() for n in self.layers}
+        """Return every v by layer name (`NAME.v`), learned pairs, and what they belong to."""
+        tensors = {f"{name}.v": self.v(name).detach() for name in self.companded}
+        for name, pair in self._named_pairs().items():
+            tensors |= {f"{name}.{key}": value.detach() for key, value in pair.state_dict().items()}
+        return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load every v.
+        """Load every v and pair, and set w.
 
         Raises
         ------
         FileError
-            When names or shapes differ, naming the first.
+            When names or shapes differ, or the checkpoint is of another function or another (a, b).
         """
-        copy_checked(self.state_dict(), tensors, "compander")
+        for name, pair in self._named_pairs().items():
+            saved = tensors.get(f"{name}.spec")
+            if saved is not None and (fault := pair.mismatch(saved)):
+                raise FileError(f"compander: {fault}")
+        with torch.no_grad():
+            copy_checked(self.state_dict(), tensors, "compander")
+
+    def _named_pairs(self) -> dict[str, Scales]:
+        if len(self.pairs) == 1 and self.options.learn != "layer":
+            return {"pair": self.pairs[0]}
+        return {f"{name}.pair": layer.scales for name, layer in self.companded.items()}
 
     def detach(self) -> nn.Module:
         """Fold for good and return the plain model."""
+        parameters = [self.parameter(name) for name in self.companded] if not self.folded else []
         self.fold()
-        self._unfolded = {}
+        for parameter in parameters:
+            _held.pop(parameter, None)
+        for layer in self.companded.values():
+            _held.pop(_plain(layer.module), None)
         return self.model
 
     def report(self) -> dict[str, Any]:
-        """Return counts, what was clamped, and the share of nearly frozen weights."""
-        found: dict[str, Any] = {
-            "method": "compander", "function": self.options.function,
-            "a": self.options.a, "b": self.options.b,
-            "effective_lr_factor": (self.options.a / self.options.b) ** 2,
-            "layers": len(self.layers), "clamped": sum(self.clamped.values()),
-        }
-        if not self.folded:
-            found["saturated_share"] = self._saturated()
-        return found
+        """Return plain values: counts, pairs, what was near or over the bound, the share nearly frozen."""
+        from poise_compander.diagnostics import saturated_share
 
-    def _saturated(self) -> float:
-        """Return the share of weights whose Psi' is below a tenth of its largest value."""
-        low = total = 0
-        for name in self.layers:
-            slope = self.psi(name).derivative(self.v(name).detach())
-            low += int((slope < 0.1 * self.options.a / self.options.b).sum())
-            total += slope.numel()
-        return low / total
+        found = {name: layer.finding for name, layer in self.companded.items()}
+        report: dict[str, Any] = {
+            "method": "compander", "function": self.options.function, "path": self.options.path,
+            "learn": self.options.learn, "decay_on": "v" if self.options.decays_v else "w",
+            "layers": len(found), "near_bound": sum(f.near for f in found.values()),
+            "over_bound": sum(f.over for f in found.values()), "bound_policy": self.options.bound_policy,
+            "at_bound": {n: {"largest": f.largest, "near": f.near, "over": f.over}
+                         for n, f in found.items() if f.near or f.over},
+        }
+        pairs = {name: pair.numbers() for name, pair in self._named_pairs().items()}
+        if len(pairs) == 1:
+            a, b = next(iter(pairs.values()))
+            report |= {"a": a, "b": b, "effective_lr_factor": (a / b) ** 2}
+        else:
+            report["pairs"] = {name.removesuffix(".pair"): list(pair) for name, pair in pairs.items()}
+        if not self.folded:
+            report["saturated_share"] = saturated_share(self)
+        return report

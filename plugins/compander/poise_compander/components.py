@@ -1,10 +1,12 @@
-"""The compander and its control: options, and the contract's `attach`."""
+"""Options of the compander and of the methods it is compared with, and the contract's `attach`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from poise.errors import ConfigError
 from poise.options import check_options, option
 
 if TYPE_CHECKING:
@@ -15,37 +17,63 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Compander:
-    """w = Psi(v) = a arctan(v / b) on every weight of linears and convolutions; v is what trains.
+class WeightCompander:
+    """w = Psi(v) = a psi(v / b) on every weight of linears and convolutions; v is what trains.
 
-    The network's output does not change at attach: v = b tan(w / a). Weight decay is L2 on w with
-    the chain rule; adaptive optimizers work on dL/dw and their step is multiplied by Psi'.
+    The network's output does not change at attach: v = Psi^-1(w). On the fast path the model keeps plain
+    weights w and the optimizer owns v; on the reference path torch's parametrize computes w from v at every
+    use. Both train the same numbers.
 
-    Source: arXiv 2306.16993 sections III-A to III-C; the default pair leaves the learning rate
-    near zero unchanged, (a / b)^2 = 1.
+    Source: arXiv 2306.16993 sections III-A to III-D; the default pair leaves the learning rate near zero
+    unchanged, (a / b)^2 = 1.
     """
 
-    function: str = option("arctan", "the map from v to w", choices=("arctan",))
-    a: float = option(0.7, "scale; |w| stays below a pi / 2", above=0)
+    function: str = option("arctan", "the map from v to w: arctan, erf, arsinh, tanh, or a registered one")
+    a: float = option(0.7, "scale of w, and its bound", above=0)
     b: float = option(0.7, "stretch along v", above=0)
-    bound: str = option(
-        "raise", "what to do with weights at or over the bound at attach",
-        choices=("raise", "clamp"),
-    )
+    learn: str = option("none", "train a and b too: one pair for each layer, or for the network",
+                        choices=("none", "layer", "network"))
+    decay_on: str | None = option(
+        None, "what weight decay acts on: w (through the chain rule) or v; null: w for fixed a and b, v "
+        "for learned ones, as in the paper", choices=(None, "w", "v"))
+    bound_policy: str = option(
+        "raise", "what to do with weights at or over the bound at attach; grow: a larger a",
+        choices=("raise", "clamp", "grow"))
+    guard: str = option("softplus", "what keeps learned a and b positive; none: the paper",
+                        choices=("softplus", "exp", "none"))
+    path: str = option("fast", "who computes w: the optimizer (fast), or torch's parametrize (reference)",
+                       choices=("fast", "reference"))
+    target_modules: list[str] | None = option(None, "patterns of layers to take; null: all linears and "
+                                              "convolutions")
     exclude: list[str] = option([], "patterns of layers to leave alone")
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        from poise_compander.names import FUNCTION_NAMES
+
         check_options(self)
+        for name, value in (("a", self.a), ("b", self.b)):
+            if not math.isfinite(value):
+                raise ConfigError(f"WeightCompander.{name}={value!r}: allowed is a finite number > 0")
+        if self.function not in FUNCTION_NAMES:
+            from poise_compander.functions import named
+
+            named(self.function)  # registered, or refused with the names there are
+
+    @property
+    def decays_v(self) -> bool:
+        """Whether weight decay acts on v."""
+        return (self.decay_on or ("w" if self.learn == "none" else "v")) == "v"
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
-        """Reparameterize in place.
+        """Reparameterize the model, in place.
 
         Raises
         ------
         ConfigError
-            When no layer matches, a weight is tied, or a weight reaches the bound.
+            When no layer matches, a weight is attached already, is of half precision, is not finite, or
+            reaches the bound (with "raise"). The model is then as it was.
         """
         from poise_compander.attached import attach
 

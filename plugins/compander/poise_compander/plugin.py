@@ -9,8 +9,8 @@ def register(registry) -> None:
     """Add the compander and its control arm."""
     paper = "arXiv 2306.16993"
     registry.add(
-        "adapter", "compander", "poise_compander.components:Compander",
-        "every weight as w = a arctan(v / b); v trains", paper=paper,
+        "adapter", "compander", "poise_compander.components:WeightCompander",
+        "every weight as w = a psi(v / b), arctan and others; v trains", paper=paper,
         tasks=TASKS,
     )
     registry.add(
@@ -18,3 +18,4 @@ def register(registry) -> None:
         "control arm: plain weights at the learning rate a compander amounts to",
         tasks=TASKS, paper=f"{paper}, control not in the paper",
     )
+    registry.add_finding("compander steps", "poise_compander.native:status")

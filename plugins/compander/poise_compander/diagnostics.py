@@ -1,0 +1,67 @@
+"""What a compander does to a network: frozen shares, learning-rate factors, percentile bands.
+
+Source: arXiv 2306.16993 figures 3 and 4 (bands of the first convolution over training).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from poise_compander.attached import AttachedCompander
+
+PERCENTILES = (0.0, 7.0, 16.0, 31.0, 50.0, 69.0, 84.0, 93.0, 100.0)
+FROZEN = 0.1  # of the largest Psi'
+ZERO = 0.01  # |w| below this counts as near zero
+
+
+def effective_lr_factor(a: float, b: float) -> float:
+    """Return (a / b)^2: near zero, an SGD step of w is that of plain training times this."""
+    return (a / b) ** 2
+
+
+@torch.no_grad()
+def slopes(attached: AttachedCompander, name: str) -> Tensor:
+    """Return Psi'(v) / Psi'(0) of a layer, in the shape of its weight, between 0 and 1."""
+    a, b = attached.scales(name).numbers()
+    zero = attached.function.derivative(0.0, a, b)
+    return attached.function.derivative(attached.v(name).detach(), a, b) / zero
+
+
+def saturated_share(attached: AttachedCompander) -> float:
+    """Return the share of companded weights whose Psi' is below a tenth of its largest value."""
+    low = total = 0
+    for name in attached.companded:
+        slope = slopes(attached, name)
+        low += int((slope < FROZEN).sum())
+        total += slope.numel()
+    return low / total
+
+
+def layer_table(attached: AttachedCompander) -> list[dict[str, Any]]:
+    """Return a row for each layer: its pair, learning-rate factors, frozen share, share near zero.
+
+    `mean_lr_factor` is the mean of Psi'(v)^2, by which an SGD step of w is multiplied.
+    """
+    rows = []
+    for name in attached.companded:
+        a, b = attached.scales(name).numbers()
+        slope, w = slopes(attached, name), attached.w(name)
+        zero = attached.function.derivative(0.0, a, b)
+        rows.append({
+            "layer": name, "a": a, "b": b, "effective_lr_factor": effective_lr_factor(a, b),
+            "mean_lr_factor": float((slope * zero).square().mean()),
+            "saturated_share": float((slope < FROZEN).float().mean()),
+            "near_zero_share": float((w.abs() < ZERO).float().mean()), "largest": float(w.abs().max()),
+        })
+    return rows
+
+
+@torch.no_grad()
+def bands(weight: Tensor | nn.Parameter, percentiles: tuple[float, ...] = PERCENTILES) -> list[float]:
+    """Return percentiles of a weight's entries, as in the paper's figures."""
+    flat = weight.detach().flatten().double()
+    return torch.quantile(flat, torch.tensor(percentiles, dtype=torch.float64) / 100).tolist()

@@ -1,0 +1,168 @@
+"""The fast path: the model holds plain weights w, the optimizer owns v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import RunError
+from poise_compander import native, update
+from poise_compander.attached import AttachedCompander, Layer, local
+from poise_compander.components import WeightCompander
+from poise_compander.update import Step
+
+_ULPS = 8  # Psi(v) is the same as w within so many units in the last place: kernels differ by one or two
+
+
+class FastCompander(AttachedCompander):
+    """A compander by the optimizer; `layer.weight` is an ordinary parameter that holds w."""
+
+    def __init__(
+        self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
+    ) -> None:
+        super().__init__(options, model, name, companded)
+        with torch.no_grad():
+            self._v = {layer.name: self._inverse(layer) for layer in companded}
+        self._versions = {layer.name: self.parameter(layer.name)._version for layer in companded}
+        self._hooks = [
+            model.register_forward_pre_hook(_Watch(self)),
+            model.register_load_state_dict_post_hook(_Refresh(self)),
+        ]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self.companded[name].module.get_parameter("weight")
+
+    def v(self, name: str) -> Tensor:
+        return self._v[name]
+
+    def w(self, name: str) -> Tensor:
+        return self.parameter(name).detach()
+
+    def _inverse(self, layer: Layer) -> Tensor:
+        a, b = layer.scales.numbers()
+        w = local(self.parameter(layer.name))
+        return self.function.inverse(w, a, b)
+
+    # -------------------------------------------------------------- other writers
+
+    @torch.no_grad()
+    def check_untouched(self) -> None:
+        for name, version in self._versions.items():
+            parameter = self.parameter(name)
+            gathered = local(parameter).shape != self._v[name].shape  # sharded training, during forward
+            if parameter._version == version or gathered:
+                continue
+            self._versions[name] = parameter._version
+            if not bool(self._belongs(name).all()):  # the same values again do no harm: DDP writes them
+                raise RunError(
+                    f"compander: the weight of {name} was written to by something else than the "
+                    f"compander's optimizer, so v no longer belongs to it. Train with "
+                    f"attached.optimizer(...), not with an optimizer of your own; after writing on "
+                    f"purpose, call attached.refresh()")
+
+    def _belongs(self, name: str) -> Tensor:
+        """Return where w is Psi(v), but for rounding."""
+        w, (a, b) = local(self.parameter(name)), self.scales(name).numbers()
+        found = self.function.forward(self._v[name], a, b)
+        return (found - w).abs() <= _ULPS * torch.finfo(w.dtype).eps * w.abs()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over weights that were written to: v = Psi^-1(w) where Psi(v) is not w already.
+
+        Raises
+        ------
+        RunError
+            When a new weight reaches the bound.
+        """
+        for name, layer in self.companded.items():
+            a, b = layer.scales.numbers()
+            w, v, same = local(self.parameter(name)), self._v[name], self._belongs(name)
+            new = self.function.inverse(w, a, b)
+            if not bool(torch.isfinite(torch.where(same, v, new)).all()):
+                raise RunError(f"compander: the new weight of {name} reaches the bound "
+                               f"{self.function.bound(a):.4g} of a={a:g} (largest "
+                               f"{float(w.abs().max()):.4g}): raise a")
+            v.copy_(torch.where(same, v, new))
+            self._versions[name] = self.parameter(name)._version
+
+    # -------------------------------------------------------------- steps
+
+    @torch.no_grad()
+    def step(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> None:
+        """Take one step of a layer's weight, in place."""
+        parameter = self.parameter(name)
+        w, v, g = local(parameter), self._v[name], local(gradient)
+        if g.stride() != w.stride():
+            g = torch.empty_like(w).copy_(g)
+        tensors = [flat(t) for t in (w, v, g, *moments)]
+        kernel = native.kernel() if w.device.type == "cpu" else None
+        if kernel is not None and kernel.takes(self.function, w):
+            kernel.update(self.function, step, *tensors[:3], tensors[3:])
+            torch.autograd.graph.increment_version(parameter)
+        elif w.device.type == "cpu":
+            update.in_chunks(self.function, step, *tensors[:3], tensors[3:])
+        else:
+            update.compiled(self.function, step, *tensors[:3], tensors[3:])
+        self._versions[name] = parameter._version
+
+    # -------------------------------------------------------------- folding: the weights are plain already
+
+    def fold(self) -> None:
+        self.folded = True
+
+    def unfold(self) -> None:
+        if self.folded:
+            self.folded = False
+            self.refresh()
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(tensors)
+        with torch.no_grad():
+            for name, layer in self.companded.items():
+                w = local(self.parameter(name))
+                found = self.function.forward(self._v[name], *layer.scales.numbers())
+                w.copy_(torch.where(self._belongs(name), w, found))
+                self._versions[name] = self.parameter(name)._version
+
+    def detach(self) -> nn.Module:
+        for hook in self._hooks:
+            hook.remove()
+        return super().detach()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return all elements of a dense tensor in the order of memory, a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class _Hook:
+    """A hook of the model; a copy of the model (for averaging, say) is plain and has none of its duties."""
+
+    def __init__(self, attached: FastCompander | None) -> None:
+        self.attached = attached
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return type(self)(None)
+
+    def __reduce__(self) -> Any:
+        return type(self), (None,)
+
+
+class _Watch(_Hook):
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        if torch.compiler.is_compiling() or self.attached is None or self.attached.folded:
+            return
+        self.attached.check_untouched()
+
+
+class _Refresh(_Hook):
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        if self.attached is not None and not self.attached.folded:
+            self.attached.refresh()

@@ -1,0 +1,208 @@
+"""The C kernel: built once with the system's compiler, kept under a name that holds a digest of its source.
+
+Where it cannot be had (no compiler, one that fails, no folder to write to), `kernel()` is None, `why_not()`
+says so, and the torch form in `update.py` takes the steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poise_compander.functions import Function
+from poise_compander.update import Step
+
+SOURCE = Path(__file__).with_name("kernel.c")
+COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-std=gnu11")
+LINK = ("-shared",)
+LIBRARIES = ("-lmvec", "-lm")
+TIMEOUT = 120  # seconds
+NAMES = ("arctan", "erf", "arsinh", "tanh")  # in the order of the enum in kernel.c
+DTYPES = {torch.float32: "f", torch.float64: "d"}
+GRAIN = 1 << 16  # elements below which a second thread does not pay; a multiple of any vector's width
+_ADAPTIVE, _DECOUPLED, _ON_V, _NESTEROV, _AMSGRAD, _FIRST, _MOMENTUM, _DECAY = (1 << i for i in range(8))
+_lock = threading.Lock()
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in (
+        "a", "b", "a_next", "b_next", "lr", "decay", "scale", "momentum", "keep", "beta1", "beta2", "eps",
+        "correct1", "correct2")]
+
+
+class Kernel:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        library = ctypes.CDLL(str(path))
+        self._step = {}
+        for dtype, letter in DTYPES.items():
+            call = getattr(library, f"poise_step_{letter}")
+            call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, *[ctypes.c_void_p] * 6,
+                             ctypes.POINTER(_Numbers)]
+            call.restype = ctypes.c_int
+            self._step[dtype] = call
+
+    def takes(self, function: Function, w: Tensor) -> bool:
+        """Whether it knows the function, and the weight's place and type."""
+        return w.device.type == "cpu" and w.dtype in DTYPES and function.name in NAMES
+
+    def update(self, function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor,
+               moments: Sequence[Tensor]) -> None:
+        """Take a step in place; arguments as for `update.update`, flat and contiguous."""
+        n, size = w.numel(), w.element_size()
+        call, numbers = self._step[w.dtype], _numbers(step)
+        arguments = NAMES.index(function.name), _flags(step, moments)
+        pointers = [t.data_ptr() for t in (w, v, g, *moments)]
+
+        def part(start: int, stop: int) -> None:
+            at = [p + start * size for p in pointers]
+            failed = call(*arguments, stop - start, *at, *[None] * (6 - len(at)), ctypes.byref(numbers))
+            assert not failed, "kernel.c has no case for these flags"
+
+        threads = min(torch.get_num_threads(), -(-n // GRAIN))
+        if threads <= 1:
+            return part(0, n)
+        share = -(-n // (threads * GRAIN)) * GRAIN  # ends of parts do not depend on the number of threads
+        parts = [(i, min(n, i + share)) for i in range(0, n, share)]
+        waiting = [_pool(threads).submit(part, *ends) for ends in parts[1:]]
+        part(*parts[0])
+        for one in waiting:
+            one.result()
+        return None
+
+
+def _numbers(step: Step) -> _Numbers:
+    return _Numbers(
+        float(step.a), float(step.b), float(step.a_next), float(step.b_next), step.lr, step.weight_decay,
+        step.scale, step.momentum, 1 - step.dampening, step.beta1, step.beta2, step.eps,
+        1 - step.beta1**step.count, (1 - step.beta2**step.count) ** 0.5)
+
+
+def _flags(step: Step, moments: Sequence[Tensor]) -> int:
+    decay = bool(step.weight_decay)
+    flags = _DECAY * decay + _ON_V * (decay and step.decay_on_v)
+    if step.adaptive:
+        return flags + _ADAPTIVE + _AMSGRAD * step.amsgrad + _DECOUPLED * (decay and step.decoupled)
+    if moments:
+        flags += _MOMENTUM + _NESTEROV * step.nesterov + _FIRST * (step.count == 1)
+    return flags
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="compander")
+
+
+# ------------------------------------------------------------------ building
+
+
+_found: dict[str, Kernel | str] = {}
+
+
+def kernel() -> Kernel | None:
+    """Return the kernel, built at the first call; None where it cannot be had, with one warning."""
+    with _lock:
+        if "it" not in _found:
+            try:
+                _found["it"] = _loaded()
+            except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+                _found["it"] = str(error)
+                warnings.warn(f"compander: no C kernel, steps are taken in torch ({error})",
+                              RuntimeWarning, stacklevel=3)
+        it = _found["it"]
+    return it if isinstance(it, Kernel) else None
+
+
+def why_not() -> str:
+    """Return why there is no kernel, or an empty string."""
+    return "" if kernel() is not None else str(_found["it"])
+
+
+def status() -> str:
+    """Return one line for people: where the kernel is, or why there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        it = kernel()
+    return f"C kernel, {it.path}" if it is not None else f"torch, no C kernel: {why_not()}"
+
+
+def _loaded() -> Kernel:
+    """Return the kernel; one that cannot be loaded (a torn file, say) is built again."""
+    path = _built()
+    try:
+        return Kernel(path)
+    except (OSError, AttributeError):
+        path.unlink()
+        return Kernel(_built())
+
+
+def _built() -> Path:
+    """Return the library's path; compile where it is not there yet.
+
+    Raises
+    ------
+    OSError, RuntimeError, subprocess.SubprocessError
+        When there is no compiler, it fails, or the folder cannot be used.
+    """
+    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    if compiler is None or shutil.which(compiler) is None:
+        raise RuntimeError(f"compiler {compiler} is not there" if compiler else
+                           "no compiler: install gcc or clang, or set CC")
+    target = _folder() / f"kernel-{_digest(compiler)}.so"
+    if not target.exists():
+        _compile(compiler, target)
+    return target
+
+
+def _folder() -> Path:
+    """Return the folder of built kernels; code is loaded from it, so nobody else may write there."""
+    from poise.files import cache_folder
+
+    folder = cache_folder("compander")
+    folder.chmod(0o700)  # raises unless it is this user's
+    return folder
+
+
+def _digest(compiler: str) -> str:
+    asked = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
+    digest = hashlib.sha256(SOURCE.read_bytes() + asked.stdout)
+    digest.update(repr((COMPILE, LINK, LIBRARIES, platform.machine(), _processor())).encode())
+    return digest.hexdigest()[:20]
+
+
+def _processor() -> str:
+    """Return what -march=native looks at: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Compile into a folder of its own, then move the library into place in one go."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        object_file, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
+        for command in ([compiler, *COMPILE, "-o", str(object_file), str(SOURCE)],
+                        [compiler, *LINK, "-o", str(library), str(object_file), *LIBRARIES]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise RuntimeError(f"{compiler} failed: {last}")
+        os.replace(library, target)

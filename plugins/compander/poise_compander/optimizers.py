@@ -1,0 +1,294 @@
+"""Optimizers for companded weights: a subclass of torch's own, which drives all else as it always does.
+
+Fast path: the parameters are w, autograd gives dL/dw, and each step goes through the kernel.
+Reference path: the parameters are v, autograd gives dL/dv; decay, clipping and the adaptive rule are put
+around torch's own step.
+
+Sources: arXiv 2306.16993 section III-C (L2 on w through the chain rule; learned pairs: decay on v); the
+adaptive rule on dL/dw with its step times Psi' is the one that the paper adopts from powerpropagation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import ConfigError, FileError
+from poise.walk import matches
+from poise_compander import update
+from poise_compander.attached import local
+from poise_compander.update import Step
+
+if TYPE_CHECKING:
+    from poise_compander.attached import AttachedCompander
+
+ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW)
+RULES = (torch.optim.SGD, *ADAPTIVE)
+_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+def companded_optimizer(
+    attached: AttachedCompander, cls: type, options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Build the optimizer; see `AttachedCompander.optimizer`."""
+    from poise_compander.fast import FastCompander
+
+    if attached.folded:
+        raise ConfigError("compander: the model is folded: call unfold() before making an optimizer")
+    fast = isinstance(attached, FastCompander)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"compander: {cls!r} is no torch optimizer class")
+    if fast and cls not in RULES:
+        raise ConfigError(f"compander: the fast path has no rule for {cls.__name__}; it drives SGD, Adam "
+                          f"and AdamW. path='reference' takes any optimizer, on dL/dv")
+    clip, wanted = options.pop("max_grad_norm", None), options.pop("groups", None)
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"compander: max_grad_norm={clip!r}: allowed is a number > 0")
+    kind = type(f"Companded{cls.__name__}", (_Fast if fast else _Reference, cls), {"rule": cls})
+    optimizer: Any = kind(_groups(attached, wanted or []), **options)
+    optimizer.start(attached, clip)
+    return optimizer
+
+
+def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return torch's parameter groups: companded weights, learned pairs and all else are never mixed."""
+    names = {id(attached.parameter(name)): name for name in attached.companded}
+    public = {id(p): n.replace("parametrizations.weight.original", "weight")
+              for n, p in attached.model.named_parameters()}
+    groups = []
+    taken: set[int] = set()
+    for group in attached.trainable():
+        left = list(group["params"])
+        for options in wanted:
+            mine = [p for p in left if any(matches(public.get(id(p), ""), x) for x in options["params"])]
+            taken |= {id(x) for x in mine}
+            left = [p for p in left if not any(p is q for q in mine)]
+            if mine:
+                groups.append({**options, "params": mine, "companded": id(mine[0]) in names})
+        if left:
+            groups.append({**group, "params": left, "companded": id(left[0]) in names})
+    for options in wanted:
+        for pattern in options["params"]:
+            if not any(matches(public[i], pattern) for i in taken & public.keys()):
+                raise ConfigError(f"compander: the group pattern {pattern!r} matches no parameter that is "
+                                  f"left")
+    return groups
+
+
+class _Companded(torch.optim.Optimizer):
+    """What both paths share."""
+
+    rule: type
+    attached: AttachedCompander
+    clip: float | None
+
+    def start(self, attached: AttachedCompander, clip: float | None) -> None:
+        """Learn whom the optimizer belongs to; once, after construction."""
+        self.attached, self.clip = attached, clip
+        self.names = {id(attached.parameter(name)): name for name in attached.companded}
+        self.learned = [p for pair in attached.pairs for p in pair.parameters()]
+        for group in self.param_groups:
+            if group["companded"]:
+                group["belongs_to"] = {n: attached.scales(n).spec.tolist()
+                                       for n in (self.names[id(p)] for p in group["params"])}
+
+    def live(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """Yield name, parameter and group of each companded weight that has a gradient."""
+        for group in self.param_groups:
+            if group["companded"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        yield self.names[id(parameter)], parameter, group
+
+    def others(self) -> list[nn.Parameter]:
+        """Return the plain parameters that have a gradient."""
+        pair = {id(p) for p in self.learned}
+        return [p for group in self.param_groups if not group["companded"] for p in group["params"]
+                if p.grad is not None and id(p) not in pair]
+
+    def inner_step(self) -> None:
+        """Take torch's own step, without a second round of its hooks."""
+        step = self.rule.step
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
+    def factor(self, gradients: list[Tensor]) -> float:
+        """Return what clipping multiplies every gradient by, given those with respect to w and the rest."""
+        if self.clip is None or not gradients:
+            return 1.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        return min(1.0, self.clip / (float(norm) + _EPS))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load; raises `FileError` for the state of another function, or another (a, b)."""
+        for saved, own in zip(state_dict["param_groups"], self.param_groups):
+            for name in own.get("belongs_to") or {}:
+                theirs = (saved.get("belongs_to") or {}).get(name)
+                pair = self.attached.scales(name)
+                if theirs is not None and (fault := pair.mismatch(torch.tensor(theirs, dtype=torch.uint8))):
+                    raise FileError(f"compander, optimizer state of {name}: {fault}")
+        super().load_state_dict(state_dict)
+
+
+class _Fast(_Companded):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attached = self.attached
+        attached.check_untouched()
+        live, others = list(self.live()), self.others()
+        scale = self.factor([p.grad for _, p, _ in live] + [p.grad for p in others])  # type: ignore[misc]
+        if scale != 1.0:
+            for p in others:
+                p.grad.mul_(scale)  # type: ignore[union-attr]
+        before = {name: attached.scales(name).numbers() for name, _, _ in live}
+        if self.learned:
+            self._pair_gradients(live, scale, before)
+        hidden = [(p, p.grad) for _, p, _ in live]
+        for p, _ in hidden:
+            p.grad = None
+        try:
+            self.inner_step()
+        finally:
+            for p, gradient in hidden:
+                p.grad = gradient
+        for name, p, group in live:
+            moments, count = self._moments(p, name, group)
+            step = _numbers(self, group, count, scale, before[name], attached.scales(name).numbers())
+            attached.step(name, p.grad, moments, step)  # type: ignore[attr-defined]
+        return loss
+
+    def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
+        """Return the moments of a weight, made at its first step, and the number of this step."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["v"] = self.attached.v(name)
+            for key in self._keys(group):
+                state[key] = torch.zeros_like(state["v"])
+        state["step"] += 1
+        return [state[key] for key in self._keys(group)], int(state["step"])
+
+    def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if issubclass(self.rule, ADAPTIVE):
+            return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _pair_gradients(self, live, scale: float, before: dict[str, tuple[float, float]]) -> None:
+        """Set the gradients of learned pairs: sums of g dw/da and g dw/db, through the guard."""
+        attached = self.attached
+        totals: dict[int, Tensor] = {}
+        for name, p, group in live:
+            step = _numbers(self, group, 1, scale, before[name], before[name])
+            found = update.sums(attached.function, step, local(p), attached.v(name), local(p.grad))
+            if hasattr(p, "device_mesh"):
+                torch.distributed.all_reduce(found, group=p.device_mesh.get_group())  # type: ignore[attr-defined]
+            pair = attached.scales(name)
+            totals[id(pair)] = totals.get(id(pair), 0) + found
+        for pair in attached.pairs:
+            if id(pair) in totals:
+                by_a, by_b = totals[id(pair)].to(pair.raw_a.dtype)
+                with torch.enable_grad():
+                    pair.raw_a.grad, pair.raw_b.grad = torch.autograd.grad(
+                        pair.a * by_a + pair.b * by_b, [pair.raw_a, pair.raw_b])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"] if group["companded"] else ():
+                    state = self.state.get(p)
+                    if state:  # one v, the attached one
+                        own = self.attached.v(self.names[id(p)])
+                        own.copy_(state["v"])
+                        state["v"] = own
+
+
+def _numbers(optimizer: _Companded, group: dict[str, Any], count: int, scale: float,
+             now: tuple[float, float], after: tuple[float, float]) -> Step:
+    sign = -1.0 if group.get("maximize") else 1.0
+    usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]), "count": count,
+             "scale": scale * sign, "decay_on_v": optimizer.attached.options.decays_v}
+    if issubclass(optimizer.rule, ADAPTIVE):
+        beta1, beta2 = (float(x) for x in group["betas"])
+        return Step(*now, *after, **usual, adaptive=True, decoupled=_decoupled(optimizer.rule, group),
+                    beta1=beta1, beta2=beta2, eps=float(group["eps"]), amsgrad=bool(group["amsgrad"]))
+    return Step(*now, *after, **usual, momentum=float(group["momentum"]),
+                dampening=float(group["dampening"]), nesterov=bool(group["nesterov"]))
+
+
+def _decoupled(rule: type, group: dict[str, Any]) -> bool:
+    return issubclass(rule, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+class _Reference(_Companded):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.attached.check_untouched()
+        live, others = list(self.live()), self.others()
+        slope = {name: self.attached.psi(name).derivative(p) for name, p, _ in live}  # type: ignore[attr-defined]
+        scale = self.factor([p.grad / slope[name] for name, p, _ in live] + [p.grad for p in others])  # type: ignore
+        if scale != 1.0:
+            for p in [*others, *(p for _, p, _ in live), *(p for p in self.learned if p.grad is not None)]:
+                p.grad.mul_(scale)  # type: ignore[union-attr]
+        adaptive = issubclass(self.rule, ADAPTIVE)
+        starts, w = {}, {name: self.attached.w(name) for name, _, _ in live} if adaptive else {}
+        for name, p, group in live:
+            self._add_decay(name, p, group, slope[name])
+            if adaptive:  # the rule sees dL/dw, and its step alone is left in p
+                p.grad.div_(slope[name])  # type: ignore[union-attr]
+                starts[name] = p.clone()
+                p.zero_()
+        decays = [(group, group["weight_decay"]) for group in self.param_groups if group["companded"]]
+        for group, _ in decays:
+            group["weight_decay"] = 0.0
+        try:
+            self.inner_step()
+        finally:
+            for group, decay in decays:
+                group["weight_decay"] = decay
+        for name, p, group in live if adaptive else ():
+            self._apply(p, group, starts[name], slope[name], w[name])
+        return loss
+
+    def _add_decay(self, name: str, p: nn.Parameter, group: dict[str, Any], slope: Tensor) -> None:
+        """Add the decay to dL/dv (and to those of a and b, when it acts on w)."""
+        decay = group["weight_decay"]
+        if not decay or _decoupled(self.rule, group):
+            return
+        sign = -1.0 if group.get("maximize") else 1.0
+        if self.attached.options.decays_v:
+            p.grad.add_(p, alpha=sign * decay)  # type: ignore[union-attr]
+            return
+        pair, function = self.attached.scales(name), self.attached.function
+        a, b = pair.a, pair.b
+        w = function.forward(p, a, b)
+        p.grad.add_(w * slope, alpha=sign * decay)  # type: ignore[union-attr]
+        if pair.learned:
+            with torch.enable_grad():
+                penalty = sign * decay * 0.5 * function.forward(p.detach(), pair.a, pair.b).square().sum()
+                more = torch.autograd.grad(penalty, [pair.raw_a, pair.raw_b])
+            for raw, extra in zip((pair.raw_a, pair.raw_b), more):
+                raw.grad = extra if raw.grad is None else raw.grad + extra
+
+    def _apply(self, p: nn.Parameter, group: dict[str, Any], start: Tensor, slope: Tensor,
+               w: Tensor) -> None:
+        """Move v by the rule's step times the slope, and by a decoupled decay."""
+        move = slope * p
+        decay = group["weight_decay"]
+        if decay and _decoupled(self.rule, group):
+            pull = start if self.attached.options.decays_v else slope * w
+            move = move - group["lr"] * decay * pull
+        p.copy_(start + move)

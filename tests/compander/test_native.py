@@ -1,0 +1,180 @@
+"""Building the C kernel, and doing without it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+import torch
+from networks import steady, train
+
+from poise_compander import WeightCompander, native, update
+from poise_compander.functions import FUNCTIONS
+from poise_compander.update import Step
+
+LIMITS = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Forget the kernel; build into a folder of this test."""
+    monkeypatch.setattr(native, "_found", {})
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compander"
+
+
+def needs_compiler():
+    if native.kernel() is None:
+        pytest.skip(f"no C kernel here: {native.why_not()}")
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize(("adaptive", "decoupled"), [(False, False), (True, False), (True, True)])
+def test_every_case_of_the_kernel_is_the_rule_in_torch(function, dtype, adaptive, decoupled):
+    needs_compiler()
+    for on_v, decay, more, extra in product((False, True), (0.0, 0.02), (False, True), (False, True)):
+        options = {"amsgrad": more} if adaptive else {"momentum": 0.9 * more, "nesterov": more and extra}
+        g = torch.Generator().manual_seed(0)
+        v = torch.randn(1003, generator=g, dtype=torch.float64).clamp(-2, 2).to(dtype)
+        count = (3 if more else 2) if adaptive else int(more)
+        mine = [function.forward(v, 0.8, 0.6), v, *(torch.zeros_like(v) for _ in range(count))]
+        theirs = [t.clone() for t in mine]
+        for step in range(1, 6):
+            gradient = torch.randn(1003, generator=g, dtype=torch.float64).to(dtype)
+            numbers = Step(0.8, 0.6, 0.81, 0.59, lr=0.01, weight_decay=decay, count=step, scale=0.7,
+                           adaptive=adaptive, decoupled=decoupled, decay_on_v=on_v, **options)
+            native.kernel().update(function, numbers, *mine[:2], gradient, mine[2:])
+            update.update(function, numbers, *theirs[:2], gradient, theirs[2:])
+        for a, b in zip(mine, theirs):
+            size = max(1.0, float(b.abs().max()))
+            assert float((a - b).abs().max()) <= LIMITS[dtype] * size, (on_v, decay, options)
+
+
+def test_a_gradient_that_is_not_a_number_comes_through():
+    needs_compiler()
+    for value in (float("nan"), float("inf")):
+        tensors = [torch.zeros(64), torch.zeros(64), torch.full((64,), value), torch.zeros(64)]
+        step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1, weight_decay=0.0, count=2, momentum=0.9)
+        native.kernel().update(FUNCTIONS["arctan"], step, *tensors[:3], tensors[3:])
+        assert not torch.isfinite(tensors[1]).any()
+
+
+def test_the_kernel_changes_nothing_about_rounding_in_the_process():
+    """A library that is linked with -ffast-math would make denormal numbers vanish everywhere."""
+    needs_compiler()
+    assert float(torch.tensor(1e-40) * 1.0) == pytest.approx(1e-40, rel=1e-4)
+    assert 5e-324 * 1.0 > 0
+
+
+def test_it_is_built_once_under_a_name_that_holds_its_digest(fresh):
+    needs_compiler()
+    native._found.clear()
+    first = native.kernel()
+    assert first.path.parent == fresh and first.path.name.startswith("kernel-")
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+    built = first.path.stat().st_mtime_ns
+    native._found.clear()
+    assert native.kernel().path.stat().st_mtime_ns == built
+    assert [p.name for p in fresh.iterdir()] == [first.path.name]
+
+
+def test_many_threads_and_processes_build_it_at_once(fresh):
+    needs_compiler()
+    native._found.clear()
+    with ThreadPoolExecutor(4) as pool:
+        kernels = list(pool.map(lambda _: native.kernel(), range(4)))
+    assert len({id(k) for k in kernels}) == 1
+    for file in fresh.iterdir():
+        file.unlink()
+    code = "from poise_compander import native; assert native.kernel() is not None"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [p.wait(timeout=120) for p in started] == [0, 0, 0]
+    assert len(list(fresh.iterdir())) == 1
+
+
+def still_trains():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model = steady()
+            attached = WeightCompander().attach(model)
+            train(model, attached.optimizer(torch.optim.SGD, lr=0.05, momentum=0.9), 3)
+    return attached.w("0"), [str(w.message) for w in said if "compander" in str(w.message)]
+
+
+def test_without_a_compiler_steps_are_taken_in_torch_and_it_is_said_once(fresh, monkeypatch):
+    with_kernel = still_trains()[0]
+    for compiler, words in (("no-such-compiler", "no-such-compiler is not there"), ("false", "false")):
+        native._found.clear()
+        monkeypatch.setenv("CC", compiler)
+        w, said = still_trains()
+        assert torch.allclose(w, with_kernel, rtol=1e-12)
+        assert len(said) == 1 and words in said[0] and "steps are taken in torch" in said[0]
+        assert "no C kernel" in native.status()
+
+
+def test_a_broken_compiler_is_named_with_its_last_words(fresh, monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "internal error 7" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    _, said = still_trains()
+    assert len(said) == 1 and "failed: internal error 7" in said[0]
+    assert list(fresh.iterdir()) == []
+
+
+def test_a_damaged_library_is_built_again(fresh):
+    needs_compiler()
+    native._found.clear()
+    path = native.kernel().path
+    path.unlink()
+    path.write_bytes(b"not a library")
+    code = "from poise_compander import native; assert native.kernel() is not None"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=True)
+    assert path.stat().st_size > 10_000
+
+
+def test_a_folder_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("poise.files.cache_folder", refuse)
+    _, said = still_trains()
+    assert len(said) == 1 and "read-only" in said[0]
+
+
+def test_the_doctor_says_which_kernel_takes_the_steps(tmp_path):
+    from poise.cli.doctor import findings
+
+    assert dict(findings(tmp_path))["compander steps"] == native.status()
+
+
+def test_functions_of_ones_own_go_without_the_kernel():
+    from poise_compander.functions import Function
+
+    own = Function("own", torch.atan, torch.tan, lambda u: 1 / (1 + u * u), 1.57)
+    needs_compiler()
+    assert not native.kernel().takes(own, torch.zeros(3))
+    assert native.kernel().takes(FUNCTIONS["tanh"], torch.zeros(3))
+
+
+@pytest.mark.slow
+def test_the_form_for_other_devices_is_the_rule_too():
+    """torch.compile makes it; here for the processor, since no other device is at hand."""
+    for function in FUNCTIONS.values():
+        a = [torch.randn(64, dtype=torch.float64) for _ in range(4)]
+        b = [t.clone() for t in a]
+        for count in (1, 2, 3):
+            step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1 / count, weight_decay=0.01, count=count, momentum=0.9)
+            update.compiled(function, step, *a[:3], a[3:])
+            update.update(function, step, *b[:3], b[3:])
+        assert all(torch.allclose(x, y, rtol=1e-12) for x, y in zip(a, b))
