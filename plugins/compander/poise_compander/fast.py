@@ -98,16 +98,20 @@ class FastCompander(AttachedCompander):
         w, v, g = local(parameter), self._v[name], local(gradient)
         if g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
-        tensors = [flat(t) for t in (w, v, g, *moments)]
-        kernel = native.kernel() if w.device.type == "cpu" else None
-        if kernel is not None and kernel.takes(self.function, w):
-            kernel.update(self.function, step, *tensors[:3], tensors[3:])
+        take, by_pointer = self._kernel(w)
+        take(self.function, step, flat(w), flat(v), flat(g), [flat(m) for m in moments])
+        if by_pointer:
             torch.autograd.graph.increment_version(parameter)
-        elif w.device.type == "cpu":
-            update.in_chunks(self.function, step, *tensors[:3], tensors[3:])
-        else:
-            update.compiled(self.function, step, *tensors[:3], tensors[3:])
         self._versions[name] = parameter._version
+
+    def _kernel(self, w: Tensor) -> tuple[Any, bool]:
+        """Return what takes a step of this weight, and whether torch does not see it write."""
+        if w.device.type != "cpu":
+            return update.compiled, False
+        kernel = native.kernel()
+        if kernel is not None and kernel.takes(self.function, w):
+            return kernel.update, True
+        return update.in_chunks, False
 
     # -------------------------------------------------------------- folding: the weights are plain already
 
