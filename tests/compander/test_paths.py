@@ -229,7 +229,7 @@ def test_a_closure_and_a_scheduler_work_as_with_torch():
 
         losses = []
         for _ in range(5):
-            losses.append(float(optimizer.step(closure)))
+            losses.append(float(optimizer.step(closure).detach()))
             scheduler.step()
         assert losses == sorted(losses, reverse=True) and optimizer.param_groups[0]["lr"] == 0.1 / 32
 
