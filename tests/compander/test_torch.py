@@ -108,24 +108,22 @@ def test_the_folded_model_goes_to_onnx(path, tmp_path):
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_worker(*arguments):
+def run_worker(*cases):
     """Start two processes of worker.py, which compares with one process and raises on a difference."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).parent), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER),
-         *arguments], capture_output=True, text=True, timeout=300, env=environment, check=False)
+         *cases], capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("equal") == 2, done.stdout
+    for case in cases:
+        assert done.stdout.count(f"{case} equal") == 2, done.stdout
 
 
-@paths
-@pytest.mark.parametrize("learn", ["none", "layer", "network"])
-def test_two_processes_train_what_one_does(path, learn):
-    run_worker("ddp", path, learn)
+def test_two_processes_train_what_one_does():
+    run_worker(*(f"ddp-{path}-{learn}" for path in ("fast", "reference")
+                 for learn in ("none", "layer", "network")))
 
 
-@paths
-@pytest.mark.parametrize("learn", ["none", "layer"])
-def test_two_sharded_processes_train_what_one_does(path, learn):
-    run_worker("fsdp", path, learn)
+def test_two_sharded_processes_train_what_one_does():
+    run_worker(*(f"fsdp-{path}-{learn}" for path in ("fast", "reference") for learn in ("none", "layer")))
