@@ -80,7 +80,7 @@ def arm(make: Callable[[], nn.Module], kind: str) -> tuple[nn.Module, torch.opti
     if kind == "plain":
         return model, torch.optim.SGD(model.parameters(), fused=True, **SGD)
     attached = WeightCompander(a=1.0, b=1.0, bound_policy="grow", path=kind).attach(model)
-    return model, attached.optimizer(torch.optim.SGD, **SGD)
+    return model, attached.optimizer(torch.optim.SGD, fused=True, **SGD)  # fused: biases and norms
 
 
 def measure(

@@ -33,7 +33,9 @@ class FastCompander(AttachedCompander):
         ]
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self.companded[name].module.get_parameter("weight")
+        parameter = self.companded[name].module._parameters["weight"]
+        assert parameter is not None
+        return parameter
 
     def v(self, name: str) -> Tensor:
         return self._v[name]
@@ -98,20 +100,14 @@ class FastCompander(AttachedCompander):
         w, v, g = local(parameter), self._v[name], local(gradient)
         if g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
-        take, by_pointer = self._kernel(w)
-        take(self.function, step, flat(w), flat(v), flat(g), [flat(m) for m in moments])
-        if by_pointer:
-            torch.autograd.graph.increment_version(parameter)
-        self._versions[name] = parameter._version
-
-    def _kernel(self, w: Tensor) -> tuple[Any, bool]:
-        """Return what takes a step of this weight, and whether torch does not see it write."""
-        if w.device.type != "cpu":
-            return update.compiled, False
-        kernel = native.kernel()
+        kernel = native.kernel() if w.device.type == "cpu" else None
         if kernel is not None and kernel.takes(self.function, w):
-            return kernel.update, True
-        return update.in_chunks, False
+            kernel.update(self.function, step, w, v, g, moments)
+            torch.autograd.graph.increment_version(parameter)  # torch does not see it write
+        else:
+            take = update.in_chunks if w.device.type == "cpu" else update.compiled
+            take(self.function, step, flat(w), flat(v), flat(g), [flat(m) for m in moments])
+        self._versions[name] = parameter._version
 
     # -------------------------------------------------------------- folding: the weights are plain already
 

@@ -49,6 +49,7 @@ class Kernel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._last: tuple[Step, _Numbers] | None = None  # layers of a group share a step
         library = ctypes.CDLL(str(path))
         self._step = {}
         for dtype, letter in DTYPES.items():
@@ -64,9 +65,11 @@ class Kernel:
 
     def update(self, function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor,
                moments: Sequence[Tensor]) -> None:
-        """Take a step in place; arguments as for `update.update`, flat and contiguous."""
+        """Take a step in place; arguments as for `update.update`, dense and of the same strides."""
         n, size = w.numel(), w.element_size()
-        call, numbers = self._step[w.dtype], _numbers(step)
+        if self._last is None or self._last[0] is not step:
+            self._last = step, _numbers(step)
+        call, numbers = self._step[w.dtype], self._last[1]
         arguments = NAMES.index(function.name), _flags(step, moments)
         pointers = [t.data_ptr() for t in (w, v, g, *moments)]
 
@@ -117,6 +120,8 @@ _found: dict[str, Kernel | str] = {}
 
 def kernel() -> Kernel | None:
     """Return the kernel, built at the first call; None where it cannot be had, with one warning."""
+    if isinstance(it := _found.get("it"), Kernel):
+        return it
     with _lock:
         if "it" not in _found:
             try:

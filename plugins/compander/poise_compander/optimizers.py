@@ -159,10 +159,14 @@ class _Fast(_Companded):
         finally:
             for p, gradient in hidden:
                 p.grad = gradient
+        steps: dict[Any, Step] = {}  # most layers share one
         for name, p, group in live:
             moments, count = self._moments(p, name, group)
-            step = _numbers(self, group, count, scale, before[name], attached.scales(name).numbers())
-            attached.step(name, p.grad, moments, step)  # type: ignore[attr-defined]
+            after = attached.scales(name).numbers()
+            key = id(group), count, before[name], after
+            if key not in steps:
+                steps[key] = _numbers(self, group, count, scale, before[name], after)
+            attached.step(name, p.grad, moments, steps[key])  # type: ignore[attr-defined]
         return loss
 
     def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
