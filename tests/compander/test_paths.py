@@ -14,15 +14,15 @@ from poise_compander import WeightCompander, native
 from poise_compander.functions import FUNCTIONS
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-RULES = {
-    "sgd": (SGD, {"lr": 0.05}),
-    "momentum": (SGD, {"lr": 0.02, "momentum": 0.9}),
-    "dampened": (SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.5}),
-    "nesterov": (SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}),
-    "adam": (Adam, {"lr": 0.003, "betas": (0.8, 0.95)}),
-    "amsgrad": (Adam, {"lr": 0.003, "amsgrad": True}),
-    "adamw": (AdamW, {"lr": 0.003}),
-    "adamw_amsgrad": (AdamW, {"lr": 0.003, "amsgrad": True}),
+RULES = {  # rates at which training contracts: at the edge of stability rounding grows to anything
+    "sgd": (SGD, {"lr": 0.02}),
+    "momentum": (SGD, {"lr": 0.002, "momentum": 0.9}),
+    "dampened": (SGD, {"lr": 0.004, "momentum": 0.9, "dampening": 0.5}),
+    "nesterov": (SGD, {"lr": 0.002, "momentum": 0.9, "nesterov": True}),
+    "adam": (Adam, {"lr": 0.0004, "betas": (0.8, 0.95)}),
+    "amsgrad": (Adam, {"lr": 0.0004, "amsgrad": True}),
+    "adamw": (AdamW, {"lr": 0.0004}),
+    "adamw_amsgrad": (AdamW, {"lr": 0.0004, "amsgrad": True}),
 }
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 DECAY = 0.02
@@ -47,7 +47,7 @@ def trained(path, steps, rule, dtype=torch.float64, make=steady, loss=loss_of, m
 def check_equal(steps, rule, dtype=torch.float64, **options):
     fast, reference = (trained(path, steps, rule, dtype, **options) for path in ("fast", "reference"))
     start = trained("fast", 0, rule, dtype, **options)
-    assert largest_difference(fast, start) > 0.02  # it did train
+    assert largest_difference(fast, start) > 0.01  # it did train
     assert largest_difference(fast, reference) < LIMITS[dtype]
 
 
