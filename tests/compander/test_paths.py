@@ -14,26 +14,40 @@ from poise_compander import WeightCompander, native
 from poise_compander.functions import FUNCTIONS
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-RULES = {  # rates at which training contracts: at the edge of stability rounding grows to anything
-    "sgd": (SGD, {"lr": 0.02}),
-    "momentum": (SGD, {"lr": 0.002, "momentum": 0.9}),
-    "dampened": (SGD, {"lr": 0.004, "momentum": 0.9, "dampening": 0.5}),
-    "nesterov": (SGD, {"lr": 0.002, "momentum": 0.9, "nesterov": True}),
-    "adam": (Adam, {"lr": 0.0004, "betas": (0.8, 0.95)}),
-    "amsgrad": (Adam, {"lr": 0.0004, "amsgrad": True}),
-    "adamw": (AdamW, {"lr": 0.0004}),
-    "adamw_amsgrad": (AdamW, {"lr": 0.0004, "amsgrad": True}),
+RULES = {
+    "sgd": (SGD, {"lr": 0.05}),
+    "momentum": (SGD, {"lr": 0.02, "momentum": 0.9}),
+    "dampened": (SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.5}),
+    "nesterov": (SGD, {"lr": 0.02, "momentum": 0.9, "nesterov": True}),
+    "adam": (Adam, {"lr": 0.003, "betas": (0.8, 0.95)}),
+    "amsgrad": (Adam, {"lr": 0.003, "amsgrad": True}),
+    "adamw": (AdamW, {"lr": 0.003}),
+    "adamw_amsgrad": (AdamW, {"lr": 0.003, "amsgrad": True}),
 }
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 DECAY = 0.02
 
 
-def trained(path, steps, rule, dtype=torch.float64, make=steady, loss=loss_of, more=None, **options):
+def batches(seed=2):
+    """Return a loss with new noisy rows at every call: on the same few rows a network of this size comes to
+    fit them all, and there every rounding grows, whatever the path."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(model):
+        x = torch.randn(32, 6, generator=generator, dtype=torch.float64)
+        y = torch.sin(x[:, :3]) + torch.randn(32, 3, generator=generator, dtype=torch.float64)
+        return loss_of(model, x, y)
+
+    return loss
+
+
+def trained(path, steps, rule, dtype=torch.float64, make=steady, loss=None, more=None, **options):
     """Return w of all layers and every plain parameter after some steps."""
     model = make().to(dtype)
     attached = WeightCompander(path=path, a=0.9, b=0.6, **options).attach(model)
     cls, numbers = RULES[rule]
     optimizer = attached.optimizer(cls, weight_decay=DECAY, **numbers | (more or {}))
+    loss = loss or batches()
     for _ in range(steps):
         optimizer.zero_grad()
         loss(model).backward()
@@ -47,7 +61,7 @@ def trained(path, steps, rule, dtype=torch.float64, make=steady, loss=loss_of, m
 def check_equal(steps, rule, dtype=torch.float64, **options):
     fast, reference = (trained(path, steps, rule, dtype, **options) for path in ("fast", "reference"))
     start = trained("fast", 0, rule, dtype, **options)
-    assert largest_difference(fast, start) > 0.01  # it did train
+    assert largest_difference(fast, start) > 0.02  # it did train
     assert largest_difference(fast, reference) < LIMITS[dtype]
 
 
@@ -169,7 +183,7 @@ def test_accumulated_gradients_are_one_gradient(rule):
         return 0.5 * (loss_of(model, X[:8], Y[:8]) + loss_of(model, X[8:], Y[8:]))
 
     for path in ("fast", "reference"):
-        whole = trained(path, 30, rule)
+        whole = trained(path, 30, rule, loss=loss_of)
         model = steady()
         attached = WeightCompander(path=path, a=0.9, b=0.6).attach(model)
         optimizer = attached.optimizer(RULES[rule][0], weight_decay=DECAY, **RULES[rule][1])

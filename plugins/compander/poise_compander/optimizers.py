@@ -25,6 +25,7 @@ from poise_compander.update import Step
 if TYPE_CHECKING:
     from poise_compander.attached import AttachedCompander
 
+Live = tuple[str, nn.Parameter, dict[str, Any]]  # name, parameter and group of a companded weight
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW)
 RULES = (torch.optim.SGD, *ADAPTIVE)
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -95,7 +96,22 @@ class _Companded(torch.optim.Optimizer):
                 group["belongs_to"] = {n: attached.scales(n).spec.tolist()
                                        for n in (self.names[id(p)] for p in group["params"])}
 
-    def live(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.attached.check_untouched()
+        self.take(list(self.live()), self.others())
+        return loss
+
+    def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
+        """Take the step of companded weights and of plain parameters, given those with a gradient."""
+        raise NotImplementedError
+
+    def live(self) -> Iterator[Live]:
         """Yield name, parameter and group of each companded weight that has a gradient."""
         for group in self.param_groups:
             if group["companded"]:
@@ -134,16 +150,8 @@ class _Companded(torch.optim.Optimizer):
 
 
 class _Fast(_Companded):
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
         attached = self.attached
-        attached.check_untouched()
-        live, others = list(self.live()), self.others()
         scale = self.factor([p.grad for _, p, _ in live] + [p.grad for p in others])  # type: ignore[misc]
         if scale != 1.0:
             for p in others:
@@ -167,7 +175,6 @@ class _Fast(_Companded):
             if key not in steps:
                 steps[key] = _numbers(self, group, count, scale, before[name], after)
             attached.step(name, p.grad, moments, steps[key])  # type: ignore[attr-defined]
-        return loss
 
     def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
         """Return the moments of a weight, made at its first step, and the number of this step."""
@@ -233,15 +240,7 @@ def _decoupled(rule: type, group: dict[str, Any]) -> bool:
 
 
 class _Reference(_Companded):
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.attached.check_untouched()
-        live, others = list(self.live()), self.others()
+    def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
         slope = {name: self.attached.psi(name).derivative(p) for name, p, _ in live}  # type: ignore[attr-defined]
         scale = self.factor([p.grad / slope[name] for name, p, _ in live] + [p.grad for p in others])  # type: ignore
         if scale != 1.0:
@@ -265,7 +264,6 @@ class _Reference(_Companded):
                 group["weight_decay"] = decay
         for name, p, group in live if adaptive else ():
             self._apply(p, group, starts[name], slope[name], w[name])
-        return loss
 
     def _add_decay(self, name: str, p: nn.Parameter, group: dict[str, Any], slope: Tensor) -> None:
         """Add the decay to dL/dv (and to those of a and b, when it acts on w)."""
