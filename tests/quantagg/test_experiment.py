@@ -111,6 +111,35 @@ def test_scores_are_means_over_splits_each_with_its_own_rows(tmp_path):
     assert metrics["wis_paper/best"] == pytest.approx(metrics["wis_paper/linear"])  # it has no choice
 
 
+def test_an_interrupted_run_goes_on_with_the_split_it_was_in(tmp_path):
+    class Watched(Diabetes):
+        def __init__(self, until=99):
+            super().__init__(60)
+            self.until, self.loaded = until, []
+
+        def load(self, seed=0):
+            if seed == self.until:
+                raise KeyboardInterrupt
+            self.loaded.append(seed)
+            return super().load(seed)
+
+    recipe = QuantileEnsemble(base=["linear"], aggregators=["best", "qra"], levels=LEVELS, splits=3,
+                              figures=False)
+    whole = Notebook(tmp_path / "whole")
+    expected = recipe.run(Parts(data=Watched()), whole)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(Parts(data=Watched(until=2)), Notebook(tmp_path / "cut"))
+    data, again = Watched(), Notebook(tmp_path / "cut")
+    assert recipe.run(Parts(data=data), again) == expected
+    assert data.loaded == [2]
+    assert again.advanced == again.total == whole.total
+    kept, all_at_once = ([{k: v for k, v in row.items() if k != "cpu_seconds"}
+                          for row in context.notes["by_split"]["rows"]] for context in (again, whole))
+    assert kept == all_at_once
+    assert again.notes["provenance"] == whole.notes["provenance"]
+    assert not list((tmp_path / "cut").iterdir())
+
+
 def test_the_recipe_is_decided_by_the_seed(tmp_path):
     recipe = QuantileEnsemble(base=["quantile_forest"], levels=LEVELS, folds=2, figures=False,
                               base_options={"quantile_forest": {"n_estimators": 5}})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, nearest
+from poise.files import read_json, write_json
 from poise.interfaces import Arrays, Parts, Splits
 from poise.registry import build, entries
 from poise_quantagg import scores
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 NOMINAL = 0.8
 ISOTONIZERS = ("sort", "pava", "minmax")
 METRICS = ("wis_paper", "wis_hub", "coverage_80", "length_80", "crossing_raw")
+CROSSFIT, SPLITS = "crossfit", "splits"  # folders of an unfinished run: fitted models, finished splits
 WEIGHT_ROWS = 400  # test rows whose local weights are drawn
 
 
@@ -143,29 +145,54 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
     check(recipe, parts)
     folder = Path(context.directory)
     rows: list[dict[str, Any]] = []
-    jobs = recipe.splits * (len(_models(recipe, parts, 0)) + len(_aggregators(recipe, parts, 0)))
-    with context.progress(jobs, "models and aggregators") as bar:
+    jobs = len(_models(recipe, parts, 0)) + len(_aggregators(recipe, parts, 0))
+    with context.progress(recipe.splits * jobs, "models and aggregators") as bar:
         for number in range(recipe.splits):
             seed = context.seed + number
-            splits = parts.data.load(seed)  # type: ignore[union-attr]
-            if number == 0:
-                context.note("provenance", splits.provenance)
-            split = _standardised(splits)
-            found, outcomes = _fit(recipe, parts, seed, split, folder, bar)
-            rows += [{"split": seed, **_row(name, outcome, split.test.y, found.levels)}
-                     for name, outcome in outcomes.items()]
-            _log(context, number, rows, seed)
-            if number == 0:
-                context.note("weights", _weights(outcomes, found.models))
-                if recipe.figures:
-                    context.note("figures", _draw(outcomes, split, found, splits.spec, folder))
-    shutil.rmtree(folder / "crossfit", ignore_errors=True)
+            kept = folder / SPLITS / f"{seed}.json"
+            if kept.is_file():  # finished before the run was interrupted
+                done = _read_split(kept)
+                bar.advance(jobs, note=f"split {seed}: kept from before")
+            else:
+                done = _split(recipe, parts, seed, folder, bar, first=number == 0)
+                write_json(kept, done)
+            rows += done["rows"]
+            for key, value in done["notes"].items():
+                context.note(key, value)
+            _log(context, number, done["rows"])
+    for left in (CROSSFIT, SPLITS):
+        shutil.rmtree(folder / left, ignore_errors=True)
     table = _averaged(rows)
     context.note("scores", table)
-    context.note("by_split", {"rows": rows, "data": _data_name(parts, splits)})
+    context.note("by_split", {"rows": rows, "data": done["data"]})
     context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
                           "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
     return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
+
+
+def _split(
+    recipe: QuantileEnsemble, parts: Parts, seed: int, folder: Path, bar: Any, *, first: bool
+) -> dict[str, Any]:
+    """Carry out one split; returns plain values: its rows, the data's name, notes (of the first one)."""
+    splits = parts.data.load(seed)  # type: ignore[union-attr]
+    split = _standardised(splits)
+    found, outcomes = _fit(recipe, parts, seed, split, folder, bar)
+    notes: dict[str, Any] = {}
+    if first:
+        notes = {"provenance": splits.provenance, "weights": _weights(outcomes, found.models)}
+        if recipe.figures:
+            notes["figures"] = _draw(outcomes, split, found, splits.spec, folder)
+    rows = [{"split": seed, **_row(name, outcome, split.test.y, found.levels)}
+            for name, outcome in outcomes.items()]
+    return {"rows": rows, "data": _data_name(parts, splits), "notes": notes}
+
+
+def _read_split(path: Path) -> dict[str, Any]:
+    """Return what `_split` had returned; JSON holds infinite lengths as text."""
+    done = read_json(path)
+    words = ("split", "name", "kind")
+    rows = [{k: v if k in words else float(v) for k, v in row.items()} for row in done["rows"]]
+    return {**done, "rows": rows}
 
 
 def _data_name(parts: Parts, splits: Splits) -> str:
@@ -175,9 +202,8 @@ def _data_name(parts: Parts, splits: Splits) -> str:
     return str(splits.provenance.get("source"))
 
 
-def _log(context: Any, number: int, rows: list[dict[str, Any]], seed: int) -> None:
-    context.log(number, {f"{key}/{row['name']}": row[key] for row in rows if row["split"] == seed
-                         for key in METRICS})
+def _log(context: Any, number: int, rows: list[dict[str, Any]]) -> None:
+    context.log(number, {f"{key}/{row['name']}": row[key] for row in rows for key in METRICS})
 
 
 # ------------------------------------------------------------------ parts
@@ -267,7 +293,7 @@ def _fit(
             warnings.simplefilter("ignore", QuantileWarning)
             one = cross_fit(
                 {name: model}, split.train.x, split.train.y, recipe.levels, folds=recipe.folds, seed=seed,
-                n_jobs=recipe.n_jobs, refit=recipe.refit, extra=split.test.x, cache=folder / "crossfit",
+                n_jobs=recipe.n_jobs, refit=recipe.refit, extra=split.test.x, cache=folder / CROSSFIT,
             )
         seconds = time.process_time() - began
         assert one.extra is not None
