@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from poise.models.resnet import ResNet
 from poise_compander import WeightCompander, native
 from poise_compander.functions import arctan
-from poise_compander.update import Step
+from poise_compander.update import Step, Work
 
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
 KERNEL_BYTES = 28  # a weight in float32: read g, v, m, w; write v, m, w
@@ -115,11 +115,11 @@ def bandwidth(rounds: int) -> dict[str, float]:
     kernel = native.kernel()
     assert kernel is not None, native.why_not()
     w, v, g, m, other = (0.1 * torch.randn(WEIGHTS) for _ in range(5))
-    step = Step(0.7, 0.7, 0.7, 0.7, lr=1e-3, weight_decay=5e-4, count=2, momentum=0.9)
+    step = Step(0.7, 0.7, 0.7, 0.7, lr=1e-3, weight_decay=5e-4, momentum=0.9)
     parameter = nn.Parameter(w.clone())
     parameter.grad = g
     plain = torch.optim.SGD([parameter], fused=True, **SGD)
-    acts = {"kernel": (lambda: kernel.update(arctan, step, w, v, g, [m]), KERNEL_BYTES),
+    acts = {"kernel": (lambda: kernel.update(arctan, [Work(step, w, v, g, [m])]), KERNEL_BYTES),
             "copy": (lambda: other.copy_(g), 8), "fused_sgd": (plain.step, 20)}
     times: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(rounds):

@@ -16,7 +16,7 @@ from networks import steady, train
 
 from poise_compander import WeightCompander, native, update
 from poise_compander.functions import FUNCTIONS
-from poise_compander.update import Step
+from poise_compander.update import Step, Work
 
 LIMITS = {torch.float32: 2e-6, torch.float64: 1e-13}
 
@@ -48,9 +48,11 @@ def test_every_case_of_the_kernel_is_the_rule_in_torch(function, dtype, adaptive
         theirs = [t.clone() for t in mine]
         for step in range(1, 6):
             gradient = torch.randn(1003, generator=g, dtype=torch.float64).to(dtype)
-            numbers = Step(0.8, 0.6, 0.81, 0.59, lr=0.01, weight_decay=decay, count=step, scale=0.7,
+            numbers = Step(0.8, 0.6, 0.81, 0.59, lr=0.01, weight_decay=decay, scale=0.7,
+                           keep=0.5 if step > 1 else 1.0, correct1=1 - 0.9**step,
+                           correct2=(1 - 0.999**step) ** 0.5,
                            adaptive=adaptive, decoupled=decoupled, decay_on_v=on_v, **options)
-            native.kernel().update(function, numbers, *mine[:2], gradient, mine[2:])
+            native.kernel().update(function, [Work(numbers, *mine[:2], gradient, mine[2:])])
             update.update(function, numbers, *theirs[:2], gradient, theirs[2:])
         for a, b in zip(mine, theirs):
             size = max(1.0, float(b.abs().max()))
@@ -61,8 +63,8 @@ def test_a_gradient_that_is_not_a_number_comes_through():
     needs_compiler()
     for value in (float("nan"), float("inf")):
         tensors = [torch.zeros(64), torch.zeros(64), torch.full((64,), value), torch.zeros(64)]
-        step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1, weight_decay=0.0, count=2, momentum=0.9)
-        native.kernel().update(FUNCTIONS["arctan"], step, *tensors[:3], tensors[3:])
+        step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1, weight_decay=0.0, momentum=0.9)
+        native.kernel().update(FUNCTIONS["arctan"], [Work(step, *tensors[:3], tensors[3:])])
         assert not torch.isfinite(tensors[1]).any()
 
 
@@ -167,14 +169,45 @@ def test_functions_of_ones_own_go_without_the_kernel():
     assert native.kernel().takes(FUNCTIONS["tanh"], torch.zeros(3))
 
 
+def test_threads_share_layers_and_change_no_bit():
+    needs_compiler()
+    sizes = [3, 40_000, 1, 200_003, 65_536]
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            generator = torch.Generator().manual_seed(0)
+            work = []
+            for i, size in enumerate(sizes):
+                dtype = (torch.float32, torch.float64)[i % 2]
+                w, v, g, m = (torch.randn(size, generator=generator, dtype=dtype) for _ in range(4))
+                step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1 * i, weight_decay=0.01, momentum=0.9)
+                work.append(Work(step, w, v, g, [m]))
+            expected = [[t.clone() for t in (one.w, one.v, *one.moments)] for one in work]
+            for one, (w, v, m) in zip(work, expected):
+                update.update(FUNCTIONS["arctan"], one.step, w, v, one.g, [m])
+            native.kernel().update(FUNCTIONS["arctan"], work)
+            found.append([t for one in work for t in (one.w, one.v, *one.moments)])
+            for one, tensors in zip(work, expected):
+                for a, b in zip((one.w, one.v, *one.moments), tensors):
+                    assert float((a - b).abs().max()) <= 10 * LIMITS[a.dtype]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
 @pytest.mark.slow
 def test_the_form_for_other_devices_is_the_rule_too():
     """torch.compile makes it; here for the processor, since no other device is at hand."""
     for function in FUNCTIONS.values():
         a = [torch.randn(64, dtype=torch.float64) for _ in range(4)]
         b = [t.clone() for t in a]
-        for count in (1, 2, 3):
-            step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1 / count, weight_decay=0.01, count=count, momentum=0.9)
+        for count in range(1, 13):  # more than torch compiles anew before it gives up
+            step = Step(0.7, 0.7, 0.7, 0.7, lr=0.1 / count, weight_decay=0.01, scale=1 / count,
+                        momentum=0.9)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             update.compiled(function, step, *a[:3], a[3:])
+            assert count == 1 or torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
             update.update(function, step, *b[:3], b[3:])
         assert all(torch.allclose(x, y, rtol=1e-12) for x, y in zip(a, b))

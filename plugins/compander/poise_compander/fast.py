@@ -12,7 +12,7 @@ from poise.errors import RunError
 from poise_compander import native, update
 from poise_compander.attached import AttachedCompander, Layer, local
 from poise_compander.components import WeightCompander
-from poise_compander.update import Step
+from poise_compander.update import Step, Work
 
 _ULPS = 8  # Psi(v) is the same as w within so many units in the last place: kernels differ by one or two
 
@@ -94,20 +94,31 @@ class FastCompander(AttachedCompander):
     # -------------------------------------------------------------- steps
 
     @torch.no_grad()
-    def step(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> None:
-        """Take one step of a layer's weight, in place."""
-        parameter = self.parameter(name)
-        w, v, g = local(parameter), self._v[name], local(gradient)
+    def step(self, wanted: list[tuple[str, Tensor, list[Tensor], Step]]) -> None:
+        """Take one step of each layer that is given with its gradient and moments, in place."""
+        work = [self._work(name, gradient, moments, step) for name, gradient, moments, step in wanted]
+        for one in self._by_kernel(work):
+            take = update.in_chunks if one.w.device.type == "cpu" else update.compiled
+            take(self.function, one.step, *(flat(t) for t in (one.w, one.v, one.g)),
+                 [flat(m) for m in one.moments])
+        for name, *_ in wanted:
+            self._versions[name] = self.parameter(name)._version
+
+    def _work(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> Work:
+        w, g = local(self.parameter(name)), local(gradient)
         if g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
-        kernel = native.kernel() if w.device.type == "cpu" else None
-        if kernel is not None and kernel.takes(self.function, w):
-            kernel.update(self.function, step, w, v, g, moments)
-            torch.autograd.graph.increment_version(parameter)  # torch does not see it write
-        else:
-            take = update.in_chunks if w.device.type == "cpu" else update.compiled
-            take(self.function, step, flat(w), flat(v), flat(g), [flat(m) for m in moments])
-        self._versions[name] = parameter._version
+        return Work(step, w, self._v[name], g, moments)
+
+    def _by_kernel(self, work: list[Work]) -> list[Work]:
+        """Take the steps that the C kernel can take, in one call; return the others."""
+        kernel = native.kernel() if any(one.w.device.type == "cpu" for one in work) else None
+        mine = [one for one in work if kernel is not None and kernel.takes(self.function, one.w)]
+        if kernel is not None and mine:
+            kernel.update(self.function, mine)
+            for one in mine:
+                torch.autograd.graph.increment_version(one.w)  # torch does not see it write
+        return [one for one in work if kernel is None or not kernel.takes(self.function, one.w)]
 
     # -------------------------------------------------------------- folding: the weights are plain already
 

@@ -7,7 +7,6 @@ says so, and the torch form in `update.py` takes the steps.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -17,31 +16,39 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from poise_compander.functions import Function
-from poise_compander.update import Step
+from poise_compander.update import Step, Work
 
 SOURCE = Path(__file__).with_name("kernel.c")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-std=gnu11")
 LINK = ("-shared",)
-LIBRARIES = ("-lmvec", "-lm")
+LIBRARIES = ("-lmvec", "-lm", "-lpthread")
 TIMEOUT = 120  # seconds
 NAMES = ("arctan", "erf", "arsinh", "tanh")  # in the order of the enum in kernel.c
-DTYPES = {torch.float32: "f", torch.float64: "d"}
-GRAIN = 1 << 16  # elements below which a second thread does not pay; a multiple of any vector's width
-_ADAPTIVE, _DECOUPLED, _ON_V, _NESTEROV, _AMSGRAD, _FIRST, _MOMENTUM, _DECAY = (1 << i for i in range(8))
+DTYPES = (torch.float32, torch.float64)
+GRAIN = 1 << 16  # weights for each thread below which another one does not pay
+_ADAPTIVE, _DECOUPLED, _ON_V, _NESTEROV, _AMSGRAD, _MOMENTUM, _DECAY = (1 << i for i in range(7))
 _lock = threading.Lock()
 
 
 class _Numbers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in (
-        "a", "b", "a_next", "b_next", "lr", "decay", "scale", "momentum", "keep", "beta1", "beta2", "eps",
-        "correct1", "correct2")]
+        "a", "b", "a_next", "b_next", "lr", "weight_decay", "scale", "momentum", "keep", "beta1", "beta2",
+        "eps", "correct1", "correct2")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("n", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("w", "v", "g", "m", "s", "l")),
+        ("k", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("function", "flags", "wide")),
+    ]
 
 
 class Kernel:
@@ -49,52 +56,47 @@ class Kernel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last: tuple[Step, _Numbers] | None = None  # layers of a group share a step
-        library = ctypes.CDLL(str(path))
-        self._step = {}
-        for dtype, letter in DTYPES.items():
-            call = getattr(library, f"poise_step_{letter}")
-            call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, *[ctypes.c_void_p] * 6,
-                             ctypes.POINTER(_Numbers)]
-            call.restype = ctypes.c_int
-            self._step[dtype] = call
+        self._steps = ctypes.CDLL(str(path)).poise_steps
+        self._steps.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        self._steps.restype = ctypes.c_int
+        self._team = _team()
 
     def takes(self, function: Function, w: Tensor) -> bool:
         """Whether it knows the function, and the weight's place and type."""
         return w.device.type == "cpu" and w.dtype in DTYPES and function.name in NAMES
 
-    def update(self, function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor,
-               moments: Sequence[Tensor]) -> None:
-        """Take a step in place; arguments as for `update.update`, dense and of the same strides."""
-        n, size = w.numel(), w.element_size()
-        if self._last is None or self._last[0] is not step:
-            self._last = step, _numbers(step)
-        call, numbers = self._step[w.dtype], self._last[1]
-        arguments = NAMES.index(function.name), _flags(step, moments)
-        pointers = [t.data_ptr() for t in (w, v, g, *moments)]
+    def update(self, function: Function, work: Sequence[Work]) -> None:
+        """Take the steps of all weights in place, on as many threads as torch uses."""
+        layers = (_Layer * len(work))()
+        numbers: dict[int, _Numbers] = {}  # most layers share a step
+        number, total = NAMES.index(function.name), 0
+        for layer, one in zip(layers, work):
+            if id(one.step) not in numbers:
+                numbers[id(one.step)] = _numbers(one.step)
+            total += one.w.numel()
+            pointers = [t.data_ptr() for t in (one.w, one.v, one.g, *one.moments)]
+            pointers += [None] * (6 - len(pointers))
+            layer.__init__(one.w.numel(), *pointers, ctypes.addressof(numbers[id(one.step)]), number,
+                           _flags(one.step, one.moments), one.w.dtype == torch.float64)
+        threads = max(1, min(torch.get_num_threads(), total // GRAIN))
+        failed = self._steps(layers, len(work), threads, self._team)
+        assert not failed, "kernel.c has no case for these flags"
 
-        def part(start: int, stop: int) -> None:
-            at = [p + start * size for p in pointers]
-            failed = call(*arguments, stop - start, *at, *[None] * (6 - len(at)), ctypes.byref(numbers))
-            assert not failed, "kernel.c has no case for these flags"
 
-        threads = min(torch.get_num_threads(), -(-n // GRAIN))
-        if threads <= 1:
-            return part(0, n)
-        share = -(-n // (threads * GRAIN)) * GRAIN  # ends of parts do not depend on the number of threads
-        parts = [(i, min(n, i + share)) for i in range(0, n, share)]
-        waiting = [_pool(threads).submit(part, *ends) for ends in parts[1:]]
-        part(*parts[0])
-        for one in waiting:
-            one.result()
+def _team() -> ctypes.c_void_p | None:
+    """Return the call that runs a function on torch's own OpenMP threads, or None where there is none.
+
+    Those threads wait for work by spinning: other threads would have to share their cores with them.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
         return None
 
 
 def _numbers(step: Step) -> _Numbers:
-    return _Numbers(
-        float(step.a), float(step.b), float(step.a_next), float(step.b_next), step.lr, step.weight_decay,
-        step.scale, step.momentum, 1 - step.dampening, step.beta1, step.beta2, step.eps,
-        1 - step.beta1**step.count, (1 - step.beta2**step.count) ** 0.5)
+    return _Numbers(*(float(getattr(step, name)) for name, _ in _Numbers._fields_))
 
 
 def _flags(step: Step, moments: Sequence[Tensor]) -> int:
@@ -102,14 +104,7 @@ def _flags(step: Step, moments: Sequence[Tensor]) -> int:
     flags = _DECAY * decay + _ON_V * (decay and step.decay_on_v)
     if step.adaptive:
         return flags + _ADAPTIVE + _AMSGRAD * step.amsgrad + _DECOUPLED * (decay and step.decoupled)
-    if moments:
-        flags += _MOMENTUM + _NESTEROV * step.nesterov + _FIRST * (step.count == 1)
-    return flags
-
-
-@functools.lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="compander")
+    return flags + (_MOMENTUM + _NESTEROV * step.nesterov if moments else 0)
 
 
 # ------------------------------------------------------------------ building

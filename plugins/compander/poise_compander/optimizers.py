@@ -10,6 +10,7 @@ adaptive rule on dL/dw with its step times Psi' is the one that the paper adopts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -168,13 +169,15 @@ class _Fast(_Companded):
             for p, gradient in hidden:
                 p.grad = gradient
         steps: dict[Any, Step] = {}  # most layers share one
+        work = []
         for name, p, group in live:
             moments, count = self._moments(p, name, group)
             after = attached.scales(name).numbers()
             key = id(group), count, before[name], after
             if key not in steps:
                 steps[key] = _numbers(self, group, count, scale, before[name], after)
-            attached.step(name, p.grad, moments, steps[key])  # type: ignore[attr-defined]
+            work.append((name, p.grad, moments, steps[key]))
+        attached.step(work)  # type: ignore[attr-defined]
 
     def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
         """Return the moments of a weight, made at its first step, and the number of this step."""
@@ -225,14 +228,15 @@ class _Fast(_Companded):
 def _numbers(optimizer: _Companded, group: dict[str, Any], count: int, scale: float,
              now: tuple[float, float], after: tuple[float, float]) -> Step:
     sign = -1.0 if group.get("maximize") else 1.0
-    usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]), "count": count,
-             "scale": scale * sign, "decay_on_v": optimizer.attached.options.decays_v}
+    usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]), "scale": scale * sign,
+              "decay_on_v": optimizer.attached.options.decays_v}
     if issubclass(optimizer.rule, ADAPTIVE):
         beta1, beta2 = (float(x) for x in group["betas"])
         return Step(*now, *after, **usual, adaptive=True, decoupled=_decoupled(optimizer.rule, group),
-                    beta1=beta1, beta2=beta2, eps=float(group["eps"]), amsgrad=bool(group["amsgrad"]))
-    return Step(*now, *after, **usual, momentum=float(group["momentum"]),
-                dampening=float(group["dampening"]), nesterov=bool(group["nesterov"]))
+                    beta1=beta1, beta2=beta2, eps=float(group["eps"]), amsgrad=bool(group["amsgrad"]),
+                    correct1=1 - beta1**count, correct2=math.sqrt(1 - beta2**count))
+    return Step(*now, *after, **usual, momentum=float(group["momentum"]), nesterov=bool(group["nesterov"]),
+                keep=1.0 if count == 1 else 1 - float(group["dampening"]))
 
 
 def _decoupled(rule: type, group: dict[str, Any]) -> bool:

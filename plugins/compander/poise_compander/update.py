@@ -9,9 +9,9 @@ its step times Psi' is powerpropagation's, which the paper adopts.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ class Step:
         What Psi is after the step; the same unless a and b are learned.
     scale : float
         Factor on the gradient (clipping, maximize).
-    count : int
-        Steps taken so far, this one included.
+    keep : float
+        Factor on what is added to the momentum: 1 at the first step, then 1 - dampening.
+    correct1, correct2 : float
+        Adam's corrections at step t: 1 - beta1^t, and the root of 1 - beta2^t.
     adaptive, decoupled, decay_on_v : bool
     """
 
@@ -42,20 +44,38 @@ class Step:
     b: Any
     a_next: Any
     b_next: Any
-    lr: float
+    lr: Any
     weight_decay: float
-    count: int
-    scale: float = 1.0
+    scale: Any = 1.0
     adaptive: bool = False
     decoupled: bool = False
     decay_on_v: bool = False
     momentum: float = 0.0
-    dampening: float = 0.0
     nesterov: bool = False
+    keep: Any = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
+    correct1: Any = 1.0
+    correct2: Any = 1.0
     eps: float = 1e-8
     amsgrad: bool = False
+
+
+CHANGING = ("a", "b", "a_next", "b_next", "lr", "scale", "keep", "correct1", "correct2")
+
+
+class Work(NamedTuple):
+    """What one step of one weight is done on: dense tensors of one shape and the same strides.
+
+    w is written, and read only where the decay needs it. Moments: SGD [momentum] or []; Adam [mean, square]
+    or [mean, square, largest square].
+    """
+
+    step: Step
+    w: Tensor
+    v: Tensor
+    g: Tensor
+    moments: Sequence[Tensor]
 
 
 def update(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, moments: list[Tensor]) -> None:
@@ -69,8 +89,7 @@ def update(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, mome
         SGD: [momentum] or []; Adam: [mean, square] or [mean, square, largest square].
     """
     slope = function.derivative(v, step.a, step.b)
-    if step.scale != 1.0:
-        g = g * step.scale
+    g = g * step.scale
     decay = step.weight_decay
     if step.adaptive:
         if decay and not step.decoupled:
@@ -91,10 +110,7 @@ def update(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, mome
 
 
 def _momentum(step: Step, move: Tensor, mean: Tensor) -> Tensor:
-    if step.count == 1:
-        mean.copy_(move)
-    else:
-        mean.mul_(step.momentum).add_(move, alpha=1 - step.dampening)
+    mean.mul_(step.momentum).add_(step.keep * move)
     return move + step.momentum * mean if step.nesterov else mean
 
 
@@ -105,8 +121,7 @@ def _adam(step: Step, g: Tensor, moments: list[Tensor]) -> Tensor:
     if step.amsgrad:
         torch.maximum(moments[2], square, out=moments[2])
         square = moments[2]
-    correction = math.sqrt(1 - step.beta2**step.count)
-    return mean / (1 - step.beta1**step.count) / (square.sqrt() / correction + step.eps)
+    return mean / step.correct1 / (square.sqrt() / step.correct2 + step.eps)
 
 
 def sums(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -130,15 +145,22 @@ def in_chunks(
 def compiled(
     function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, moments: list[Tensor]
 ) -> None:
-    """Take the step by a fused kernel of torch.compile: for devices without a C kernel."""
-    _compiled(function, step, w, v, g, moments)
+    """Take the step by a fused kernel of torch.compile: for devices without a C kernel.
+
+    What changes from step to step goes in as a tensor: as numbers of Python each would compile anew.
+    """
+    global _compiled
+    if _compiled is None:
+        _compiled = torch.compile(_with_numbers, dynamic=True)
+    changing = torch.tensor([float(getattr(step, name)) for name in CHANGING], dtype=torch.float64)
+    rest = replace(step, **dict.fromkeys(CHANGING))
+    _compiled(function, rest, changing.to(w.device, w.dtype), w, v, g, moments)
 
 
-def _compiled(*arguments: Any) -> None:
-    global _update
-    if _update is None:
-        _update = torch.compile(update, dynamic=True)
-    _update(*arguments)
+_compiled: Any = None
 
 
-_update: Any = None
+def _with_numbers(
+    function: Function, step: Step, changing: Tensor, w: Tensor, v: Tensor, g: Tensor, moments: list[Tensor]
+) -> None:
+    update(function, replace(step, **dict(zip(CHANGING, changing.unbind()))), w, v, g, moments)
