@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from poise_compander import diagnostics, functions
     from poise_compander.attached import AttachedCompander
-    from poise_compander.components import LrMatched, WeightCompander
+    from poise_compander.components import (
+        LrMatched,
+        PaperCompander,
+        PowerPropagation,
+        WeightCompander,
+        WeightNorm,
+    )
 
-_HOMES = {"WeightCompander": "components", "LrMatched": "components", "AttachedCompander": "attached"}
+_HOMES = {
+    "AttachedCompander": "attached",
+    **dict.fromkeys(("WeightCompander", "PaperCompander", "LrMatched", "PowerPropagation", "WeightNorm"),
+                    "components"),
+}
 _MODULES = ("diagnostics", "functions")
-__all__ = ["AttachedCompander", "LrMatched", "WeightCompander", "diagnostics", "functions"]
+__all__ = ["AttachedCompander", "LrMatched", "PaperCompander", "PowerPropagation", "WeightCompander",
+           "WeightNorm", "diagnostics", "functions"]
 
 
 def __getattr__(name: str):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from poise_compander.attached import AttachedCompander
     from poise_compander.controls import AttachedLrMatched
+    from poise_compander.weight_norm import AttachedWeightNorm
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,44 @@ class WeightCompander:
 
 
 @dataclass(frozen=True)
+class PaperCompander:
+    """The compander with the pair (a, b) that the paper chose for a model on a data set.
+
+    Source: arXiv 2306.16993 sections IV-A to IV-C: the best of 36 pairs, searched on one of the seeds that the
+    paper reports; with `learned`, one pair for each layer from (0.5, 1.0), unguarded, decay on v.
+    """
+
+    model: str = option("resnet18", "the paper's model: resnet18, resnet34, resnet50, vgg16, vgg19, wrn28_10")
+    data: str = option("cifar10", "the paper's data: cifar10, cifar100, tinyimagenet, imagenet")
+    learned: bool = option(False, "train the pairs, one for each layer; model and data do not matter then")
+    bound_policy: str = option("raise", "what to do with weights at or over the bound at attach",
+                               choices=("raise", "clamp", "grow"))
+    path: str = option("fast", "who computes w: the optimizer (fast), or torch's parametrize (reference)",
+                       choices=("fast", "reference"))
+
+    freezes_base: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.options  # noqa: B018 - refuses what the paper did not train
+
+    @property
+    def options(self) -> WeightCompander:
+        """The compander that this stands for."""
+        from poise_compander.presets import LEARNED, pair
+
+        how = {"bound_policy": self.bound_policy, "path": self.path}
+        if self.learned:
+            return WeightCompander(**LEARNED, **how)
+        a, b = pair(self.model, self.data)
+        return WeightCompander(a=a, b=b, **how)
+
+    def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
+        """Reparameterize the model, in place; see `WeightCompander.attach`."""
+        return self.options.attach(model, name)
+
+
+@dataclass(frozen=True)
 class LrMatched:
     """Plain training with the weights' learning rate times (a / b)^2; biases and norms as they are.
 
@@ -102,3 +141,58 @@ class LrMatched:
         from poise_compander.controls import attach
 
         return attach(self, model, name)
+
+
+@dataclass(frozen=True)
+class PowerPropagation:
+    """w = v |v|^(alpha - 1): small weights slow down and large ones speed up, the compander's opposite.
+
+    Source: Powerpropagation (arXiv 2110.00296), which the compander's paper compares with and takes the
+    adaptive rule from.
+    """
+
+    alpha: float = option(2.0, "the power; 1: plain training", low=1.0)
+    decay_on: str = option("v", "what weight decay acts on", choices=("w", "v"))
+    exclude: list[str] = option([], "patterns of layers to leave alone")
+
+    freezes_base: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"PowerPropagation.alpha={self.alpha!r}: allowed is a finite number >= 1")
+
+    def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
+        """Reparameterize the model, in place, on the fast path; see `WeightCompander.attach`."""
+        from poise_compander.functions import power
+
+        options = WeightCompander(power(self.alpha).name, a=1.0, b=1.0, decay_on=self.decay_on,
+                                  exclude=self.exclude)
+        return options.attach(model, name)
+
+
+@dataclass(frozen=True)
+class WeightNorm:
+    """w = g v / ||v|| for each output row, by torch's own parametrization; decay acts on g and v.
+
+    Source: weight normalization (arXiv 1602.07868), which the compander's paper compares with.
+    """
+
+    exclude: list[str] = option([], "patterns of layers to leave alone")
+
+    freezes_base: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def attach(self, model: nn.Module, name: str = "default") -> AttachedWeightNorm:
+        """Reparameterize linears and convolutions, in place.
+
+        Raises
+        ------
+        ConfigError
+            When no layer matches, a weight is reparameterized or tied, or one of its rows is zero.
+        """
+        from poise_compander.weight_norm import attach
+
+        return attach(self, model)

@@ -25,9 +25,12 @@ def effective_lr_factor(a: float, b: float) -> float:
 
 @torch.no_grad()
 def slopes(attached: AttachedCompander, name: str) -> Tensor:
-    """Return Psi'(v) / Psi'(0) of a layer, in the shape of its weight, between 0 and 1."""
+    """Return Psi'(v) / Psi'(0) of a layer, in the shape of its weight, between 0 and 1.
+
+    Powerpropagation's Psi'(0) is 0: there it is Psi'(v) itself.
+    """
     a, b = attached.scales(name).numbers()
-    zero = attached.function.derivative(0.0, a, b)
+    zero = attached.function.derivative(0.0, a, b) or 1.0
     return attached.function.derivative(attached.v(name).detach(), a, b) / zero
 
 
@@ -50,7 +53,7 @@ def layer_table(attached: AttachedCompander) -> list[dict[str, Any]]:
     for name in attached.companded:
         a, b = attached.scales(name).numbers()
         slope, w = slopes(attached, name), attached.w(name)
-        zero = attached.function.derivative(0.0, a, b)
+        zero = attached.function.derivative(0.0, a, b) or 1.0
         rows.append({
             "layer": name, "a": a, "b": b, "effective_lr_factor": effective_lr_factor(a, b),
             "mean_lr_factor": float((slope * zero).square().mean()),

@@ -101,6 +101,17 @@ tanh = Function("tanh", torch.tanh, torch.atanh, _sech_squared, 1.0)
 FUNCTIONS: dict[str, Function] = {f.name: f for f in (arctan, erf, arsinh, tanh)}
 
 
+def power(alpha: float) -> Function:
+    """Return w = v |v|^(alpha - 1), known by its name from then on: powerpropagation, for comparison.
+
+    Its derivative is 0 at 0, where no step leads away from: it is no compander, and `register` refuses it.
+    """
+    name = f"power{alpha:g}"
+    return FUNCTIONS.setdefault(name, Function(
+        name, lambda u: u.sign() * u.abs().pow(alpha), lambda u: u.sign() * u.abs().pow(1 / alpha),
+        lambda u: alpha * u.abs().pow(alpha - 1)))
+
+
 def named(name: str) -> Function:
     """Return a function by its name.
 

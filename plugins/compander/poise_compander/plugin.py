@@ -18,4 +18,16 @@ def register(registry) -> None:
         "control arm: plain weights at the learning rate a compander amounts to",
         tasks=TASKS, paper=f"{paper}, control not in the paper",
     )
+    registry.add(
+        "adapter", "compander_paper", "poise_compander.components:PaperCompander",
+        "the compander with the pair the paper chose for a model and a data set", paper=paper, tasks=TASKS,
+    )
+    registry.add(
+        "adapter", "weight_norm", "poise_compander.components:WeightNorm",
+        "for comparison: w = g v / ||v|| for each output row", paper="arXiv 1602.07868", tasks=TASKS,
+    )
+    registry.add(
+        "adapter", "powerprop", "poise_compander.components:PowerPropagation",
+        "for comparison: w = v |v|^(alpha - 1)", paper="arXiv 2110.00296", tasks=TASKS,
+    )
     registry.add_finding("compander steps", "poise_compander.native:status")

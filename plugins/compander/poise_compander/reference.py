@@ -135,18 +135,7 @@ class ReferenceCompander(AttachedCompander):
         self._unfolded, self.folded = {}, False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        if self.folded:
-            return self.model.state_dict()
-        tensors = {}
-        live = {f"{path}.".lstrip("."): m for path, m in self.model.named_modules(remove_duplicate=False)}
-        for key, value in self.model.state_dict().items():
-            path, mark, own = key.partition("parametrizations.weight.")
-            if not mark or path not in live:
-                tensors[key] = value
-            elif own == "original":
-                with torch.no_grad():
-                    tensors[f"{path}weight"] = live[path].weight.detach().clone()  # type: ignore[union-attr]
-        return tensors
+        return folded_state_dict(self.model)
 
     def _take_plain(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Let a plain checkpoint load: `X.weight` becomes v where the model has `X` companded."""
@@ -165,6 +154,20 @@ class ReferenceCompander(AttachedCompander):
     def detach(self) -> nn.Module:
         self._hook.remove()
         return super().detach()
+
+
+def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the checkpoint of a model with each parametrized weight in place of what it is computed from."""
+    tensors: dict[str, Tensor] = {}
+    live = {f"{path}.".lstrip("."): m for path, m in model.named_modules(remove_duplicate=False)}
+    for key, value in model.state_dict().items():
+        path, mark, _ = key.partition("parametrizations.weight.")
+        if not mark or path not in live:
+            tensors[key] = value
+        elif f"{path}weight" not in tensors:
+            with torch.no_grad():
+                tensors[f"{path}weight"] = live[path].weight.detach().clone()  # type: ignore[union-attr]
+    return tensors
 
 
 def _register(layer: Layer) -> None:
