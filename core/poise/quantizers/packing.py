@@ -111,16 +111,19 @@ class PackedMatrix:
     def dequantize(self, rows: slice | None = None) -> Tensor:
         """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""
         rows = rows or slice(None)
-        codes = unpack(self.codes[rows], self.bits, self.shape[1]).to(torch.float32)
-        blocks = self._blocks(codes)
-        if self.minimum is None:
-            blocks.sub_(2 ** (self.bits - 1)).mul_(self._per_block(self.scale, rows))
-        else:
-            blocks.mul_(self._per_block(self.scale, rows)).add_(self._per_block(self.minimum, rows))
+        codes = unpack(self.codes[rows], self.bits, self.shape[1])
+        blocks = self._blocks(self.values(codes)).mul_(self._per_block(self.scale, rows))
+        if self.minimum is not None:
+            blocks.add_(self._per_block(self.minimum, rows))
         return blocks.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
+    def values(self, codes: Tensor) -> Tensor:
+        """Return what codes (uint8) stand for before scaling, fp32, the same shape; a fresh tensor."""
+        values = codes.to(torch.float32)
+        return values.sub_(2 ** (self.bits - 1)) if self.minimum is None else values
+
     def _blocks(self, codes: Tensor) -> Tensor:
-        """View codes (rows, in) as (rows, groups, width); a copy only when a group is short."""
+        """View values (rows, in) as (rows, groups, width); a copy only when a group is short."""
         if self.group <= 0:
             return codes.unsqueeze(1)
         missing = -self.shape[1] % self.group

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from poise.errors import ConfigError
 from poise.options import check_options, option
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from poise_compander.attached import AttachedCompander
     from poise_compander.controls import AttachedLrMatched
+    from poise_compander.quantizer import CompandedMatrix
     from poise_compander.weight_norm import AttachedWeightNorm
 
 
@@ -85,12 +89,12 @@ class WeightCompander:
 class PaperCompander:
     """The compander with the pair (a, b) that the paper chose for a model on a data set.
 
-    Source: arXiv 2306.16993 sections IV-A to IV-C: the best of 36 pairs, searched on one of the seeds that the
-    paper reports; with `learned`, one pair for each layer from (0.5, 1.0), unguarded, decay on v.
+    Source: arXiv 2306.16993 sections IV-A to IV-C: the best of 36 pairs, searched on one of the seeds that
+    the paper reports; with `learned`, one pair for each layer from (0.5, 1.0), unguarded, decay on v.
     """
 
-    model: str = option("resnet18", "the paper's model: resnet18, resnet34, resnet50, vgg16, vgg19, wrn28_10")
-    data: str = option("cifar10", "the paper's data: cifar10, cifar100, tinyimagenet, imagenet")
+    model: str = option("resnet18", "resnet18, resnet34, resnet50, vgg16, vgg19 or wrn28_10")
+    data: str = option("cifar10", "cifar10, cifar100, tinyimagenet or imagenet")
     learned: bool = option(False, "train the pairs, one for each layer; model and data do not matter then")
     bound_policy: str = option("raise", "what to do with weights at or over the bound at attach",
                                choices=("raise", "clamp", "grow"))
@@ -108,11 +112,11 @@ class PaperCompander:
         """The compander that this stands for."""
         from poise_compander.presets import LEARNED, pair
 
-        how = {"bound_policy": self.bound_policy, "path": self.path}
-        if self.learned:
-            return WeightCompander(**LEARNED, **how)
-        a, b = pair(self.model, self.data)
-        return WeightCompander(a=a, b=b, **how)
+        chosen = LEARNED
+        if not self.learned:
+            a, b = pair(self.model, self.data)
+            chosen = WeightCompander(a=a, b=b)
+        return replace(chosen, bound_policy=self.bound_policy, path=self.path)
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
         """Reparameterize the model, in place; see `WeightCompander.attach`."""
@@ -196,3 +200,53 @@ class WeightNorm:
         from poise_compander.weight_norm import attach
 
         return attach(self, model)
+
+
+@dataclass(frozen=True)
+class Companded:
+    """Levels that are uniform in the companded domain: dense near zero, wide apart at the largest weights.
+
+    All 2^bits codes are used, symmetric, none of them zero. Takes bits + 16 / group bits per weight.
+    """
+
+    bits: int = option(4, "bits per weight", low=2, high=8, unit="bits")
+    group: int = option(64, "columns that share a scale; 0: a whole row (per channel); -1: the tensor",
+                        low=-1)
+    function: str = option("arctan", "what compresses: arctan, erf, arsinh, tanh, or a registered one")
+    sharpness: float = option(1.5, "how far into the function the largest weight reaches; near 0: uniform",
+                              above=0, high=10)
+
+    def __post_init__(self) -> None:
+        from poise_compander.names import FUNCTION_NAMES
+
+        check_options(self)
+        if self.function not in FUNCTION_NAMES:
+            from poise_compander.functions import named
+
+            named(self.function)
+
+    def quantize(self, weight: Tensor) -> CompandedMatrix:
+        """Quantize a matrix (out, in); raises `DataError` for NaN or Inf."""
+        from poise_compander.quantizer import quantize
+
+        return quantize(weight, self._table, self.bits, self.group)
+
+    def from_tensors(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> CompandedMatrix:
+        """Rebuild what `CompandedMatrix.tensors` returned."""
+        from poise_compander.quantizer import rebuild
+
+        return rebuild(tensors, self._table, self.bits, self.group, shape, dtype)
+
+    @property
+    def _table(self) -> Tensor:
+        return _levels(self.function, self.sharpness, self.bits)
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(function: str, sharpness: float, bits: int) -> Tensor:
+    from poise_compander.functions import named
+    from poise_compander.quantizer import levels
+
+    return levels(named(function), sharpness, bits)

@@ -99,7 +99,7 @@ class FastCompander(AttachedCompander):
         work = [self._work(name, gradient, moments, step) for name, gradient, moments, step in wanted]
         for one in self._by_kernel(work):
             take = update.in_chunks if one.w.device.type == "cpu" else update.compiled
-            take(self.function, one.step, *(flat(t) for t in (one.w, one.v, one.g)),
+            take(self.function, one.step, flat(one.w), flat(one.v), flat(one.g),
                  [flat(m) for m in one.moments])
         for name, *_ in wanted:
             self._versions[name] = self.parameter(name)._version

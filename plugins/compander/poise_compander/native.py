@@ -36,10 +36,12 @@ _ADAPTIVE, _DECOUPLED, _ON_V, _NESTEROV, _AMSGRAD, _MOMENTUM, _DECAY = (1 << i f
 _lock = threading.Lock()
 
 
+_NUMBERS = ("a", "b", "a_next", "b_next", "lr", "weight_decay", "scale", "momentum", "keep", "beta1",
+            "beta2", "eps", "correct1", "correct2")  # in the order of the struct in kernel.c
+
+
 class _Numbers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_double) for name in (
-        "a", "b", "a_next", "b_next", "lr", "weight_decay", "scale", "momentum", "keep", "beta1", "beta2",
-        "eps", "correct1", "correct2")]
+    _fields_ = [(name, ctypes.c_double) for name in _NUMBERS]
 
 
 class _Layer(ctypes.Structure):
@@ -96,7 +98,7 @@ def _team() -> ctypes.c_void_p | None:
 
 
 def _numbers(step: Step) -> _Numbers:
-    return _Numbers(*(float(getattr(step, name)) for name, _ in _Numbers._fields_))
+    return _Numbers(*(float(getattr(step, name)) for name in _NUMBERS))
 
 
 def _flags(step: Step, moments: Sequence[Tensor]) -> int:

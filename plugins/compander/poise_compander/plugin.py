@@ -30,4 +30,9 @@ def register(registry) -> None:
         "adapter", "powerprop", "poise_compander.components:PowerPropagation",
         "for comparison: w = v |v|^(alpha - 1)", paper="arXiv 2110.00296", tasks=TASKS,
     )
+    registry.add(
+        "quantizer", "companded", "poise_compander.components:Companded",
+        "levels uniform in the companded domain, dense near zero", example={"bits": 4, "group": 8},
+        paper=f"{paper}, use not in the paper",
+    )
     registry.add_finding("compander steps", "poise_compander.native:status")

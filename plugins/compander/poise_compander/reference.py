@@ -157,7 +157,7 @@ class ReferenceCompander(AttachedCompander):
 
 
 def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the checkpoint of a model with each parametrized weight in place of what it is computed from."""
+    """Return the model's checkpoint with each parametrized weight in place of what it is computed from."""
     tensors: dict[str, Tensor] = {}
     live = {f"{path}.".lstrip("."): m for path, m in model.named_modules(remove_duplicate=False)}
     for key, value in model.state_dict().items():
