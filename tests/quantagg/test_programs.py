@@ -158,6 +158,31 @@ def test_fine_with_free_weights(kind):
     check("fine_free", 100, 6, 9, kind)
 
 
+@pytest.mark.parametrize("shift", [-1e6, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("name", ["medium_free", "fine_free", "coarse_free"])
+def test_free_weights_far_from_zero(name, shift):
+    """HiGHS gets the program about one model: its column in units of the shift, and differences to it."""
+    Z, y, levels = problem(150, 4, 5)
+    form = FORMS.get(name) or Form(lambda *rows: fine(*rows, simplex=False), FORMS["fine"].columns, False)
+    found = form.solve(Z + shift, y + shift, levels, np.ones(len(y)))
+    optimum = 0.0
+    for k, level in enumerate([levels] if form.whole else levels):
+        A = form.columns(Z, k)
+        target = (np.repeat(y, 5) if form.whole else y) - A[:, 0]
+        about = np.c_[A[:, 0] / abs(shift) + np.sign(shift), A[:, 1:] - A[:, :1]]
+        tau = np.tile(level, len(y)) if form.whole else np.full(len(y), level)
+        optimum += pinball_program(about, target, np.ones(len(target)), tau, simplex=False)[1]
+    optimum /= 5 * len(y)
+    assert found.objective <= optimum * (1 + EXCESS)
+    assert found.gap <= GAP * found.objective
+    # and it is what the weights give
+    w = found.w if name != "coarse_free" else found.w[:, None]
+    q = (np.einsum("npk,pkm->nm", Z + shift, w) if name == "fine_free" else
+         np.einsum("npm,pm->nm", Z + shift, np.broadcast_to(w, (4, 5))))
+    r = (y + shift)[:, None] - q
+    assert np.maximum(levels * r, (levels - 1) * r).mean() == pytest.approx(found.objective, rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "p", "m"), [(1000, 20, 9), (300, 2, 99)])

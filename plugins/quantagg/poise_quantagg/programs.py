@@ -204,10 +204,12 @@ def _general(
         shift = found.w[:, 0] * n**-0.5 if intercept else np.zeros(b)
         return found, found.w[:, -p:], shift
     Q, T = basis(A, intercept, dependent)
-    start = np.matmul(Q, y[:, :, None])  # least squares
-    rest = y - np.matmul(start.swapaxes(1, 2), Q)[:, 0]
+    about = np.zeros((b, Q.shape[1])) if intercept else _level(A, y)
+    rest = y if intercept else y - np.matmul(about[:, None], A)[:, 0]
+    start = np.matmul(Q, rest[:, :, None])  # least squares
+    rest = rest - np.matmul(start.swapaxes(1, 2), Q)[:, 0]
     found = solve(Q, rest, s, tau, np.zeros(Q.shape[1], dtype=bool))
-    w = np.matmul(T, found.w[:, :, None] + start)[:, :, 0]
+    w = about + np.matmul(T, found.w[:, :, None] + start)[:, :, 0]
     shift = w[:, 0] if intercept else np.zeros(b)
     # what the weights themselves achieve, rounding of T included
     r = y - np.matmul(w[:, None, -p:], A)[:, 0] - shift[:, None]
@@ -238,14 +240,17 @@ def basis(
     T : array, shape (b, q, q)
     """
     b, p, n = A.shape
-    mean = A.mean(axis=2) if intercept else np.zeros((b, p))
+    mean = A.mean(axis=2)
     X = A - mean[:, :, None]
     length = np.sqrt(np.einsum("bpn,bpn->bp", X, X))
     size = np.abs(A).max(axis=2) * np.sqrt(n)
-    inverse = np.where(length > 1e-14 * size, 1 / np.where(length > 0, length, 1.0), 0.0)
+    length = np.where(length > 1e-14 * size, length, 0.0 if intercept else size)
+    inverse = np.where(length > 0, 1 / np.where(length > 0, length, 1.0), 0.0)
     X *= inverse[:, :, None]
     T = np.zeros((b, p, p))
     np.einsum("bjj->bj", T)[:] = inverse
+    if not intercept:
+        X, T = _one_location(X, T, mean * inverse)
     for _ in range(2):  # the second pass removes the rounding of the first
         value, vector = np.linalg.eigh(np.matmul(X, X.swapaxes(1, 2)))
         if (value < _SQUARING * value[:, -1:]).any():
@@ -264,6 +269,40 @@ def basis(
     whole[:, 0, 1:] = -np.matmul(mean[:, None], T)[:, 0]
     whole[:, 1:, 1:] = T
     return Q, whole
+
+
+def _level(A: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return weights (b, p) that take the means of A (b, p, N) to that of y (b, N); 0 where A has none.
+
+    What is left to solve for is then of the size of deviations: a weight's last digit, times a mean of a
+    million deviations, is a visible error.
+    """
+    mean, spread = A.mean(axis=2), A.std(axis=2)
+    far = (np.abs(mean) > spread).all(axis=1)
+    ratio = np.where(far[:, None], 1 / np.where(mean == 0, 1.0, mean), 0.0)
+    return ratio * y.mean(axis=1, keepdims=True) / mean.shape[1]
+
+
+def _one_location(X: np.ndarray, T: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn centred rows X (b, p, N) so that one of them alone carries their means (b, p).
+
+    Rows far from zero all point the same way, and what distinguishes them would be lost beside it. A
+    reflection of the p coefficients gathers the means in the first row; the others stay centred.
+    """
+    location = np.linalg.norm(mean, axis=1)
+    normal = mean.copy()
+    sign = np.where(mean[:, 0] < 0, -1.0, 1.0)
+    normal[:, 0] += sign * location
+    square = np.einsum("bp,bp->b", normal, normal)
+    factor = np.where(square > 0, 2 / np.where(square > 0, square, 1.0), 0.0)
+    mirror = np.eye(mean.shape[1]) - factor[:, None, None] * normal[:, :, None] * normal[:, None]
+    X, T = np.matmul(mirror, X), np.matmul(T, mirror)
+    X[:, 0] -= (sign * location)[:, None]
+    first = np.linalg.norm(X[:, 0], axis=1)
+    scale = np.where(first > 0, 1 / np.where(first > 0, first, 1.0), 0.0)
+    X[:, 0] *= scale[:, None]
+    T[:, :, 0] *= scale[:, None]
+    return X, T
 
 
 # ------------------------------------------------------------------ fine
@@ -314,14 +353,16 @@ def _fine_free(flat, y, s, levels, all_s, p: int) -> Program:
     Q, T = basis(flat.T[None])
     whole = np.einsum("qn,qn->q", Q[0], Q[0]) > 0.5
     Q, T = Q[:, whole], T[:, :, whole]
-    start = Q[0] @ y
-    rest = y - start @ Q[0]
+    about = _level(flat.T[None], y[None])[0]
+    rest = y - flat @ about
+    start = Q[0] @ rest
+    rest = rest - start @ Q[0]
     found, w = [], np.empty((m, p * m))
     for k in range(m):
         one = solve(Q, rest, s, levels[k : k + 1, None], np.zeros(Q.shape[1], dtype=bool))
         if one.gap[0] > _CERTIFIED * one.objective[0]:
             one = _by_highs(one, Q[0], rest, s, np.full(len(s), levels[k]))
-        w[k] = T[0] @ (one.w[0] + start)
+        w[k] = about + T[0] @ (one.w[0] + start)
         # what the weights themselves achieve, rounding of T included
         r = y - flat @ w[k]
         value = s @ np.maximum(levels[k] * r, (levels[k] - 1) * r)
