@@ -23,6 +23,7 @@ from poise_quantagg.adapters import per_level, wrap
 from poise_quantagg.checks import QuantileWarning
 from poise_quantagg.components import ExtraTrees, HistBoosting, LightGBM, Linear, MultiQuantileNet
 from poise_quantagg.conformal import beta_band
+from poise_quantagg.defaults import default_models
 from poise_quantagg.estimator import QuantileAggregatorRegressor
 from poise_quantagg.scores import interval_coverage, pinball
 
@@ -68,7 +69,7 @@ def test_scikit_learns_checks_of_the_default(estimator, check):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d", [1, 8, 40])
+@pytest.mark.parametrize("d", [1, 8, 40, 80, 200, 1000])
 def test_a_default_fit_of_a_hundred_rows_takes_at_most_a_second(d):
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(100, d)), rng.normal(size=100)
@@ -76,6 +77,13 @@ def test_a_default_fit_of_a_hundred_rows_takes_at_most_a_second(d):
     start = time.process_time()
     QuantileAggregatorRegressor().fit(X, y)
     assert time.process_time() - start <= 1
+
+
+@pytest.mark.parametrize(("n", "d", "has"), [(100, 50, True), (100, 51, False), (153, 51, True),
+                                             (152, 51, False), (500, 400, False)])
+def test_the_default_leaves_the_linear_model_out_of_wide_tables(n, d, has):
+    assert ("linear" in default_models(n, d)) == has
+    assert len(default_models(n, d)) >= 2
 
 
 def test_it_works_in_a_pipeline_a_grid_search_and_cross_validation():
