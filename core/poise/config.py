@@ -31,8 +31,11 @@ class Train:
     momentum: float = option(0.9, "momentum of sgd", low=0, below=1)
     weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", low=0)
     schedule: str = option(
-        "constant", "learning rate after warm-up", choices=("constant", "linear", "cosine")
+        "constant", "learning rate after warm-up", choices=("constant", "linear", "cosine", "steps")
     )
+    milestones: list[float] = option([0.5, 0.75], "steps: shares of the run after which the rate drops",
+                                     above=0, below=1)
+    factor: float = option(0.1, "steps: what the rate is multiplied by at each milestone", above=0, below=1)
     warmup: int = option(0, "steps of linear warm-up", low=0, unit="steps")
     clip: float | None = option(None, "largest norm of the gradient", above=0)
     precision: str = option("fp32", "arithmetic of forward passes", choices=("fp32", "bf16"))

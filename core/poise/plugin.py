@@ -12,6 +12,11 @@ def register(registry) -> None:
     add("model", "resnet20", f"{models}:ResNet20", "CIFAR-style residual network, 20 layers",
         tasks=("classification",),
         example={"in_channels": 1, "classes": 3, "width": 4}, paper="arXiv 1512.03385")
+    add("model", "cnn", f"{models}:CNN", "small convolutional network with batch norm",
+        tasks=("classification",), example={"in_channels": 1, "classes": 3, "widths": [4, 8]})
+    add("model", "resnet18", f"{models}:ResNet18", "residual network of four stages for small images",
+        tasks=("classification",), paper="arXiv 1512.03385",
+        example={"in_channels": 1, "classes": 3, "width": 4, "blocks": [1, 1, 1, 1]})
     add("model", "causal_lm", f"{models}:CausalLM",
         "a local transformers directory, or a tiny random model of any class",
         tasks=("causal_lm",), example={"architecture": "LlamaForCausalLM", "hidden_size": 32})

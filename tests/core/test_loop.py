@@ -15,8 +15,8 @@ from torch import nn
 
 from poise.config import Train
 from poise.errors import ConfigError, FileError, RunError
-from poise.interfaces import Arrays
-from poise.recipes.classify import ClassifyTask
+from poise.interfaces import Arrays, Splits
+from poise.recipes.classify import ClassifyTask, crop_flip, loaded, tensors
 from poise.recipes.loop import Order, build_optimizer, fit, rate
 from poise.runs.checkpoint import Checkpoints
 from poise.runs.context import Interrupted, RunContext, seed_for
@@ -46,7 +46,7 @@ def settings_of(**options):
 
 def task_of(model, train, n=40, cls=ClassifyTask):
     order = Order(n, train.batch_size, 5)
-    return cls(model, rows(n), rows(16, 1), order, train.accumulate, "cpu")
+    return cls(model, tensors(rows(n), "cpu"), tensors(rows(16, 1), "cpu"), order, train.accumulate)
 
 
 def context_of(folder, keep=9, keep_rows=None):
@@ -374,3 +374,79 @@ def test_the_first_signal_asks_and_the_second_one_raises(number, tmp_path):
         assert context.stopping
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+# ------------------------------------------------------------------ schedules, images, best checkpoints
+
+
+def test_the_rate_drops_at_each_milestone():
+    train = settings_of(steps=20, schedule="steps", milestones=[0.45, 0.68], factor=0.2)
+    found = [round(rate(train, step), 6) for step in range(20)]
+    assert found == [1.0] * 9 + [0.2] * 5 + [0.04] * 6
+
+
+@pytest.mark.parametrize("bad", [{"milestones": [0.0]}, {"milestones": [1.0]}, {"factor": 1.0}])
+def test_milestones_are_shares_of_the_run(bad):
+    with pytest.raises(ConfigError):
+        settings_of(schedule="steps", **bad)
+
+
+def test_augmented_images_are_moved_and_mirrored_ones():
+    x = torch.rand(200, 2, 6, 5) + 0.5
+    moved = crop_flip(x, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    kinds = set()
+    for image, wide in zip(moved, padded):
+        found = [(i, j, flip) for i in range(9) for j in range(9) for flip in (False, True)
+                 if torch.equal(wide[:, i:i + 6, j:j + 5].flip([-1] * flip), image)]
+        assert found
+        kinds.add(found[0])
+    assert len(kinds) > 80
+    assert torch.equal(moved, crop_flip(x, torch.Generator().manual_seed(0)))
+
+
+def test_an_augmented_batch_depends_on_its_step_alone():
+    images = Arrays(np.random.default_rng(0).random((12, 1, 6, 6), dtype=np.float32), np.arange(12) % 3)
+    both = tensors(images, "cpu")
+    task = ClassifyTask(network(), both, both, Order(12, 4, 5), 1, augment=True)
+    first, again, other = task.batch(3, 0)[0], task.batch(3, 0)[0], task.batch(6, 0)[0]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_normalised_training_rows_have_mean_zero_and_deviation_one():
+    rng = np.random.default_rng(0)
+    splits = Splits(*(Arrays(rng.normal(3, 2, (50, 2, 4, 4)), np.zeros(50, int)) for _ in range(3)), {})
+    found = loaded(splits, True, "cpu")
+    x = found["train"][0]
+    assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(2), atol=1e-5)
+    mean = torch.as_tensor(splits.train.x).float().mean((0, 2, 3), keepdim=True)
+    std = torch.as_tensor(splits.train.x).float().std((0, 2, 3), keepdim=True)
+    test = torch.as_tensor(splits.test.x).float()
+    assert torch.allclose(found["test"][0], (test - mean) / std, atol=1e-5)
+    constant = Splits(*(Arrays(np.ones((4, 3)), np.zeros(4, int)) for _ in range(3)), {})
+    assert torch.equal(loaded(constant, True, "cpu")["test"][0], torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("adapter", [None, "compander"])
+def test_the_best_checkpoint_is_scored_on_a_copy(tmp_path, adapter):
+    """With a rate that ruins the network at the end, the best step is not the last."""
+    from poise.interfaces import Parts
+    from poise.registry import build
+
+    parts = Parts(
+        data=build("data", "digits", limit=200), model=build("model", "mlp", hidden=[16]),
+        train=settings_of(steps=40, optimizer="sgd", lr=0.2, eval_every=10, checkpoint_every=10),
+        adapter=build("adapter", adapter, path="fast") if adapter else None,
+        names={"model": "mlp", "data": "digits"})
+    context = context_of(tmp_path)
+    try:
+        metrics = build("recipe", "classify", normalise=True).run(parts, context)
+    finally:
+        context.records.close()
+    errors = {s: v for s, n, v in recorded(tmp_path) if n == "validation_error"}
+    assert errors[int(metrics["best_step"])] == min(errors.values())
+    assert 0 <= metrics["best_test_accuracy"] <= 1
+    if metrics["best_step"] == 40:
+        assert metrics["best_test_accuracy"] == metrics["test_accuracy"]

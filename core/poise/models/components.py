@@ -55,6 +55,39 @@ class MLP:
         return make_mlp(inputs, classes, self.hidden, self.activation, self.dropout)
 
 
+def _image_sizes(component: Any, spec: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Return channels and classes of a network for images, as given or as the data has them."""
+    name, known = type(component).__name__, dict(spec or {})
+    if component.in_channels is None and len(known.get("input_shape", ())) not in (0, 3):
+        raise ConfigError(
+            f"{name} needs images (channels, height, width); the data has the shape "
+            f"{tuple(known['input_shape'])}: use model=mlp"
+        )
+    if known.get("input_shape"):
+        known["channels"] = known["input_shape"][0]
+    return (_size(component.in_channels, known, "channels", f"{name}.in_channels"),
+            _size(component.classes, known, "n_classes", f"{name}.classes"))
+
+
+@dataclass(frozen=True)
+class CNN:
+    """Convolutions of stride 2 with batch norm, mean over positions, a linear layer."""
+
+    trained: ClassVar[bool] = False
+    in_channels: int | None = option(None, "channels of the images; null: from the data", low=1)
+    classes: int | None = option(None, "outputs; null: from the data", low=1)
+    widths: list[int] = option([16, 32, 64], "channels of each convolution", low=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, spec: Mapping[str, Any] | None = None) -> nn.Module:
+        """Return a module from (batch, channels, height, width) to (batch, classes)."""
+        from poise.models.cnn import make_cnn
+
+        return make_cnn(*_image_sizes(self, spec), self.widths)
+
+
 @dataclass(frozen=True)
 class ResNet20:
     """The CIFAR-style residual network with three stages of three blocks."""
@@ -71,17 +104,27 @@ class ResNet20:
         """Return a module from (batch, channels, height, width) to (batch, classes)."""
         from poise.models.resnet import ResNet
 
-        known = dict(spec or {})
-        if self.in_channels is None and len(known.get("input_shape", ())) not in (0, 3):
-            raise ConfigError(
-                f"ResNet20 needs images (channels, height, width); the data has the shape "
-                f"{tuple(known['input_shape'])}: use model=mlp"
-            )
-        if known.get("input_shape"):
-            known["channels"] = known["input_shape"][0]
-        channels = _size(self.in_channels, known, "channels", "ResNet20.in_channels")
-        classes = _size(self.classes, known, "n_classes", "ResNet20.classes")
-        return ResNet(channels, classes, self.width)
+        return ResNet(*_image_sizes(self, spec), self.width)
+
+
+@dataclass(frozen=True)
+class ResNet18:
+    """The residual network of four stages, with the first layer of the CIFAR form (3x3, no pooling)."""
+
+    trained: ClassVar[bool] = False
+    in_channels: int | None = option(None, "channels of the images; null: from the data", low=1)
+    classes: int | None = option(None, "outputs; null: from the data", low=1)
+    width: int = option(64, "channels of the first stage", low=1)
+    blocks: list[int] = option([2, 2, 2, 2], "blocks of each stage; [3, 4, 6, 3] is ResNet34", low=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def build(self, spec: Mapping[str, Any] | None = None) -> nn.Module:
+        """Return a module from (batch, channels, height, width) to (batch, classes)."""
+        from poise.models.resnet import ResNet
+
+        return ResNet(*_image_sizes(self, spec), self.width, self.blocks, projected=True)
 
 
 @dataclass(frozen=True)
@@ -166,4 +209,4 @@ class SmolLM2:
         return smollm2.tokenizer()
 
 
-__all__ = ["MLP", "CausalLM", "ResNet20", "SmolLM2"]
+__all__ = ["CNN", "MLP", "CausalLM", "ResNet18", "ResNet20", "SmolLM2"]

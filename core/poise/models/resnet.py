@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,32 +16,49 @@ class Block(nn.Module):
     """Two 3x3 convolutions beside an identity; (batch, inputs, h, w) to (batch, outputs, ...).
 
     Where the shape changes the identity skips every other pixel and pads channels with zeros
-    (the paper's option A: no parameters).
+    (the paper's option A: no parameters), or is a 1x1 convolution (option B).
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, projected: bool = False) -> None:
         super().__init__()
         self.conv1, self.norm1 = _convolution(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.norm2 = _convolution(outputs, outputs), nn.BatchNorm2d(outputs)
         self.stride, self.extra = stride, outputs - inputs
+        self.beside = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        ) if projected and inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
+        if self.beside is not None:
+            return F.relu(y + self.beside(x))
         x = x[:, :, :: self.stride, :: self.stride]
         return F.relu(y + F.pad(x, (0, 0, 0, 0, 0, self.extra)))
 
 
 class ResNet(nn.Module):
-    """Three stages of `blocks` blocks: 6 * blocks + 2 layers; images of any size."""
+    """Stages of blocks, each of twice the width and half the size of the one before; images of any size.
 
-    def __init__(self, channels: int, classes: int, width: int = 16, blocks: int = 3) -> None:
+    Parameters
+    ----------
+    channels, classes : int
+    width : int
+        Channels of the first stage.
+    blocks : sequence of int
+        Blocks of each stage, two layers each.
+    projected : bool
+        Where the shape changes, a 1x1 convolution (option B) instead of skipping and padding (option A).
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 16, blocks: Sequence[int] = (3, 3, 3),
+                 projected: bool = False) -> None:
         super().__init__()
         self.stem, self.norm = _convolution(channels, width), nn.BatchNorm2d(width)
-        widths = [width * 2**stage for stage in range(3) for _ in range(blocks)]
+        widths = [width * 2**stage for stage, count in enumerate(blocks) for _ in range(count)]
         before = [width, *widths[:-1]]
         self.blocks = nn.Sequential(
-            *(Block(i, o, 1 if i == o else 2) for i, o in zip(before, widths))
+            *(Block(i, o, 1 if i == o else 2, projected) for i, o in zip(before, widths))
         )
         self.head = nn.Linear(widths[-1], classes)
         for module in self.modules():

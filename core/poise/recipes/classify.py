@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.interfaces import Arrays, Parts
-from poise.recipes.loop import Order, build_optimizer, fit
-from poise.recipes.prepare import prepare, save_final, sizes
-from poise.runs.context import RunContext
+from poise.errors import ConfigError
+from poise.interfaces import Arrays, Parts, Splits
+from poise.recipes.components import Classify
+from poise.recipes.loop import Order, build_optimizer, fit, load_trained
+from poise.recipes.prepare import finish, observed, prepare, save_final, sizes
+from poise.runs.context import RunContext, seed_for
 
+Rows = tuple[Tensor, Tensor]  # inputs (n, ...) and classes (n,)
 _EVAL_ROWS = 512
+_PAD = 4  # pixels that an augmented image may move
 
 
 class ClassifyTask:
     """Cross-entropy on rows held in memory."""
 
     def __init__(
-        self, model: nn.Module, train: Arrays, validation: Arrays, order: Order, accumulate: int,
-        device: str,
+        self, model: nn.Module, train: Rows, validation: Rows, order: Order, accumulate: int, *,
+        augment: bool = False, attached: Any = None,
     ) -> None:
         self.model, self.order, self.accumulate = model, order, accumulate
-        self.x, self.y = tensors(train, device)
-        self.validation = tensors(validation, device)
+        (self.x, self.y), self.validation = train, validation
+        self.augment, self.attached = augment, attached
 
     def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        rows = self.order.rows(step * self.accumulate + part)
-        return self.x[rows], self.y[rows]
+        index = step * self.accumulate + part
+        rows = self.order.rows(index)
+        x = self.x[rows]
+        if self.augment:
+            seed = seed_for(self.order.seed, f"augment/{index}")
+            x = crop_flip(x, torch.Generator().manual_seed(seed))
+        return x, self.y[rows]
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
         return len(batch[1])
@@ -39,13 +49,40 @@ class ClassifyTask:
 
     def evaluate(self) -> dict[str, float]:
         loss, accuracy = score(self.model, *self.validation)
-        return {"validation_loss": loss, "validation_accuracy": accuracy}
+        return {"validation_loss": loss, "validation_accuracy": accuracy, "validation_error": 1 - accuracy,
+                **observed(self.attached)}
 
 
-def tensors(rows: Arrays, device: str) -> tuple[Tensor, Tensor]:
+def crop_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (n, c, h, w) moved by up to 4 pixels each way, half of them mirrored."""
+    n, _, height, width = x.shape
+    down, right = torch.randint(0, 2 * _PAD + 1, (2, n), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    rows = down[:, None] + torch.arange(height)
+    columns = torch.arange(width).expand(n, width)
+    columns = right[:, None] + torch.where(mirrored[:, None], width - 1 - columns, columns)
+    padded = F.pad(x, (_PAD,) * 4)
+    picked = [torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    moved = padded.permute(0, 2, 3, 1)[tuple(i.to(x.device) for i in picked)]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def tensors(rows: Arrays, device: str) -> Rows:
     """Return float32 inputs and int64 classes on the device."""
     x = torch.as_tensor(rows.x, dtype=torch.float32, device=device)
     return x, torch.as_tensor(rows.y, dtype=torch.int64, device=device)
+
+
+def loaded(splits: Splits, normalise: bool, device: str) -> dict[str, Rows]:
+    """Return the three splits as tensors, normalised with the statistics of the training rows."""
+    found = {name: tensors(getattr(splits, name), device) for name in ("train", "validation", "test")}
+    if not normalise:
+        return found
+    x = found["train"][0]
+    axes = [i for i in range(x.ndim) if i != 1]
+    mean, deviation = x.mean(axes, keepdim=True), x.std(axes, keepdim=True)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return {name: ((x - mean) / deviation, y) for name, (x, y) in found.items()}
 
 
 @torch.no_grad()
@@ -55,32 +92,45 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(F.cross_entropy(outputs, y)), float((outputs.argmax(-1) == y).double().mean())
 
 
-def run(parts: Parts, context: RunContext) -> dict[str, float]:
+def run(options: Classify, parts: Parts, context: RunContext) -> dict[str, float]:
     """Train, evaluate on the test split, save; see `Classify`."""
     assert parts.data is not None and parts.train is not None
     splits = parts.data.load(context.seed)
     context.note("data", splits.provenance)
+    rows = loaded(splits, options.normalise, context.device)
+    if options.augment != "none" and rows["train"][0].ndim != 4:
+        raise ConfigError(f"recipe.augment={options.augment} is for images; the data has rows of shape "
+                          f"{tuple(rows['train'][0].shape[1:])}: write recipe.augment=none")
     model, attached = prepare(parts, context, splits.spec)
     order = Order(len(splits.train), parts.train.batch_size, context.seed_for("order"))
-    task = ClassifyTask(
-        model, splits.train, splits.validation, order, parts.train.accumulate, context.device
-    )
+    task = ClassifyTask(model, rows["train"], rows["validation"], order, parts.train.accumulate,
+                        augment=options.augment != "none", attached=attached)
     model.train()
     seconds: float = 0.0
     if parts.train.steps:
         optimizer = build_optimizer(parts.train, model, attached)
         seconds = fit(task, optimizer, parts.train, context)
     model.eval()
-    metrics = _final(model, splits, context.device) | sizes(model) | {"step_seconds": seconds}
-    if attached is not None:
-        context.note("adapter", attached.report())
+    metrics = _final(model, rows) | _best(model, rows["test"], context)
+    finish(attached, context)
     save_final(model, attached, context)
-    return metrics
+    return metrics | sizes(model) | {"step_seconds": seconds}
 
 
-def _final(model: nn.Module, splits: Any, device: str) -> dict[str, float]:
+def _final(model: nn.Module, rows: dict[str, Rows]) -> dict[str, float]:
     metrics = {}
-    for name in ("train", "validation", "test"):
-        loss, accuracy = score(model, *tensors(getattr(splits, name), device))
+    for name, part in rows.items():
+        loss, accuracy = score(model, *part)
         metrics |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
     return metrics
+
+
+def _best(model: nn.Module, test: Rows, context: RunContext) -> dict[str, float]:
+    """Return what the checkpoint of the lowest validation error scores on the test rows."""
+    best = context.checkpoints.best()
+    if best is None:
+        return {}
+    other = copy.deepcopy(model).eval()  # nobody watches over a copy's weights
+    load_trained(other, best)
+    loss, accuracy = score(other, *test)
+    return {"best_step": float(best.step), "best_test_loss": loss, "best_test_accuracy": accuracy}

@@ -11,7 +11,18 @@ from poise.options import check_options, option
 
 @dataclass(frozen=True)
 class Classify:
-    """Train a classifier on images or tables and report accuracy on held-out rows."""
+    """Train a classifier on images or tables and report accuracy on held-out rows.
+
+    Test results are those of the last step, and, as `best_`, those of the checkpoint of the lowest
+    validation error: let `train.checkpoint_every` equal `train.eval_every` to have every evaluation count.
+    """
+
+    normalise: bool = option(False, "give each channel (each column of a table) mean 0 and deviation 1")
+    augment: str = option("none", "crop_flip: images moved by up to 4 pixels and mirrored, at random",
+                          choices=("none", "crop_flip"))
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def check(self, parts: Parts) -> None:
         """Refuse parts that do not fit, before anything is loaded."""
@@ -23,7 +34,7 @@ class Classify:
         """Train, evaluate, save; return the final metrics."""
         from poise.recipes.classify import run
 
-        return run(parts, context)
+        return run(self, parts, context)
 
 
 @dataclass(frozen=True)

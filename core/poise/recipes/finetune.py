@@ -15,7 +15,7 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Parts, Tokenizer
 from poise.recipes.components import Finetune
 from poise.recipes.loop import Order, build_optimizer, fit
-from poise.recipes.prepare import folded_tensors, prepare, sizes
+from poise.recipes.prepare import finish, folded_tensors, observed, prepare, sizes
 from poise.runs.context import RunContext
 
 IGNORE = -100  # the label of positions that bear no loss
@@ -140,10 +140,10 @@ class FinetuneTask:
 
     def __init__(
         self, model: nn.Module, train: Sequences, held_out: Sequences, order: Order,
-        accumulate: int, device: str,
+        accumulate: int, device: str, attached: Any = None,
     ) -> None:
         self.model, self.train, self.held_out = model, train, held_out
-        self.order, self.accumulate, self.device = order, accumulate, device
+        self.order, self.accumulate, self.device, self.attached = order, accumulate, device, attached
 
     def batch(self, step: int, part: int) -> Sequences:
         return _to(self.train.rows(self.order.rows(step * self.accumulate + part)), self.device)
@@ -156,7 +156,7 @@ class FinetuneTask:
 
     def evaluate(self) -> dict[str, float]:
         loss = held_out_loss(self.model, self.held_out, self.order.batch_size, self.device)
-        return {"validation_loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        return {"validation_loss": loss, "perplexity": math.exp(min(loss, 50.0)), **observed(self.attached)}
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def run(options: Finetune, parts: Parts, context: RunContext) -> dict[str, float
     held_out = pack(splits.test[: options.eval_examples], tokenizer, options.length, False)
     model, attached = prepare(parts, context, splits.spec)
     order = Order(len(train), parts.train.batch_size, context.seed_for("order"))
-    task = FinetuneTask(model, train, held_out, order, parts.train.accumulate, context.device)
+    task = FinetuneTask(model, train, held_out, order, parts.train.accumulate, context.device, attached)
     metrics = _train(options, parts, task, attached, context, splits, tokenizer)
     if options.save_folded:
         save_folded(model, attached, tokenizer, context)
@@ -260,6 +260,7 @@ def _train(
     if options.generate:
         chosen = splits.test[: options.generate]
         metrics["exact_match"] = exact_match(model, tokenizer, chosen, options, context)
+    finish(attached, context)
     return metrics | sizes(model) | {"step_seconds": seconds}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from poise.config import Train
 from poise.errors import RunError
-from poise.runs.checkpoint import pack_optimizer, unpack_optimizer
+from poise.runs.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from poise.runs.context import Interrupted, RunContext
 
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -41,7 +41,11 @@ class Task(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Return metrics on held-out data; `validation_loss` decides the best checkpoint."""
+        """Return metrics on held-out data.
+
+        The best checkpoint is the one of the lowest `validation_error`, or, without one, of the lowest
+        `validation_loss`.
+        """
         ...
 
 
@@ -62,6 +66,8 @@ def rate(train: Train, step: int) -> float:
         return (step + 1) / train.warmup
     if train.schedule == "constant":
         return 1.0
+    if train.schedule == "steps":
+        return train.factor ** sum(step >= share * train.steps for share in train.milestones)
     done = (step - train.warmup) / max(1, train.steps - train.warmup)
     return 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
@@ -144,7 +150,7 @@ def _evaluate(task: Task, context: RunContext, step: int) -> float | None:
     context.log(step, metrics)
     if odd := [k for k, v in metrics.items() if not math.isfinite(v)]:
         raise RunError(f"{odd[0]} is {metrics[odd[0]]} at step {step}: lower train.lr or set train.clip")
-    return metrics.get("validation_loss")
+    return metrics.get("validation_error", metrics.get("validation_loss"))
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -168,11 +174,16 @@ def _restore(task: Task, optimizer: torch.optim.Optimizer, context: RunContext) 
     saved = context.resume_from
     if saved is None:
         return 0
-    model = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
-    _copy_into(trained_tensors(task.model), model)
+    load_trained(task.model, saved)
     unpack_optimizer(optimizer, saved.tensors, saved.meta["optimizer"])
     torch.set_rng_state(saved.tensors["rng"])
     return saved.step
+
+
+def load_trained(model: nn.Module, saved: Checkpoint) -> None:
+    """Copy what training had changed into a model; raises `RunError` for a checkpoint of another model."""
+    tensors = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
+    _copy_into(trained_tensors(model), tensors)
 
 
 def _copy_into(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

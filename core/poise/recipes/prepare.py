@@ -8,6 +8,7 @@ from poise.files import save_bundle
 from poise.interfaces import Parts
 from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
 from poise.runs.context import RunContext
+from poise.runs.records import read_rows
 from poise.walk import count
 
 
@@ -33,6 +34,20 @@ def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> t
         context.note("adapter", attached.report())
     context.note("size", {**count(model), **{f"bytes_{k}": v for k, v in stored_bytes(model).items()}})
     return model, attached
+
+
+def observed(attached: Any) -> dict[str, float]:
+    """Return what an adapter wants recorded at each evaluation: `metrics()`, where it has that."""
+    return getattr(attached, "metrics", dict)()
+
+
+def finish(attached: Any, context: RunContext) -> None:
+    """Note an adapter's last report, and let it draw its figures from the records, if it has `draw`."""
+    if attached is None:
+        return
+    context.note("adapter", attached.report())
+    if hasattr(attached, "draw"):
+        attached.draw(context.directory / "figures", read_rows(context.directory / "metrics.jsonl"))
 
 
 def sizes(model: Any) -> dict[str, float]:

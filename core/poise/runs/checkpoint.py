@@ -82,6 +82,15 @@ class Checkpoints:
             raise FileError(f"no usable checkpoint in {self.folder}: {first_error}")
         return None
 
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint of the lowest score, or None when none has one; raises as `load_bundle`."""
+        scores = {step: self._score(step) for step in self.steps()}
+        if not scores or min(scores.values()) == math.inf:
+            return None
+        step = min(scores, key=lambda s: (scores[s], s))
+        tensors, meta = load_bundle(self._stem(step))
+        return Checkpoint(step, tensors, meta)
+
     def _score(self, step: int) -> float:
         try:
             score = load_meta(self._stem(step)).get("score")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,6 +260,23 @@ class AttachedCompander:
         for layer in self.companded.values():
             _held.pop(_plain(layer.module), None)
         return self.model
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is recorded at each evaluation: bands of the first layer, shares, learned pairs."""
+        from poise_compander.diagnostics import observed, saturated_share
+
+        found = observed(self.layers) | {"saturated_share": saturated_share(self)}
+        if self.options.learn != "none":
+            for name, pair in self._named_pairs().items():
+                layer = name.removesuffix(".pair")
+                found |= {f"pair/{layer}/{which}": value for which, value in zip("ab", pair.numbers())}
+        return found
+
+    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        """Draw recorded bands and pairs over the steps into a folder."""
+        from poise_compander.plots import draw
+
+        draw(folder, rows)
 
     def report(self) -> dict[str, Any]:
         """Return plain values: counts, pairs, what was near or over the bound, the share nearly frozen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from poise.files import copy_checked
 from poise.walk import Weight, select
 from poise_compander.attached import KINDS
 from poise_compander.components import LrMatched
+from poise_compander.diagnostics import observed
+from poise_compander.plots import draw
 
 
 def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched:
@@ -64,6 +67,14 @@ class AttachedLrMatched:
     def detach(self) -> nn.Module:
         """Return the model."""
         return self.model
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is recorded at each evaluation: bands of the first layer, the share near zero."""
+        return observed(self.layers)
+
+    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        """Draw recorded bands over the steps into a folder."""
+        draw(folder, rows)
 
     def report(self) -> dict[str, Any]:
         """Return the factor and the number of layers."""

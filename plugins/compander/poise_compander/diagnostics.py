@@ -5,6 +5,7 @@ Source: arXiv 2306.16993 figures 3 and 4 (bands of the first convolution over tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,15 @@ def layer_table(attached: AttachedCompander) -> list[dict[str, Any]]:
             "near_zero_share": float((w.abs() < ZERO).float().mean()), "largest": float(w.abs().max()),
         })
     return rows
+
+
+def observed(layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Return what is recorded at each evaluation: bands of the first layer's weights, share near zero."""
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}  # type: ignore[union-attr]
+    first = next(iter(weights))
+    found = {f"bands/{first}/{p:g}": value for p, value in zip(PERCENTILES, bands(weights[first]))}
+    near = sum(int((w.abs() < ZERO).sum()) for w in weights.values())
+    return found | {"near_zero_share": near / sum(w.numel() for w in weights.values())}
 
 
 @torch.no_grad()
