@@ -32,6 +32,8 @@ def register(registry) -> None:
         tasks=("classification",))
     add("data", "images", f"{data}:Images", "an IDX pair, or a folder of PNG files by class",
         tasks=("classification",))
+    add("data", "cifar10", f"{data}:Cifar10", "CIFAR-10 from its binary files, or from JPEG files",
+        tasks=("classification",))
     add("data", "sotu", f"{data}:Sotu", "12 MB of State of the Union speeches",
         tasks=("causal_lm",))
     add("data", "text", f"{data}:Text", "any UTF-8 text file", tasks=("causal_lm",))

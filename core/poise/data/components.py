@@ -127,6 +127,29 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Cifar10:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32x32, in ten classes.
+
+    `path` is the folder of its binary version (data_batch_1.bin and so on), or a tar archive of
+    train/CLASS/*.jpg and test/CLASS/*.jpg. JPEG loses detail: results on it compare with one another, not
+    with published ones.
+    """
+
+    path: str | None = option(None, "folder or archive; null: the JPEG archive below POISE_DATA/images")
+    validation: float = _validation()
+    limit: int = _limit()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def load(self, seed: int = 0) -> Splits:
+        """Return splits of `Arrays` with x (n, 3, 32, 32) float32 in [0, 1] and y (n,) int64."""
+        from poise.data import cifar
+
+        return cifar.load_cifar10(self, seed)
+
+
+@dataclass(frozen=True)
 class Sotu:
     """State of the Union speeches; a speech is in one split only."""
 
@@ -214,4 +237,4 @@ class Gsm8k:
         return math.load_gsm8k(self, seed)
 
 
-__all__ = ["Digits", "Gsm8k", "GsmSymbolic", "Images", "Mnist5k", "Sotu", "Tabular", "Text"]
+__all__ = ["Cifar10", "Digits", "Gsm8k", "GsmSymbolic", "Images", "Mnist5k", "Sotu", "Tabular", "Text"]

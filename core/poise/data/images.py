@@ -46,7 +46,7 @@ def load_digits(options, seed: int) -> Splits:
     sums = {path.name: read_bytes(path)[1]} if path else {}
     y = bunch.target.astype(np.int64)
     loaded = Loaded(x, y, "scikit-learn load_digits", "CC BY 4.0 (UCI)", sums)
-    return _splits(loaded, options, seed)
+    return split(loaded, options, seed)
 
 
 def load_mnist5k(options, seed: int) -> Splits:
@@ -59,7 +59,7 @@ def load_mnist5k(options, seed: int) -> Splits:
     x, y = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].astype(np.int64)
     entry = packaged.PACKAGES["mnist5k"]
     loaded = Loaded(x, y, entry.distribution, entry.licence, {path.name: digest})
-    return _splits(loaded, options, seed)
+    return split(loaded, options, seed)
 
 
 # ------------------------------------------------------------------ files
@@ -89,10 +89,10 @@ def load_images(options, seed: int) -> Splits:
         raise DataError(f"{path}: test images are {test[0].shape[1:]}, training ones "
                         f"{x.shape[1:]}: give `size`")
     loaded = Loaded(x, y, str(path), packaged.licence_of(path), sums, test, classes)
-    return _splits(loaded, options, seed)
+    return split(loaded, options, seed)
 
 
-def _splits(loaded: Loaded, options, seed: int) -> Splits:
+def split(loaded: Loaded, options, seed: int) -> Splits:
     """Split by seed; a test set of its own is used as it is."""
     import numpy as np
 
