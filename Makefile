@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export POISE_DATA ?= $(wildcard $(abspath ../shared/data))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench wheel clean install
+.PHONY: demo test test-slow lint bench bench-compander wheel clean install
 
 install: $(STAMP)
 
@@ -40,6 +40,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@for b in benchmarks/*/run.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+bench-compander: $(STAMP)
+	@$(BIN)/python benchmarks/compander_comparison/run.py
 
 wheel: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/test_wheel.py

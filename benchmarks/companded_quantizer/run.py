@@ -102,7 +102,8 @@ def main() -> None:
     rows = [row for name in args.models for row in measure(name, args.windows, args.bits, args.groups)]
     target = Path(__file__).parent / "results" / "latest.json"
     target.parent.mkdir(exist_ok=True)
-    rounded = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    rounded = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+               for row in rows]
     target.write_text(json.dumps({"windows": args.windows, "rows": rounded}, indent=1) + "\n")
 
 
