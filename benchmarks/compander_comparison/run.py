@@ -156,7 +156,7 @@ class Study:
         return self.done[key]
 
     def chosen(self, kind: str) -> dict[str, Setting]:
-        """Return each arm's setting: the best mean accuracy on validation rows, last epoch, selection seeds."""
+        """Return each arm's setting: the best accuracy on validation rows, last epoch, selection seeds."""
         best: dict[str, Setting] = {}
         for arm, settings in SEARCHES.items():
             means = [self._validation(kind, arm, setting) for setting in settings]
@@ -169,7 +169,8 @@ class Study:
         return best | UNTUNED
 
     def _validation(self, kind: str, arm: str, setting: Setting) -> float:
-        return statistics.mean(self.run(kind, arm, setting, seed, False)["validation"] for seed in SELECTION)
+        found = [self.run(kind, arm, setting, seed, False) for seed in SELECTION]
+        return statistics.mean(run["validation"] for run in found)
 
 
 def table(results: Mapping[str, list[Setting]], base: str = "plain") -> list[dict[str, Any]]:
