@@ -133,3 +133,19 @@ def test_fashion_mnist_loads():
     splits = Images(limit=500).load()
     assert splits.spec == {"input_shape": (1, 28, 28), "n_classes": 10}
     assert splits.provenance["licence"] == "MIT" and len(splits.test) == 500
+
+
+def test_fashion_mnist_of_debian_is_found(tmp_path, monkeypatch):
+    """Its package holds the four files of the original names, packed by gzip."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 30), ("t10k", 10)):
+        images = idx(rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
+        labels = idx(np.arange(n, dtype=np.uint8) % 10)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    monkeypatch.delenv("POISE_DATA", raising=False)
+    monkeypatch.setattr("poise.data.images.DEBIAN", tmp_path)
+    splits = Images().load()
+    assert len(splits.test) == 10 and splits.spec["input_shape"] == (1, 28, 28)
+    monkeypatch.setattr("poise.data.images.DEBIAN", tmp_path / "nowhere")
+    refuses(Images(), "POISE_DATA is not set", "dataset-fashion-mnist")

@@ -102,7 +102,7 @@ class Images:
     and test/. A given test set is used as it is; otherwise `test` is held out.
     """
 
-    path: str | None = option(None, "IDX file or folder; null: POISE_DATA/images/fashion-mnist")
+    path: str | None = option(None, "IDX file or folder; null: Fashion-MNIST of POISE_DATA or Debian")
     labels: str | None = option(None, "IDX file of the labels")
     test_path: str | None = option(None, "IDX file of the test images")
     test_labels: str | None = option(None, "IDX file of the test labels")

@@ -29,6 +29,7 @@ class Loaded:
     classes: list[str] | None = None
 
 
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 # third byte of an IDX magic number: 8 is unsigned byte, the only type used for images
 _UNSIGNED_BYTE = 0x08
 
@@ -73,7 +74,7 @@ def load_images(options, seed: int) -> Splits:
     DataError
         For what is missing, torn, of mixed sizes, or not images.
     """
-    path = Path(options.path) if options.path else packaged.shared("images/fashion-mnist")
+    path = Path(options.path) if options.path else _fashion_mnist()
     if not path.exists():
         raise DataError(f"{path} does not exist: check `path`")
     sums: dict[str, str] = {}
@@ -90,6 +91,16 @@ def load_images(options, seed: int) -> Splits:
                         f"{x.shape[1:]}: give `size`")
     loaded = Loaded(x, y, str(path), packaged.licence_of(path), sums, test, classes)
     return split(loaded, options, seed)
+
+
+def _fashion_mnist() -> Path:
+    """Return the folder of Fashion-MNIST: below POISE_DATA, or where Debian's package puts it."""
+    try:
+        return packaged.shared("images/fashion-mnist")
+    except DataError as error:
+        if DEBIAN.is_dir():
+            return DEBIAN
+        raise DataError(f"{error}, or install Debian's dataset-fashion-mnist ({DEBIAN})") from None
 
 
 def split(loaded: Loaded, options, seed: int) -> Splits:

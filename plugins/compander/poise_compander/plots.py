@@ -70,7 +70,7 @@ def _bands(series: Series) -> Any:
                               alpha=0.18, label=label)
     if 50.0 in by_percentile:
         axes.plot(steps, by_percentile[50.0][1], color=COLOUR, lw=1.4, label="median")
-    axes.set(ylabel=f"weights of {layer}", title=f"Percentiles of {layer} over training")
+    axes.set(ylabel="weight", title=f"Percentiles of the weights of layer {layer}")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
