@@ -96,7 +96,7 @@ class FastCompander(AttachedCompander):
     @torch.no_grad()
     def step(self, wanted: list[tuple[str, Tensor, list[Tensor], Step]]) -> None:
         """Take one step of each layer that is given with its gradient and moments, in place."""
-        work = [self._work(name, gradient, moments, step) for name, gradient, moments, step in wanted]
+        work = [self._work(*one) for one in wanted]
         for one in self._by_kernel(work):
             take = update.in_chunks if one.w.device.type == "cpu" else update.compiled
             take(self.function, one.step, flat(one.w), flat(one.v), flat(one.g),

@@ -182,13 +182,14 @@ class _Fast(_Companded):
     def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
         """Return the moments of a weight, made at its first step, and the number of this step."""
         state = self.state[p]
+        keys = self._keys(group)
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = 0
             state["v"] = self.attached.v(name)
-            for key in self._keys(group):
+            for key in keys:
                 state[key] = torch.zeros_like(state["v"])
-        state["step"] += 1
-        return [state[key] for key in self._keys(group)], int(state["step"])
+        state["step"] = int(state["step"]) + 1  # torch's Adam makes a tensor of it when it loads
+        return [state[key] for key in keys], state["step"]
 
     def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         if issubclass(self.rule, ADAPTIVE):
