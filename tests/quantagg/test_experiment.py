@@ -241,6 +241,33 @@ def test_a_method_that_is_not_on_every_set_is_left_out_of_the_mean():
     assert [row[0] for row in reporting.report(runs)[0][0][2]] == ["best"]
 
 
+def test_sets_may_differ_in_how_often_they_were_split():
+    runs = [Finished("a", {"best": [2.0, 4.0, 3.0], "qra": [1.0, 2.0, 2.0]}),
+            Finished("b", {"best": [1.0], "qra": [2.0]})]
+    tables, _ = reporting.report(runs)
+    assert "2 set(s), 4 splits" in tables[0][0]
+    assert any("Isotonisation" in title for title, *_ in tables)
+
+
+def test_a_split_that_was_run_twice_counts_once():
+    first, again = Finished("a", {"best": [2.0, 4.0]}), Finished("a", {"best": [3.0, 4.0]})
+    found = reporting.collect([first, again])
+    assert [row["wis_paper"] for row in found["a"]["best"]] == [3.0, 4.0]
+
+
+def test_other_levels_are_another_set_and_adapters_other_methods():
+    runs = [Finished("a", {"best": [2.0]}), Finished("a", {"best": [1.0]}), Finished("b", {"best": [1.0]})]
+    for run, levels in zip(runs, (99, 9, 9)):
+        run.notes["by_split"]["levels"] = levels
+    assert set(reporting.collect(runs)) == {"a, 99 levels", "a, 9 levels", "b"}
+    companded = Finished("b", {"best": [5.0]})
+    companded.config = {"adapter": {"entry": "compander"}}
+    companded.notes["by_split"]["levels"] = 9
+    found = reporting.collect([*runs, companded])["b"]
+    assert {name: rows[0]["wis_paper"] for name, rows in found.items()} == {"best": 1.0,
+                                                                          "best + compander": 5.0}
+
+
 def test_a_report_without_finished_runs_is_empty():
     class Nothing:
         notes = {}  # noqa: RUF012

@@ -164,7 +164,7 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
         shutil.rmtree(folder / left, ignore_errors=True)
     table = _averaged(rows)
     context.note("scores", table)
-    context.note("by_split", {"rows": rows, "data": done["data"]})
+    context.note("by_split", {"rows": rows, "data": done["data"], "levels": done["levels"]})
     context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
                           "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
     return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
@@ -184,7 +184,7 @@ def _split(
             notes["figures"] = _draw(outcomes, split, found, splits.spec, folder)
     rows = [{"split": seed, **_row(name, outcome, split.test.y, found.levels)}
             for name, outcome in outcomes.items()]
-    return {"rows": rows, "data": _data_name(parts, splits), "notes": notes}
+    return {"rows": rows, "data": _data_name(parts, splits), "levels": len(found.levels), "notes": notes}
 
 
 def _read_split(path: Path) -> dict[str, Any]:

@@ -36,15 +36,27 @@ def report(runs: Sequence[Any]) -> tuple[list[Table], list[tuple[str, bytes]]]:
 
 
 def collect(runs: Sequence[Any]) -> Scores:
-    """Return rows by data set and method, one row per split."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    """Return rows by data set and method, one row per split: of a split that was run twice, the later one.
+
+    Runs with an adapter count as methods of their own; scores at different levels are sums of different
+    size, so each grid is a set of its own.
+    """
+    found: dict[tuple[str, Any], dict[str, dict[Any, dict[str, Any]]]] = {}
     for run in runs:
         notes = run.notes.get("by_split")
         if not isinstance(notes, dict):
             continue
+        adapter = getattr(run, "config", {}).get("adapter", {}).get("entry", "none")
+        table = found.setdefault((str(notes.get("data")), notes.get("levels")), {})
         for row in notes.get("rows", []):
-            found.setdefault(str(notes.get("data")), {}).setdefault(row["name"], []).append(row)
-    return found
+            name = row["name"] if adapter == "none" else f"{row['name']} + {adapter}"
+            table.setdefault(name, {})[row["split"]] = row
+    names = [data for data, _ in found]
+    return {
+        data if names.count(data) == 1 else f"{data}, {levels} levels":
+            {name: list(rows.values()) for name, rows in table.items()}
+        for (data, levels), table in found.items()
+    }
 
 
 def _column(table: Mapping[str, list[dict[str, Any]]], method: str, key: str) -> np.ndarray:
@@ -101,8 +113,7 @@ def _isotonisation(by_set: Scores, methods: Sequence[str]):
     lines = []
     for method in methods:
         own = [t[method] for t in by_set.values() if method in t]
-        raw = np.array([[row["wis_none"] for row in rows] for rows in own if rows]).ravel() if own else None
-        if raw is None or not any(row["crossing_raw"] > 0 for rows in own for row in rows):
+        if not any(row["crossing_raw"] > 0 for rows in own for row in rows):
             continue
         cells = []
         for how in ("sort", "pava", "minmax"):

@@ -6,24 +6,27 @@
 | `stacker` | the aggregator |
 | `model_J_K` | model J of fold K (the last K: fitted on all rows, when there is one) |
 
-Each is a bundle with checksums (`poise.files`); `ensemble.json` is written last.
+Each is a bundle with checksums (`poise.files`). `ensemble.json` is removed first and written last, and
+holds the checksums of all the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from poise.errors import ConfigError, FileError, PoiseError
+from poise_quantagg.checks import is_number
 
-KIND, VERSION = "quantile_ensemble", 1
+KIND, VERSION = "quantile_ensemble", 2
 
 
 def save_ensemble(estimator: Any, path: Path | str) -> None:
     """Write a fitted `QuantileAggregatorRegressor`; see its `save`."""
-    from poise.files import save_arrays
+    from poise.files import checksum, remove_bundle, save_arrays
 
     if not hasattr(estimator, "stacker_"):
         raise ConfigError("QuantileAggregatorRegressor is not fitted: call fit(X, y) first")
@@ -31,24 +34,47 @@ def save_ensemble(estimator: Any, path: Path | str) -> None:
     columns = {name: [*models, *([fits.whole[name]] if fits.whole else [])]
                for name, models in fits.models.items()}
     dumped = {name: [dump(name, model) for model in models] for name, models in columns.items()}
+    remove_bundle(folder / "ensemble")  # until it is written again, the folder holds no ensemble
     for j, models in enumerate(dumped.values()):
         for k, (arrays, meta) in enumerate(models):
             save_arrays(folder / f"model_{j}_{k}", arrays, meta)
     estimator.stacker_.save(folder / "stacker")
-    params = estimator.get_params(deep=False) | {"estimators": "auto", "cache": None,
-                                                 "levels": estimator.levels_.tolist()}
-    if not isinstance(params["cv"], int):
-        params["cv"] = 5
-    arrays = {"fold": fits.fold, **_calibration(estimator)}
     for i, nested in enumerate(getattr(estimator, "nested_", [])):
         nested.save(folder / f"nested_{i}")
+    parts = ["stacker", *(f"model_{j}_{k}" for j, models in enumerate(dumped.values())
+                          for k in range(len(models))),
+             *(f"nested_{i}" for i in range(len(getattr(estimator, "nested_", []))))]
+    _forget_others(folder, parts)
+    arrays = {"fold": fits.fold, **_calibration(estimator)}
     save_arrays(folder / "ensemble", arrays, {
-        "kind": KIND, "version": VERSION, "params": params, "models": list(columns),
+        "kind": KIND, "version": VERSION, "params": _params(estimator), "models": list(columns),
+        "parts": {part: checksum(folder / f"{part}.json") for part in parts},
         "folds": len(next(iter(fits.models.values()))), "whole": bool(fits.whole),
         "n_features": int(estimator.n_features_in_), "leaderboard": estimator.leaderboard_,
         "features": getattr(estimator, "feature_names_in_", np.array([])).tolist(),
         "nested": len(getattr(estimator, "nested_", [])),
     })
+
+
+def _params(estimator: Any) -> dict[str, Any]:
+    """Return the parameters as plain values; what is none (models, splitters) as the default."""
+    params = estimator.get_params(deep=False) | {"cache": None, "levels": estimator.levels_.tolist()}
+    given = params["estimators"]
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        params["estimators"] = "auto"
+    if not is_number(params["cv"]):
+        params["cv"] = 5
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
+
+
+def _forget_others(folder: Path, parts: Sequence[str]) -> None:
+    """Remove what a larger ensemble had left in the folder."""
+    from poise.files import remove_bundle
+
+    stems = {file.stem for pattern in ("model_*_*.json", "nested_*.json") for file in folder.glob(pattern)}
+    for stem in stems - set(parts):
+        remove_bundle(folder / stem)
 
 
 def load_ensemble(cls: type, path: Path | str) -> Any:
@@ -59,7 +85,7 @@ def load_ensemble(cls: type, path: Path | str) -> Any:
     FileError
         For files that are missing, torn, altered, of something else, or do not belong together.
     """
-    from poise.files import load_arrays
+    from poise.files import checksum, load_arrays
 
     folder = Path(path)
     arrays, meta = load_arrays(folder / "ensemble")
@@ -67,7 +93,12 @@ def load_ensemble(cls: type, path: Path | str) -> Any:
         raise FileError(f"{folder} holds {meta.get('kind')!r} of version {meta.get('version')!r}, not a "
                         f"{KIND} of version {VERSION}")
     try:
+        for part, expected in meta["parts"].items():
+            if checksum(folder / f"{part}.json") != expected:
+                raise FileError(f"{folder / part}.json is altered, or of another ensemble: save it again")
         return _loaded(cls, folder, arrays, meta)
+    except FileNotFoundError as error:
+        raise FileError(f"{error.filename} is missing") from None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
