@@ -527,3 +527,19 @@ def test_bad_input_is_refused_in_one_line(error, call):
     with pytest.raises(error) as caught:
         call(*quantiles(0, 40))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [SplitCQR, CVPlus])
+def test_options_that_are_no_truth_values_are_refused(kind):
+    y, q = np.zeros(20), np.tile([-1.0, 1.0], (20, 1))
+    more = () if kind is SplitCQR else (np.arange(20) % 2,)
+    for options in ({"symmetric": "no"}, {"sweep": 2}):
+        with pytest.raises(ConfigError, match="allowed is True or False"):
+            kind(**options).fit(y, q, *more, [0.25, 0.75])
+
+
+def test_fold_numbers_of_any_size_are_refused_at_once():
+    y, q, fold = np.zeros(20), np.tile([-1.0, 1.0], (20, 1)), np.arange(20) % 2
+    fold[-1] = 10**12
+    with pytest.raises(DataError, match="3 folds, the last is number 1000000000000"):
+        CVPlus().fit(y, q, fold, [0.25, 0.75])

@@ -293,7 +293,7 @@ def test_cross_fitting_refuses_what_it_cannot_use():
         with pytest.raises(ConfigError, match=f"folds={folds}: allowed is 2 <= folds <= 20 rows"):
             fit(folds=folds)
     for folds in (True, 2.0, "five", None):
-        with pytest.raises(ConfigError, match="allowed is a number or a splitter"):
+        with pytest.raises(ConfigError, match="allowed is a number, a splitter"):
             fit(folds=folds)
     with pytest.raises(ConfigError, match="refit='none': allowed is one of bag, all"):
         fit(refit="none")

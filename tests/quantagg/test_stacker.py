@@ -447,3 +447,43 @@ def test_series_and_frames_are_read_by_position(aggregator):
     q = made(aggregator).fit(Z, y, X).predict(Z, X)
     assert made(aggregator).fit(Z, series, frame).predict(Z, frame) == pytest.approx(q, rel=1e-6)
     assert np.array_equal(made(aggregator).fit(Z.tolist(), y.tolist(), X.tolist()).predict(Z, X), q)
+
+
+def test_an_outlier_of_one_model_does_not_hide_that_another_crosses():
+    rng = np.random.default_rng(0)
+    Z, y = np.sort(rng.normal(size=(200, 3, 9)), axis=2), rng.normal(size=200)
+    Z[:, 1] = 1e-4 * Z[:, 1, ::-1]
+    Z[0, 0, -1] = 1e6
+    with pytest.warns(QuantileWarning, match=r"model 1 \(100.0%\)") as caught:
+        QuantileStacker("qra").fit(Z, y)
+    assert len(caught) == 1
+
+
+def test_features_are_looked_at_even_where_weights_do_not_depend_on_them():
+    rng = np.random.default_rng(0)
+    Z, y, X = np.sort(rng.normal(size=(50, 3, 5)), axis=2), rng.normal(size=50), rng.normal(size=(50, 2))
+    bad = X.copy()
+    bad[3, 1] = np.inf
+    for aggregator in ("average", "qra"):
+        stacker = QuantileStacker(aggregator).fit(Z, y, X)
+        for features, words in ((bad, "NaN or Inf in 1 row, 3"), (X[:3], "X has 3 rows")):
+            with pytest.raises(DataError, match=words):
+                QuantileStacker(aggregator).fit(Z, y, features)
+            with pytest.raises(DataError, match=words):
+                stacker.predict(Z, features)
+
+
+@pytest.mark.parametrize("n_iter", [0, -1, 2.5, True])
+def test_a_search_tries_at_least_one_configuration(n_iter):
+    Z = np.sort(np.random.default_rng(0).normal(size=(9, 2, 3)), axis=2)
+    with pytest.raises(ConfigError, match="n_iter"):
+        QuantileStacker("qra", n_iter=n_iter).fit(Z, Z[:, 0, 1])
+
+
+def test_masked_values_are_refused():
+    rng = np.random.default_rng(0)
+    Z = np.ma.masked_array(np.sort(rng.normal(size=(9, 2, 3)), axis=2), mask=False)
+    QuantileStacker("average").fit(Z, np.ones(9))
+    Z[0, 0, 0] = np.ma.masked
+    with pytest.raises(DataError, match="masked"):
+        QuantileStacker("average").fit(Z, np.ones(9))

@@ -118,7 +118,7 @@ class WrappedRegressor:
         model = self.estimator
         if hasattr(model, "predict_quantiles"):
             return _shaped(model.predict_quantiles(X, wanted), X, wanted)
-        if _takes(model.predict, "quantiles"):
+        if _takes(getattr(model, "predict", None), "quantiles"):
             return _shaped(model.predict(X, quantiles=wanted), X, wanted)
         found = (model.pred_dist if hasattr(model, "pred_dist") else model.predict)(X)
         if not hasattr(found, "ppf"):
@@ -134,6 +134,8 @@ def _takes(function: Any, name: str) -> bool:
 
 
 def _shaped(q: Any, X: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    q = np.stack(q, axis=-1) if isinstance(q, list) else np.asarray(q, dtype=float)
+    if isinstance(q, list) and not isinstance(q[0], list):  # arrays of levels; lists are those of rows
+        q = np.stack(q, axis=-1)
+    q = np.asarray(q, dtype=float)
     return q.reshape(len(X), -1) if q.ndim == 1 and len(levels) == 1 else q
 

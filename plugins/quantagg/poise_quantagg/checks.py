@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -52,11 +53,18 @@ def _level_numbers(levels: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return float64; a float32 level is the decimal that it prints as: 0.1, not 0.10000000149."""
     try:
         given = np.atleast_1d(np.asarray(levels))
+        if given.dtype.kind in "US":
+            raise TypeError("text")
         if given.dtype.kind == "f" and given.dtype.itemsize < 8:
             return np.array([float(str(t)) for t in given.ravel()]).reshape(given.shape)
         return np.asarray(given, dtype=float)
     except (TypeError, ValueError):
         raise ConfigError(f"levels={levels!r}: allowed are increasing numbers in (0, 1)") from None
+
+
+def is_number(value: Any) -> TypeGuard[int]:
+    """Return whether a value is a whole number; True and False are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def open_unit(name: str, value: float) -> float:
@@ -83,7 +91,9 @@ def level_index(levels: np.ndarray, wanted: Sequence[float] | np.ndarray) -> np.
     distance = np.abs(levels[:, None] - np.atleast_1d(np.asarray(wanted, dtype=float))[None, :])
     for column, value in zip(distance.T, np.atleast_1d(wanted)):
         if column.min() > LEVEL_TOLERANCE:
-            raise ConfigError(f"level {value:g} is not among {np.round(levels, 6).tolist()}")
+            needed = ", ".join(f"{t:g}" for t in np.atleast_1d(wanted))
+            raise ConfigError(f"level {value:g} is not among {np.round(levels, 6).tolist()}: {needed} "
+                              f"{'are' if len(np.atleast_1d(wanted)) > 1 else 'is'} needed")
     return distance.argmin(axis=0)
 
 
@@ -127,8 +137,17 @@ def finite(
     return out
 
 
+def finite_where_numbers(name: str, array: Any) -> None:
+    """Raise `DataError` for NaN or Inf in features that are given though nobody needs them."""
+    given = np.asarray(array)
+    if given.dtype.kind == "f" and given.size:
+        finite(name, given, None, keep_float32=True)
+
+
 def _numbers(name: str, array: np.ndarray | Sequence, keep_float32: bool) -> np.ndarray:
     try:
+        if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+            raise TypeError("some values are masked")
         given = np.asarray(array)
         if given.dtype.kind in "cmM":
             raise TypeError("complex numbers" if given.dtype.kind == "c" else "dates or durations")
@@ -241,6 +260,9 @@ def _rows(what: str, Z, y, X, needs_features: bool):
     Z, y = finite(f"{what}Z", Z, 3), finite(f"{what}y", y, 1)
     same_rows(f"{what}Z", Z, len(y), f"{what}y")
     if not needs_features:
+        if X is not None:
+            same_rows(f"{what}X", np.asarray(X), len(y), f"{what}y")
+            finite_where_numbers(f"{what}X", X)
         return Z, y, None
     if X is None:
         raise DataError(f"weights that depend on the features need them: give {what}X, shape (n, d)")

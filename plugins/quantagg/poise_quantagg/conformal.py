@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -125,6 +126,7 @@ class SplitCQR(_Offsets):
         QuantileWarning
             Once, naming the levels whose ends are infinite for want of rows.
         """
+        _flags(self)
         y, q, tau = _calibration(y, q, levels)
         self.levels_, self.n_, self.offset_ = tau, len(y), np.zeros(len(tau))
         for low, high in _mirror_pairs(tau):
@@ -234,6 +236,7 @@ class CVPlus:
         QuantileWarning
             Once, naming the levels whose ends are infinite for want of rows.
         """
+        _flags(self)
         y, q, tau = _calibration(y, q_oof, levels)
         fold, k = check_folds(fold, len(y))
         self.levels_, self.n_, self.residuals_ = tau, len(y), {}
@@ -484,6 +487,14 @@ def _calibration(y: Array, q: Array, levels: Array) -> tuple[np.ndarray, np.ndar
     return y, q, check_levels(levels, q.shape[1])
 
 
+def _flags(calibration: Any) -> None:
+    """Raise `ConfigError` for options that are neither True nor False: any text would count as True."""
+    for name in ("symmetric", "sweep"):
+        value = getattr(calibration, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise ConfigError(f"{type(calibration).__name__}: {name}={value!r}: allowed is True or False")
+
+
 def check_folds(fold: Array, n: int) -> tuple[np.ndarray, int]:
     """Return the fold of each row, shape (n,), int, and their number K >= 2.
 
@@ -497,10 +508,11 @@ def check_folds(fold: Array, n: int) -> tuple[np.ndarray, int]:
         lowest = f", smallest {given.min()}" if given.dtype.kind in "iu" and given.size else ""
         raise DataError(f"fold has shape {given.shape}, {given.dtype}{lowest}: allowed are {n} integers "
                         f"from 0 to K - 1")
-    counts = np.bincount(given)
-    if len(counts) < 2 or counts.min() == 0:
-        raise DataError(f"folds have {counts.tolist()} rows: allowed are two folds or more, none empty")
-    return given.astype(np.intp), len(counts)
+    there = np.unique(given)
+    if len(there) < 2 or there[-1] != len(there) - 1:
+        raise DataError(f"there are {len(there)} folds, the last is number {there[-1]}: allowed are two or "
+                        f"more from 0 to K - 1, none of them empty")
+    return given.astype(np.intp), len(there)
 
 
 def _mirror_pairs(tau: np.ndarray) -> list[tuple[int, int]]:

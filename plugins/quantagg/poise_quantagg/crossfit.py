@@ -107,7 +107,7 @@ def cross_fit(
     y : array, shape (n,)
     levels : sequence of float, shape (m,)
         Increasing, in (0, 1).
-    folds : int, or a splitter of scikit-learn
+    folds : int, a splitter of scikit-learn, or (training rows, held-out rows) of each fold
         Parts of nearly equal size, 2..n, of shuffled rows (the paper: K = 5); whole groups with
         `groups`. A splitter with `split(X, y, groups)`, such as TimeSeriesSplit, decides itself; its
         test parts may not overlap.

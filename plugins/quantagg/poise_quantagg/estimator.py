@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, require
-from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning, check_levels, finite, open_unit
+from poise_quantagg.checks import (
+    LEVEL_TOLERANCE,
+    QuantileWarning,
+    check_levels,
+    finite,
+    is_number,
+    open_unit,
+)
+from poise_quantagg.folds import bound_to_rows
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -19,6 +27,8 @@ from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
 _base = require("sklearn.base", "quantagg")
 
 CONFORMAL = ("cv+", "nested", "split")
+FITTED = ("stacker_", "cross_fit_", "oof_quantiles_", "model_names_", "leaderboard_", "nested_",
+          "calibration_", "conformal_")
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ def _refuse_not_finite(**arrays: Any) -> None:
     """Raise `DataError` with the rows that hold NaN or Inf; all else is for scikit-learn's checks."""
     for name, given in arrays.items():
         array = np.asarray(given)
+        if array.dtype.kind == "O":  # frames of several types
+            try:
+                array = array.astype(float)
+            except (TypeError, ValueError):
+                continue
         if array.dtype.kind == "f" and array.size and array.ndim:
             finite(name, array, None, keep_float32=True)
 
@@ -56,14 +71,15 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         distribution with `ppf`.
     aggregator : str
         As for `QuantileStacker`.
-    cv : int, or a splitter of scikit-learn
+    cv : int, a splitter of scikit-learn, or (training rows, held-out rows) of each fold
         Folds of the cross-fitting; fewer rows than folds is an error.
     isotonize : None, "sort", "pava" or "minmax"
     conformal : None, "cv+", "nested" or "split"
         How `predict_interval` is calibrated. "cv+" treats the weights as given (they are fitted on the
         same out-of-fold rows: p numbers or p per level, from n); "nested" fits them anew for every fold
         from K(K - 1)/2 pair-deleted fits, and has the guarantee of CV+ in full; "split" keeps a fifth of
-        the rows away from all fitting. None: the quantiles as they are.
+        the rows, drawn at random, away from all fitting (not with a splitter that names rows by their
+        place, such as TimeSeriesSplit). None: the quantiles as they are.
     penalty, n_iter, solver, options
         As for `QuantileStacker`.
     refit : {"bag", "all"}
@@ -145,6 +161,8 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             For rows that cannot be used.
         """
         validation = require("sklearn.utils.validation", "quantagg")
+        for name in FITTED:  # a fit that fails leaves nothing of the one before
+            self.__dict__.pop(name, None)
         _refuse_not_finite(X=X, y=y)
         X, y = validation.validate_data(self, X, y, y_numeric=True, dtype=np.float64, ensure_min_samples=2)
         if sample_weight is not None:
@@ -164,17 +182,26 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
-        number = isinstance(self.cv, (int, np.integer)) and not isinstance(self.cv, bool)
-        if not number and (isinstance(self.cv, str) or not hasattr(self.cv, "split")):
-            short = isinstance(self.cv, (str, float, type(None)))  # lists of splits are pages long
-            raise ConfigError(f"cv={repr(self.cv) if short else type(self.cv).__name__}: allowed is a "
-                              f"number of folds, or a splitter with split(X, y, groups)")
-        if isinstance(self.random_state, (int, np.integer)) and self.random_state < 0:
-            raise ConfigError(f"random_state={self.random_state!r}: allowed is >= 0")
+        if not is_number(self.cv) and (isinstance(self.cv, (str, float, bool)) or not (
+                hasattr(self.cv, "split") or isinstance(self.cv, Iterable))):
+            raise ConfigError(f"cv={self.cv!r}: allowed is a number of folds, a splitter with "
+                              f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+        if self.conformal == "split" and not is_number(self.cv) and bound_to_rows(self.cv):
+            raise ConfigError(f"conformal='split' keeps rows drawn at random away from all fitting, and "
+                              f"cv={type(self.cv).__name__} names rows by their place: use "
+                              f"conformal='cv+', or a number of folds")
+        if not is_number(self.random_state) or self.random_state < 0:
+            raise ConfigError(f"random_state={self.random_state!r}: allowed is a whole number >= 0")
+        if self.n_jobs is not None and (not is_number(self.n_jobs) or self.n_jobs == 0):
+            raise ConfigError(f"n_jobs={self.n_jobs!r}: allowed is a number of processes; -1: all cores")
+        if not isinstance(self.cache, (str, Path, type(None))):
+            raise ConfigError(f"cache={self.cache!r}: allowed is a directory, or None")
+        if not isinstance(self.verbose, (bool, int, np.integer)):
+            raise ConfigError(f"verbose={self.verbose!r}: allowed is 0 or 1")
         self._stacker().component()  # before hours of base models
-        if self.conformal == "nested" and number and self.cv < 3:
+        if self.conformal == "nested" and is_number(self.cv) and self.cv < 3:
             raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
-        if number and not 2 <= self.cv <= n:
+        if is_number(self.cv) and not 2 <= self.cv <= n:
             raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
                               f"give more rows or fewer folds")
 
@@ -226,6 +253,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         else:
             models = {}
             for item in given:
+                if not isinstance(item, (str, tuple)):
+                    raise ConfigError(f"estimators={given!r}: {item!r} is neither the name of a model nor "
+                                      f"(name, model)")
                 name, model = item if isinstance(item, tuple) else (item, build("model", item))
                 if name in models:
                     raise ConfigError(f"estimators: {name!r} is given twice; name them apart by a mapping")
@@ -340,11 +370,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         return self._framed(interpolate(self._quantiles(rows), self.levels_, wanted), X, wanted)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the median, shape (n,)."""
+        """Return the median, shape (n,); with one `QuantileWarning` where 0.5 lies beyond the levels."""
         rows = self._validated(X)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", QuantileWarning)  # with one level there is no median but it
-            return interpolate(self._quantiles(rows), self.levels_, np.array([0.5]))[:, 0]
+        return interpolate(self._quantiles(rows), self.levels_, np.array([0.5]))[:, 0]
 
     def predict_interval(self, X: Any, alpha: float = 0.2) -> Any:
         """Return central (1 - alpha) intervals, shape (n, 2), calibrated as `conformal` says.
@@ -367,6 +395,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         ends = np.array([alpha / 2, 1 - alpha / 2])
         if self.conformal is None:
             return self._framed(interpolate(self._quantiles(rows), self.levels_, ends), X, ends)
+        if not hasattr(self, "calibration_"):
+            raise ConfigError(f"conformal={self.conformal!r} was chosen after a fit with conformal=None, "
+                              f"which keeps no rows to calibrate with: fit again")
         return self._framed(self._interval(rows, alpha, ends), X, ends)
 
     def _interval(self, rows, alpha: float, ends: np.ndarray) -> np.ndarray:
@@ -375,7 +406,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         known = len(levels) and all(np.abs(levels - end).min() < LEVEL_TOLERANCE for end in ends)
         levels = levels if known else ends
         calibrated: Any = self.conformal_ if known else self._calibrated(ends)
-        if self.conformal == "split":
+        if self.calibration_.fold is None:
             q = interpolate(self._quantiles(rows), self.levels_, levels, stacklevel=4)
         else:
             folds = self._fold_quantiles(rows)
@@ -435,6 +466,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def save(self, path: str | Path) -> None:
         """Write the fitted ensemble into the directory `path`: safetensors and JSON, no pickle.
+
+        Parameters are kept, so that the loaded ensemble can be fitted again, but for models and splitters
+        of your own: there `estimators` is "auto" and `cv` 5 after loading. Out-of-fold predictions are not.
 
         Raises
         ------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, DataError
+from poise.errors import ConfigError, DataError, require
+from poise_quantagg.checks import is_number
 
 
 def assign_folds(n: int, folds: int, seed: int) -> np.ndarray:
@@ -34,19 +36,57 @@ def make_folds(
     ConfigError
         For a number of folds that rows or groups do not allow, or a splitter whose parts overlap.
     """
-    if hasattr(folds, "split") and not isinstance(folds, str):
-        parts = [(np.asarray(a), np.asarray(b)) for a, b in folds.split(X, y, groups)]
-        seen = np.concatenate([b for _, b in parts])
-        if len(np.unique(seen)) != len(seen):
-            raise ConfigError("the splitter holds out some rows twice: use one without repetition")
-        return parts
-    if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)):
-        raise ConfigError(f"folds={folds!r}: allowed is a number or a splitter with split(X, y, groups)")
+    if not is_number(folds) and not isinstance(folds, (str, float, bool)):
+        if hasattr(folds, "split"):
+            return _checked(folds.split(X, y, groups), len(y))
+        if isinstance(folds, Iterable):
+            return _checked(folds, len(y))
+    if not is_number(folds):
+        raise ConfigError(f"folds={folds!r}: allowed is a number, a splitter with split(X, y, groups), or "
+                          f"(training rows, held-out rows) of each fold")
     if groups is None:
         fold = assign_folds(len(y), int(folds), seed)
     else:
         fold = _group_folds(np.asarray(groups), len(y), int(folds), seed)
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
+
+
+def bound_to_rows(splitter: Any) -> bool:
+    """Return whether a splitter, or list of splits, names rows by their place: then none may be missing."""
+    selection = require("sklearn.model_selection", "quantagg")
+    return not hasattr(splitter, "split") or isinstance(
+        splitter, (selection.TimeSeriesSplit, selection.PredefinedSplit))
+
+
+def _checked(splits: Any, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the parts of a splitter once they can be used.
+
+    Raises
+    ------
+    ConfigError
+        For parts that are no pairs, are empty, name rows that do not exist, hold out a row twice, or train
+        on rows that they hold out.
+    """
+    parts = []
+    for split in splits:
+        try:
+            train, held = (np.asarray(rows) for rows in split)
+        except (TypeError, ValueError):
+            raise ConfigError("a fold must be (training rows, held-out rows)") from None
+        for rows in (train, held):
+            if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu" or rows.min() < 0 \
+                    or rows.max() >= n:
+                raise ConfigError(f"a fold has rows that are no places in 0 to {n - 1}, or none at all: "
+                                  f"give whole numbers for both of its parts")
+        if len(np.intersect1d(train, held)):
+            raise ConfigError("a fold trains on rows that it holds out: their predictions would know y")
+        parts.append((train, held))
+    if not parts:
+        raise ConfigError("the splitter makes no fold: give at least two")
+    seen = np.concatenate([held for _, held in parts])
+    if len(np.unique(seen)) != len(seen):
+        raise ConfigError("the splitter holds out some rows twice: use one without repetition")
+    return parts
 
 
 def check_groups(groups: Any, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ def interpolate(q: np.ndarray, trained: np.ndarray, wanted: np.ndarray, stacklev
     beyond = wanted[(wanted < low) | (wanted > high)]
     if len(beyond):
         warnings.warn(
-            f"levels {np.round(beyond, 6).tolist()} lie beyond the grid {trained[0]:g} to "
+            f"levels {[float(f'{t:.9g}') for t in beyond]} lie beyond the grid {trained[0]:g} to "
             f"{trained[-1]:g}: the outermost quantile stands for them; fit with those levels instead",
             QuantileWarning, stacklevel=stacklevel,
         )

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, FileError, nearest, require
-from poise_quantagg.checks import QuantileWarning, check_levels, row_blocks
+from poise_quantagg.checks import (
+    QuantileWarning,
+    check_levels,
+    finite_where_numbers,
+    is_number,
+    row_blocks,
+    same_rows,
+)
 from poise_quantagg.monotone import isotonize
 
 AGGREGATORS = {
@@ -24,7 +31,7 @@ ISOTONIZERS = ("sort", "pava", "minmax")
 SOLVERS = ("auto", "exact", "gradient")
 FILE_KIND = "quantile_stacker"
 CROSSING = "base predictions cross"
-ROUNDING = 1e-9  # of the largest prediction; two quantiles that are apart by less count as equal
+ROUNDING = 1e-9  # of a row's largest prediction; two quantiles that are apart by less count as equal
 
 
 class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
@@ -132,7 +139,11 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         DataError
             When Z or X do not fit those of the fit.
         """
-        q = self._fitted(X).predict(Z, X)
+        fitted = self._fitted(X)
+        if X is not None and not getattr(fitted, "needs_features", False):
+            same_rows("X", np.asarray(X), len(Z), "Z")
+            finite_where_numbers("X", X)
+        q = fitted.predict(Z, X)
         return q if self.isotonize is None else isotonize(q, self.isotonize, self.levels_)
 
     def weights(self, X: np.ndarray | None = None) -> np.ndarray:
@@ -213,6 +224,8 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         if self.isotonize is not None and self.isotonize not in list(ISOTONIZERS):
             raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
                               f"{', '.join(ISOTONIZERS)} or None")
+        if not is_number(self.n_iter) or self.n_iter < 1:
+            raise ConfigError(f"n_iter={self.n_iter!r}: allowed is a whole number >= 1")
         if self.penalty is not None and "penalty" not in have:
             raise ConfigError(f"aggregator={self.aggregator} takes no penalty: use a global or local one")
         if self.solver == "exact" and "solver" not in have and self.aggregator.startswith("local"):
@@ -240,7 +253,8 @@ def warn_crossing(
     falls = np.zeros(Z.shape[1])
     for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
         q = np.asarray(Z[block], dtype=float)
-        falls += (np.diff(q, axis=2) < -ROUNDING * np.abs(q).max()).sum(axis=(0, 2))
+        size = np.abs(q).max(axis=2, keepdims=True)  # of this row and model: an outlier hides nobody else
+        falls += (np.diff(q, axis=2) < -ROUNDING * size).sum(axis=(0, 2))
     share = falls / (len(Z) * (Z.shape[2] - 1))
     if share.any():
         given = names or [f"model {j}" for j in range(len(share))]
