@@ -450,3 +450,23 @@ def test_the_best_checkpoint_is_scored_on_a_copy(tmp_path, adapter):
     assert 0 <= metrics["best_test_accuracy"] <= 1
     if metrics["best_step"] == 40:
         assert metrics["best_test_accuracy"] == metrics["test_accuracy"]
+
+
+def test_an_evaluation_computes_companded_weights_once(monkeypatch):
+    """On the reference path every use computes w; an evaluation of many batches needs it once."""
+    from types import SimpleNamespace
+
+    from poise_compander.reference import Psi
+
+    model = network().eval()
+    attached = WeightCompander(path="reference").attach(model)
+    many = tensors(rows(1500), "cpu")  # three batches of evaluation
+    calls, forward = [], Psi.forward
+    monkeypatch.setattr(Psi, "forward", lambda self, v: calls.append(1) or forward(self, v))
+    found = []
+    for watched, uses in ((SimpleNamespace(cached=attached.cached), 2), (None, 6)):
+        task = ClassifyTask(model, many, many, Order(1500, 8, 5), 1, attached=watched)
+        calls.clear()
+        found.append(task.evaluate())
+        assert len(calls) == uses
+    assert found[0] == found[1]

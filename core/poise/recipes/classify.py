@@ -13,7 +13,7 @@ from poise.errors import ConfigError
 from poise.interfaces import Arrays, Parts, Splits
 from poise.recipes.components import Classify
 from poise.recipes.loop import Order, build_optimizer, fit, load_trained
-from poise.recipes.prepare import finish, observed, prepare, save_final, sizes
+from poise.recipes.prepare import evaluating, finish, observed, prepare, save_final, sizes
 from poise.runs.context import RunContext, seed_for
 
 Rows = tuple[Tensor, Tensor]  # inputs (n, ...) and classes (n,)
@@ -48,7 +48,8 @@ class ClassifyTask:
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
     def evaluate(self) -> dict[str, float]:
-        loss, accuracy = score(self.model, *self.validation)
+        with evaluating(self.attached):
+            loss, accuracy = score(self.model, *self.validation)
         return {"validation_loss": loss, "validation_accuracy": accuracy, "validation_error": 1 - accuracy,
                 **observed(self.attached)}
 

@@ -15,7 +15,7 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Parts, Tokenizer
 from poise.recipes.components import Finetune
 from poise.recipes.loop import Order, build_optimizer, fit
-from poise.recipes.prepare import finish, folded_tensors, observed, prepare, sizes
+from poise.recipes.prepare import evaluating, finish, folded_tensors, observed, prepare, sizes
 from poise.runs.context import RunContext
 
 IGNORE = -100  # the label of positions that bear no loss
@@ -155,7 +155,8 @@ class FinetuneTask:
         return token_losses(self.model, batch) / self.size(batch)
 
     def evaluate(self) -> dict[str, float]:
-        loss = held_out_loss(self.model, self.held_out, self.order.batch_size, self.device)
+        with evaluating(self.attached):
+            loss = held_out_loss(self.model, self.held_out, self.order.batch_size, self.device)
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 50.0)), **observed(self.attached)}
 
 

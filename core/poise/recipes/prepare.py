@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from poise.files import save_bundle
@@ -34,6 +35,11 @@ def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> t
         context.note("adapter", attached.report())
     context.note("size", {**count(model), **{f"bytes_{k}": v for k, v in stored_bytes(model).items()}})
     return model, attached
+
+
+def evaluating(attached: Any) -> contextlib.AbstractContextManager:
+    """Return the context in which an adapter wants to be evaluated: `cached()`, where it has that."""
+    return getattr(attached, "cached", contextlib.nullcontext)()
 
 
 def observed(attached: Any) -> dict[str, float]:
