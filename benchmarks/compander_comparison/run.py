@@ -33,8 +33,8 @@ from poise_compander import LrMatched, PowerPropagation, WeightCompander, Weight
 EPOCHS, BATCH, TRAIN, VALIDATION = 40, 50, 500, 2000
 SELECTION = (100, 101)  # seeds that choose; none of them is reported
 SIZES = {"mlp": 14, "cnn": 28}
-RATES, DECAYS = (0.02, 0.05, 0.1, 0.2), (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
-PAIRS = ((0.7, 0.7), (1.0, 1.0), (1.0, 0.6), (0.7, 1.0))
+RATES, DECAYS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0), (1e-4, 5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+PAIRS = ((0.7, 0.7), (1.0, 1.0), (1.0, 0.6))
 Setting = dict[str, Any]
 
 
@@ -44,9 +44,9 @@ def grid(**axes: Iterable[Any]) -> list[Setting]:
 
 # what each arm may choose from: about as many settings for the plain one as for the compander
 SEARCHES: dict[str, list[Setting]] = {
-    "plain": grid(lr=(0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5), wd=DECAYS),
-    "compander": grid(lr=(0.05, 0.1), wd=DECAYS, pair=PAIRS),
-    "compander, learned": grid(lr=(0.05, 0.1, 0.2), wd=(2e-3, 1e-2), pair=((0.5, 1.0), (1.0, 1.0))),
+    "plain": grid(lr=(0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 1.0), wd=DECAYS),
+    "compander": grid(lr=(0.05, 0.1, 0.2, 0.5), wd=DECAYS, pair=PAIRS),
+    "compander, learned": grid(lr=(0.05, 0.1, 0.2, 0.5), wd=(2e-3, 1e-2), pair=((0.5, 1.0), (1.0, 1.0))),
     "weight norm": grid(lr=RATES, wd=(5e-4, 5e-3, 2e-2)),
     "powerprop": grid(lr=RATES, wd=(5e-4, 5e-3, 2e-2)),
 }

@@ -538,3 +538,27 @@ def test_the_objective_of_fqra_is_that_of_its_weights():
     fitted = FQRA().fit(Z, y, levels=levels)
     assert fitted.objective == pytest.approx(pinball(y, fitted.predict(Z), levels), abs=1e-9)
     assert np.abs(fitted.weights()).max() < 100
+
+
+@pytest.mark.parametrize("name", ["average", "median", "best", "greedy", "global_coarse"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_float32_array_gives_what_its_float64_copy_gives_without_one(name, streamed, monkeypatch):
+    """Bit for bit: whatever is computed is computed in float64, a block of rows at a time."""
+    import tracemalloc
+
+    from poise.registry import build
+    from poise_quantagg import programs
+
+    rng = np.random.default_rng(0)
+    n = 40_000 if streamed else 300
+    y = rng.normal(size=n)
+    Z = np.sort(0.5 * y[:, None, None] + rng.normal(size=(n, 5, 9)), axis=2).astype(np.float32)
+    monkeypatch.setattr(programs, "_KEPT", 2_000)
+    fits, extra = [], []
+    for array in (Z, Z.astype(float)):
+        tracemalloc.start()
+        fits.append(build("aggregator", name).fit(array, y))
+        extra.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert np.array_equal(fits[0].predict(Z), fits[1].predict(Z.astype(float)))
+    assert not streamed or extra[0] < extra[1] + 0.5 * Z.nbytes  # a float64 copy takes 2, and was not made

@@ -232,15 +232,19 @@ class FitRows:
     validation: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None
 
 
-def fit_rows(Z, y, X, levels, validation, sample_weight, needs_features: bool) -> FitRows:
+def fit_rows(
+    Z, y, X, levels, validation, sample_weight, needs_features: bool, *, keep_float32: bool = False
+) -> FitRows:
     """Return the checked rows for fitting an aggregator, nothing copied that need not be.
+
+    With `keep_float32` a float32 Z stays one; all else becomes float64.
 
     Raises
     ------
     ConfigError, DataError
         See `check_levels`, `finite`, `row_weights`; for features that are needed and missing.
     """
-    Z, y, X = _rows("", Z, y, X, needs_features)
+    Z, y, X = _rows("", Z, y, X, needs_features, keep_float32)
     tau = check_levels(levels, Z.shape[2])
     held = None
     if validation is not None:
@@ -256,8 +260,8 @@ def fit_rows(Z, y, X, levels, validation, sample_weight, needs_features: bool) -
     return FitRows(Z, y, X, tau, row_weights(sample_weight, len(y)), held)
 
 
-def _rows(what: str, Z, y, X, needs_features: bool):
-    Z, y = finite(f"{what}Z", Z, 3), finite(f"{what}y", y, 1)
+def _rows(what: str, Z, y, X, needs_features: bool, keep_float32: bool = False):
+    Z, y = finite(f"{what}Z", Z, 3, keep_float32=keep_float32), finite(f"{what}y", y, 1)
     same_rows(f"{what}Z", Z, len(y), f"{what}y")
     if not needs_features:
         if X is not None:

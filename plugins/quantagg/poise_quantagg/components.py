@@ -47,6 +47,7 @@ class _Aggregator(_Checked):
     """Shared signature; `_solve` gets checked arrays."""
 
     needs_features: ClassVar[bool] = False
+    streams: ClassVar[bool] = False  # looks at a block of rows at a time: a float32 Z stays as it is
 
     def fit(
         self,
@@ -85,7 +86,8 @@ class _Aggregator(_Checked):
         """
         from poise_quantagg.checks import fit_rows
 
-        return self._solve(fit_rows(Z, y, X, levels, validation, sample_weight, self.needs_features))
+        return self._solve(fit_rows(Z, y, X, levels, validation, sample_weight, self.needs_features,
+                                    keep_float32=self.streams))
 
     def _solve(self, rows: FitRows) -> FittedAggregator:
         raise NotImplementedError
@@ -94,6 +96,8 @@ class _Aggregator(_Checked):
 @dataclass(frozen=True)
 class Average(_Aggregator):
     """Mean over models, level by level (section 1.4 "simple aggregators"); nothing is learnt."""
+
+    streams: ClassVar[bool] = True
 
     def _solve(self, rows):
         from poise_quantagg.aggregators.simple import average
@@ -105,6 +109,8 @@ class Average(_Aggregator):
 class Median(_Aggregator):
     """Median over models, level by level; not linear in Z (see `FittedMedian`)."""
 
+    streams: ClassVar[bool] = True
+
     def _solve(self, rows):
         from poise_quantagg.aggregators.simple import median
 
@@ -114,6 +120,8 @@ class Median(_Aggregator):
 @dataclass(frozen=True)
 class Best(_Aggregator):
     """The one model of least pinball loss, on the validation rows when there are some."""
+
+    streams: ClassVar[bool] = True
 
     def _solve(self, rows):
         from poise_quantagg.aggregators.simple import best
@@ -128,6 +136,7 @@ class Best(_Aggregator):
 class Greedy(_Aggregator):
     """Forward selection with replacement (Caruana et al. 2004), one weight per model, as AutoGluon's."""
 
+    streams: ClassVar[bool] = True
     rounds: int = option(50, "models added, repeats included", low=1)
 
     def _solve(self, rows):
@@ -193,12 +202,15 @@ class _Trained(_Aggregator):
                                   f"one of {', '.join(allowed)} or null")
 
     def _search(self, rows, **more):
+        import numpy as np
+
         from poise_quantagg.aggregators.search import SearchOptions, search
 
         names = ("penalty", "penalty_weight", "margin", "loss_isotonize", "start", "n_iter",
                  "max_steps", "patience", "random_state")
         options = SearchOptions(self.resolution, self.local, **{k: getattr(self, k) for k in names}, **more)
-        return search(options, rows.Z, rows.y, rows.X, rows.levels, rows.s, rows.validation)
+        Z = np.asarray(rows.Z, dtype=float)
+        return search(options, Z, rows.y, rows.X, rows.levels, rows.s, rows.validation)
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ class GlobalCoarse(_Global):
     """One weight per model, shared by all levels."""
 
     resolution: ClassVar[str] = "coarse"
+    streams: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

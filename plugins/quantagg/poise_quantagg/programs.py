@@ -67,7 +67,7 @@ def coarse(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *,
     keep = s > 0
     rows = int(keep.sum())
     target = np.repeat(y[keep], m)[None]
-    A = Z[keep].transpose(1, 0, 2).reshape(1, p, rows * m)
+    A = np.asarray(Z[keep].transpose(1, 0, 2).reshape(1, p, rows * m), dtype=float)
     weight, tau = np.repeat(s[keep], m)[None], np.tile(levels, rows)[None]
     found, w, _ = _general(A, target, weight, tau, simplex=simplex, intercept=False)
     return _program(w[0], np.zeros(()), found, s, m)
@@ -430,7 +430,7 @@ def _pilot(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, coun
     level = np.random.default_rng(0).integers(m, size=(len(rows), max(1, min(m, count // len(rows)))))
     row = np.broadcast_to(rows[:, None], level.shape).ravel()
     level = level.ravel()
-    A = (Z[row, :, level] - y[row, None]).T[None]
+    A = (Z[row, :, level] - y[row, None]).T[None]  # float64, as y is
     found = solve(A, np.zeros(A.shape[2]), s[row], levels[level], np.ones(p, dtype=bool), 1e-6)
     return found.w[0]
 

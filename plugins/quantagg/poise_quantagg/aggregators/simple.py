@@ -60,7 +60,8 @@ def greedy(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, roun
         chosen = trial <= trial.min() * (1 + _SAME)
         share = chosen / chosen.sum()
         counts = counts + share
-        total += np.matmul(share, Z)
+        for block in row_blocks(n, p * m):
+            total[block] += np.matmul(share, Z[block])
         if trial.min() < best_loss * (1 - _SAME):
             best_loss, best_counts = trial.min(), counts / counts.sum()
     return LinearFit(best_counts, m, objective=float(best_loss / (s.sum() * m)))
