@@ -480,6 +480,15 @@ def test_failures_are_not_cached(tmp_path):
     assert [s for s in said if not s.endswith("(cached)")] == ["broken, fold 2/3"]
 
 
+def test_another_version_of_a_library_computes_again(tmp_path, monkeypatch):
+    x, y = line(12)
+    said = []
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(cache, "_libraries", lambda version=version: f"lightgbm={version}")
+        cross_fit({"parrot": Parrot()}, x, y, LEVELS, folds=3, cache=tmp_path, progress=said.append)
+    assert [s.endswith("(cached)") for s in said] == [False] * 3 + [True] * 3 + [False] * 3
+
+
 def changed_at(array, at):
     out = array.copy()
     out[at] += 1

@@ -7,9 +7,11 @@ Another model that was not fitted in this process is fitted again, the same, sho
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from poise.version import __version__
 from poise_quantagg.jobs import Job, Result, Work, fit
 
 CACHE_VERSION = 1
+TRAINERS = ("scikit-learn", "quantile-forest", "lightgbm", "catboost", "xgboost-cpu", "xgboost", "torch")
 
 
 class Again:
@@ -83,8 +86,12 @@ def _itself(model: Any) -> Any:
 
 
 def key_of(job: Job, work: Work) -> str:
-    """Return a digest of all that decides a job's predictions."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {__version__} {type(job.model).__qualname__}".encode())
+    """Return a digest of all that decides a job's predictions, the versions of the libraries included.
+
+    An estimator of your own is known by its name and options: after changing its code, use another folder.
+    """
+    kind = f"{CACHE_VERSION} {__version__} {_libraries()} {type(job.model).__qualname__}"
+    digest = hashlib.sha256(kind.encode())
     digest.update(json.dumps(plain(_described(vars(job.model) if hasattr(job.model, "__dict__") else {})),
                              sort_keys=True, default=repr).encode())
     arrays = [work.X, work.y, work.weight, job.levels, *(work.train[k] for k in job.folds),
@@ -94,6 +101,18 @@ def key_of(job: Job, work: Work) -> str:
             digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         digest.update(b"|")
     return digest.hexdigest()[:40]
+
+
+@functools.lru_cache(maxsize=1)
+def _libraries() -> str:
+    """Return the versions of what trains base models, as far as it is installed."""
+    found = []
+    for name in TRAINERS:
+        try:
+            found.append(f"{name}={version(name)}")
+        except PackageNotFoundError:
+            continue
+    return " ".join(found)
 
 
 def _described(value: Any) -> Any:
