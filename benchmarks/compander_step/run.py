@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from poise.models.resnet import ResNet
@@ -30,37 +30,6 @@ KERNEL_BYTES = 28  # a weight in float32: read g, v, m, w; write v, m, w
 WEIGHTS = 11_160_000
 
 
-class ResNet18(nn.Module):
-    """The 18-layer network of He et al. for 32 x 32 images: four stages of two blocks, 11.2 M weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-        before = 64
-        for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            layers += [Basic(before, width, stride), Basic(width, width, 1)]
-            before = width
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(512, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x).mean(dim=(2, 3)))
-
-
-class Basic(nn.Module):
-    """Two 3 x 3 convolutions beside an identity, or a 1 x 1 convolution where the shape changes."""
-
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
-        self.beside = nn.Conv2d(before, width, 1, stride, bias=False) if before != width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
-        return F.relu(y + (x if self.beside is None else self.norms[2](self.beside(x))))
-
-
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(),
                          nn.Linear(512, 10))
@@ -69,7 +38,7 @@ def mlp() -> nn.Module:
 CASES: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
     "MLP 3072-512-512-10, batch 64": (mlp, 64, 1.15),
     "ResNet-20, batch 32": (lambda: ResNet(3, 10), 32, 1.02),
-    "ResNet-18, batch 4": (ResNet18, 4, 1.03),
+    "ResNet-18, batch 4": (lambda: ResNet(3, 10, 64, (2, 2, 2, 2), projected=True), 4, 1.03),
 }
 
 
