@@ -23,7 +23,7 @@ WRONG = {
     "unknown launcher": ("launcher=nope", "launcher=nope", "basic, joblib"),
     "unknown tracker": ("tracker=nope", "tracker=nope", "mlflow, none, tensorboard, wandb"),
     "unknown entry below a key": ("model.entry=nope", "nope", "mlp"),
-    "task mismatch": ("model=smollm2", "model=smollm2", "causal_lm", "recipe=classify", "model=mlp"),
+    "task mismatch": ("model=smollm2", "model=smollm2", "causal_lm", "recipe=classify", "mlp", "resnet20"),
     "untrained base": ("adapter=bone", "adapter=bone", "model=mlp", "untrained"),
     "frozen weights": ("quantizer=absmax", "quantizer=absmax", "adapter=bone", "train.steps=0"),
     "a recipe without data": ("data=none", "data=none", "poise list data"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,9 @@ def test_mlflow_holds_what_was_recorded(here):
 # ------------------------------------------------------------------ Weights & Biases
 
 
+WRITTEN = 60  # seconds
+
+
 def wandb_records(path: Path) -> Iterator[bytes]:
     """Yield the records of a .wandb file: a 7-byte head, then LevelDB's log format."""
     data, at, parts = path.read_bytes(), 7, []
@@ -90,6 +94,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):  # still being written
+            return
         parts.append(data[at + 7 : at + 7 + length])
         at += 7 + length
         if kind in (1, 4):  # whole, or last
@@ -101,7 +107,10 @@ def test_wandb_holds_what_was_recorded_and_stays_offline(here):
     messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     directory = tracked(here, "wandb")
     (path,) = directory.glob("wandb/offline-run-*/*.wandb")
-    records = [messages.Record.FromString(r) for r in wandb_records(path)]
+    deadline, records = time.monotonic() + WRITTEN, []
+    while not any(r.HasField("exit") for r in records) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a process of its own writes the file, and may still be at it on a busy machine
+        records = [messages.Record.FromString(r) for r in wandb_records(path)]
     found = set()
     for record in records:
         if record.WhichOneof("record_type") == "history":
