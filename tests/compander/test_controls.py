@@ -111,3 +111,15 @@ def test_the_papers_pairs():
 def test_a_pair_that_the_paper_does_not_have_is_refused(model, data, words):
     with pytest.raises(ConfigError, match=words):
         build("adapter", "compander_paper", model=model, data=data)
+
+
+def test_folded_weights_are_parameters_that_train_again():
+    model = steady()
+    attached = WeightNorm().attach(model)
+    attached.fold()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} >= {"0.weight", "2.weight"}
+    attached.unfold()
+    before = model[0].weight.detach().clone()
+    train(model, attached.optimizer(torch.optim.SGD, lr=0.1), 2)
+    assert not torch.equal(model[0].weight, before)
+    WeightNorm().attach(attached.detach())

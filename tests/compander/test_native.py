@@ -14,6 +14,7 @@ import pytest
 import torch
 from networks import steady, train
 
+from poise.errors import ConfigError, RunError
 from poise_compander import WeightCompander, native, update
 from poise_compander.functions import FUNCTIONS
 from poise_compander.update import Step, Work
@@ -195,6 +196,26 @@ def test_threads_share_layers_and_change_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.double(), lambda m: m.to(memory_format=torch.channels_last), lambda m: m.bfloat16()])
+def test_a_model_that_was_converted_after_attach_is_refused(change):
+    """v would have another size or order than w: the kernel would write past its end, or mix elements."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3))
+    optimizer = WeightCompander().attach(model).optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+    change(model)
+    dtype = model[0].weight.dtype
+    with pytest.raises(RunError, match="convert the model before attach|written to"):
+        model(torch.randn(1, 2, 5, 5, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_part_of_a_larger_tensor_is_refused():
+    layer = torch.nn.Linear(8, 4)
+    layer.weight = torch.nn.Parameter((0.1 * torch.randn(4, 32))[:, :8])
+    with pytest.raises(ConfigError, match="part of a larger tensor"):
+        WeightCompander().attach(torch.nn.Sequential(layer))
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_it_keeps_the_contract(function, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("function", NAMES)
 def test_levels_are_evenly_spaced_once_compressed(function, bits):
+    assert torch.isfinite(levels(FUNCTIONS[function], 10.0, bits)).all()  # the end of the option's range
     k, psi = 1.7, FUNCTIONS[function]
     table = levels(psi, k, bits).double()
     assert table[0] == -1 and table[-1] == 1 and len(table) == 2**bits

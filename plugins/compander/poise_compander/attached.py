@@ -84,6 +84,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
+def _dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill their memory without gaps, in any order of axes."""
+    sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    expected = 1
+    for stride, size in sizes:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _refuse(name: str, holders: list[nn.Module]) -> None:
     """Raise `ConfigError` for a weight that cannot be companded."""
     for module in holders:
@@ -93,6 +104,9 @@ def _refuse(name: str, holders: list[nn.Module]) -> None:
     if weight in _held:
         raise ConfigError(f"compander: {name} is companded already: call detach() on what attach returned "
                           f"before, and attach once")
+    if not _dense(local(weight)):
+        raise ConfigError(f"compander: {name} is a part of a larger tensor (strides {weight.stride()}): "
+                          f"give the layer a weight of its own, layer.weight = nn.Parameter(weight.clone())")
     if weight.dtype in _HALF or not weight.is_floating_point():
         kind = str(weight.dtype).removeprefix("torch.")
         raise ConfigError(f"compander: {name} is {kind}: v needs more digits near the bound; keep weights "

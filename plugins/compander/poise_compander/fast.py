@@ -106,9 +106,15 @@ class FastCompander(AttachedCompander):
 
     def _work(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> Work:
         w, g = local(self.parameter(name)), local(gradient)
-        if g.stride() != w.stride():
+        v = self._v[name]
+        for held in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
+            if (held.dtype, held.device, held.stride()) != (w.dtype, w.device, w.stride()):
+                raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
+                               f"on {w.device}, what the optimizer holds is {held.dtype} with "
+                               f"{held.stride()} on {held.device}: convert the model before attach, or detach() and attach again")
+        if g.dtype != w.dtype or g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
-        return Work(step, w, self._v[name], g, moments)
+        return Work(step, w, v, g, moments)
 
     def _by_kernel(self, work: list[Work]) -> list[Work]:
         """Take the steps that the C kernel can take, in one call; return the others."""

@@ -39,6 +39,7 @@ def levels(function: Function, sharpness: float, bits: int) -> Tensor:
     """Return the table of levels, fp32, shape (2^bits,): -1 to 1, symmetric."""
     unit = torch.linspace(-1, 1, 2**bits, dtype=torch.float64)
     inner = function.inverse(unit * function.forward(sharpness, 1.0, 1.0), 1.0, 1.0) / sharpness
+    inner[0], inner[-1] = -1.0, 1.0  # there psi may round to its bound, which has no inverse
     return inner.clamp(-1, 1).to(torch.float32)
 
 

@@ -60,7 +60,6 @@ class AttachedWeightNorm:
         """Return a plain torch optimizer."""
         return cls(self.trainable(), **options)
 
-    @torch.no_grad()
     def fold(self) -> None:
         """Put g v / ||v|| into plain weights, in place."""
         if self._folded:
