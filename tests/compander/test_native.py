@@ -206,7 +206,7 @@ def test_a_model_that_was_converted_after_attach_is_refused(change):
     optimizer = WeightCompander().attach(model).optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
     change(model)
     dtype = model[0].weight.dtype
-    with pytest.raises(RunError, match="convert the model before attach|written to"):
+    with pytest.raises(RunError, match=r"convert the model before attach|written to"):
         model(torch.randn(1, 2, 5, 5, dtype=dtype)).square().mean().backward()
         optimizer.step()
 

@@ -106,7 +106,7 @@ def _refuse(name: str, holders: list[nn.Module]) -> None:
                           f"before, and attach once")
     if not _dense(local(weight)):
         raise ConfigError(f"compander: {name} is a part of a larger tensor (strides {weight.stride()}): "
-                          f"give the layer a weight of its own, layer.weight = nn.Parameter(weight.clone())")
+                          f"give the layer a weight of its own, nn.Parameter(weight.clone())")
     if weight.dtype in _HALF or not weight.is_floating_point():
         kind = str(weight.dtype).removeprefix("torch.")
         raise ConfigError(f"compander: {name} is {kind}: v needs more digits near the bound; keep weights "

@@ -111,7 +111,8 @@ class FastCompander(AttachedCompander):
             if (held.dtype, held.device, held.stride()) != (w.dtype, w.device, w.stride()):
                 raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
                                f"on {w.device}, what the optimizer holds is {held.dtype} with "
-                               f"{held.stride()} on {held.device}: convert the model before attach, or detach() and attach again")
+                               f"{held.stride()} on {held.device}: convert the model before attach, "
+                               f"or detach() and attach again")
         if g.dtype != w.dtype or g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
         return Work(step, w, v, g, moments)
