@@ -78,3 +78,9 @@ def test_the_mean_learning_rate_factor_is_that_of_small_steps():
     table = {row["layer"]: row for row in diagnostics.layer_table(attached)}
     assert float(moved.mean()) == pytest.approx(table["0"]["mean_lr_factor"], rel=1e-5)
     assert table["0"]["effective_lr_factor"] == pytest.approx((0.6 / 0.9) ** 2)
+
+
+def test_bands_of_a_layer_that_is_larger_than_torchs_quantile_takes():
+    w = torch.linspace(-1, 1, 2**24 + 101)
+    found = dict(zip(diagnostics.PERCENTILES, diagnostics.bands(w)))
+    assert found[7.0] == pytest.approx(-0.86, abs=1e-6) and found[50.0] == pytest.approx(0, abs=1e-6)

@@ -7,9 +7,10 @@ from itertools import product
 
 import pytest
 import torch
-from networks import X, Y, largest_difference, loss_of, steady
+from networks import X, Y, largest_difference, loss_of, steady, train
 from torch import nn
 
+from poise.errors import FileError, RunError
 from poise_compander import WeightCompander, native
 from poise_compander.functions import FUNCTIONS
 
@@ -226,6 +227,51 @@ def test_training_goes_on_bit_for_bit_after_saving(path, learn, rule, order):
         assert torch.equal(attached.w(name), attached_again.w(name))
         assert torch.equal(attached.v(name), attached_again.v(name))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("learn", ["layer", "network"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adamw"])
+def test_model_and_optimizer_are_all_that_training_needs_to_go_on(learn, rule):
+    """On the fast path too, where neither holds a and b as a parameter of the model."""
+    def start():
+        model = steady()
+        attached = WeightCompander(learn=learn, a=0.9, b=0.6).attach(model)
+        return model, attached, attached.optimizer(RULES[rule][0], weight_decay=DECAY, **RULES[rule][1])
+
+    model, attached, optimizer = start()
+    train(model, optimizer, 10)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 10)
+    for order in (0, 1), (1, 0):
+        again, attached_again, optimizer_again = start()
+        for i in order:  # torch's optimizers go on with the very tensors they are given
+            (again, optimizer_again)[i].load_state_dict(copy.deepcopy(saved[i]))
+        train(again, optimizer_again, 10)
+        for own, other in zip(attached.pairs, attached_again.pairs):
+            assert own.numbers() == other.numbers() != (0.9, 0.6)
+        for name in attached.companded:
+            assert torch.equal(attached.w(name), attached_again.w(name))
+            assert torch.equal(attached.v(name), attached_again.v(name))
+    without = copy.deepcopy(saved[1])
+    for state in without["state"].values():
+        state.pop("value", None)
+    with pytest.raises(FileError, match="no values of the learned pairs"):
+        start()[2].load_state_dict(without)
+
+
+def test_a_foreign_write_is_reported_until_it_is_taken_over():
+    model = steady()
+    attached = WeightCompander().attach(model)
+    optimizer = attached.optimizer(SGD, lr=0.1)
+    with torch.no_grad():
+        model[0].weight.mul_(0.9)
+    for _ in range(3):
+        with pytest.raises(RunError, match="written to"):
+            loss_of(model)
+        with pytest.raises(RunError, match="written to"):
+            optimizer.step()
+    attached.refresh()
+    train(model, optimizer, 1)
 
 
 def test_a_closure_and_a_scheduler_work_as_with_torch():

@@ -223,6 +223,11 @@ CASES = {
     "compander sgd": {"train": {"optimizer": "sgd"}, "adapter": WeightCompander()},
     "compander adamw": {"train": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
                         "adapter": WeightCompander(), "dropout": 0.5},
+    "learned pairs, sgd": {"train": {"optimizer": "sgd"}, "adapter": WeightCompander(learn="layer")},
+    "learned pair, adamw": {"train": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},
+                            "adapter": WeightCompander(learn="network")},
+    "learned pairs, reference": {"train": {"optimizer": "sgd"},
+                                 "adapter": WeightCompander(learn="layer", path="reference")},
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,5 +77,5 @@ def observed(layers: Mapping[str, nn.Module]) -> dict[str, float]:
 @torch.no_grad()
 def bands(weight: Tensor | nn.Parameter, percentiles: tuple[float, ...] = PERCENTILES) -> list[float]:
     """Return percentiles of a weight's entries, as in the paper's figures."""
-    flat = weight.detach().flatten().double()
-    return torch.quantile(flat, torch.tensor(percentiles, dtype=torch.float64) / 100).tolist()
+    flat = weight.detach().flatten().double().cpu().numpy()  # torch.quantile ends at 2^24 entries
+    return np.percentile(flat, percentiles).tolist()

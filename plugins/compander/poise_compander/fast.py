@@ -54,16 +54,17 @@ class FastCompander(AttachedCompander):
     def check_untouched(self) -> None:
         for name, version in self._versions.items():
             parameter = self.parameter(name)
+            version_now = parameter._version
             gathered = local(parameter).shape != self._v[name].shape  # sharded training, during forward
-            if parameter._version == version or gathered:
+            if version_now == version or gathered:
                 continue
-            self._versions[name] = parameter._version
             if not bool(self._belongs(name).all()):  # the same values again do no harm: DDP writes them
                 raise RunError(
                     f"compander: the weight of {name} was written to by something else than the "
                     f"compander's optimizer, so v no longer belongs to it. Train with "
                     f"attached.optimizer(...), not with an optimizer of your own; after writing on "
                     f"purpose, call attached.refresh()")
+            self._versions[name] = version_now
 
     def _belongs(self, name: str) -> Tensor:
         """Return where w is Psi(v), but for rounding."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Live = tuple[str, nn.Parameter, dict[str, Any]]  # name, parameter and group of a companded weight
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW)
 RULES = (torch.optim.SGD, *ADAPTIVE)
+VALUE = "value"  # what the state of a learned a or b holds beside its moments
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
@@ -214,9 +215,28 @@ class _Fast(_Companded):
                     pair.raw_a.grad, pair.raw_b.grad = torch.autograd.grad(
                         pair.a * by_a + pair.b * by_b, [pair.raw_a, pair.raw_b])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state and the values of learned pairs, which the model does not hold."""
+        saved = super().state_dict()
+        state = dict(saved["state"])
+        for number, parameter in self._pairs(saved):
+            state[number] = {**state.get(number, {}), VALUE: parameter.detach().clone()}
+        return {**saved, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        state = dict(state_dict["state"])
+        values = {}
+        for number, parameter in self._pairs(state_dict):
+            rest = dict(state.get(number, {}))
+            if VALUE not in rest:
+                raise FileError("compander: the optimizer's state holds no values of the learned pairs: "
+                                "load one that was saved by an optimizer of this kind")
+            values[parameter] = rest.pop(VALUE)  # torch's own rules do not know it
+            state[number] = rest
+        super().load_state_dict({**state_dict, "state": {k: v for k, v in state.items() if v}})
         with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)
             for group in self.param_groups:
                 for p in group["params"] if group["companded"] else ():
                     state = self.state.get(p)
@@ -224,6 +244,15 @@ class _Fast(_Companded):
                         own = self.attached.v(self.names[id(p)])
                         own.copy_(state["v"])
                         state["v"] = own
+
+
+    def _pairs(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
+        """Yield the number of each learned parameter in a saved state, and the parameter."""
+        learned = {id(p) for p in self.learned}
+        for theirs, own in zip(saved["param_groups"], self.param_groups):
+            for number, parameter in zip(theirs["params"], own["params"]):
+                if id(parameter) in learned:
+                    yield number, parameter
 
 
 def _numbers(optimizer: _Companded, group: dict[str, Any], count: int, scale: float,
