@@ -186,6 +186,16 @@ def test_a_second_fit_knows_nothing_of_the_first(before, after):
     assert vars(estimator).keys() == vars(fresh).keys()
 
 
+@pytest.mark.parametrize("conformal", [None, "cv+", "split"])
+def test_crossing_is_said_once_and_points_at_the_line_that_fits(conformal):
+    X, y = rows(40)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", QuantileWarning)
+        made({"linear": Linear()}, conformal=conformal, cv=2).fit(np.c_[X, X**2, X**3], y)
+    said = [w for w in caught if "base predictions cross" in str(w.message)]
+    assert len(said) == 1 and said[0].filename == __file__
+
+
 def test_a_fit_that_fails_leaves_nothing_of_the_one_before():
     X, y = rows()
     estimator = made().fit(X, y).set_params(cv=1)

@@ -172,7 +172,11 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         self.levels_ = check_levels(LEVELS if self.levels is None else self.levels)
         self._check_options(len(y))
         if self.conformal == "split":
-            return self._fit_split(X, y, sample_weight, groups)
+            held, rest = self._held_out(len(y), groups)
+            self._fit_rows(*(None if part is None else np.asarray(part)[rest]
+                             for part in (X, y, sample_weight, groups)))
+            self._keep_calibration(Calibration(y[held], self._quantiles(X[held]), None))
+            return self
         self._fit_rows(X, y, sample_weight, groups)
         if self.conformal is not None:
             self._calibrate(X, y, sample_weight)
@@ -324,31 +328,32 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             oof[held] = stackers[k].predict(self.cross_fit_.Z[held], X[held])
         return oof, stackers
 
-    def _fit_split(self, X, y, sample_weight, groups):
-        held, rest = self._held_out(len(y), groups)
-        if not len(rest):
-            raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
-                              "nothing is left to fit: give more groups, or groups=None")
-        if isinstance(self.cv, int) and self.cv > len(rest):
-            raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
-                              f"more rows or fewer folds")
-        self._fit_rows(X[rest], y[rest], None if sample_weight is None else sample_weight[rest],
-                       None if groups is None else np.asarray(groups)[rest])
-        self._keep_calibration(Calibration(y[held], self._quantiles(X[held]), None))
-        return self
-
     def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return a fifth of the rows, or as many whole groups as it takes, and the other rows."""
+        """Return a fifth of the rows, or as many whole groups as it takes, and the other rows.
+
+        Raises
+        ------
+        ConfigError
+            When too little is left to fit.
+        """
         from poise_quantagg.folds import check_groups
 
         rng, count = np.random.default_rng([self.random_state, 3]), max(1, n // 5)
         if groups is None:
             order = rng.permutation(n)
-            return np.sort(order[:count]), np.sort(order[count:])
-        names, index = check_groups(groups, n)
-        rank = rng.permutation(len(names))[index]
-        last = np.sort(rank)[count - 1]
-        return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
+            held, rest = np.sort(order[:count]), np.sort(order[count:])
+        else:
+            names, index = check_groups(groups, n)
+            rank = rng.permutation(len(names))[index]
+            last = np.sort(rank)[count - 1]
+            held, rest = np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
+        if not len(rest):
+            raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
+                              "nothing is left to fit: give more groups, or groups=None")
+        if is_number(self.cv) and self.cv > len(rest):
+            raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
+                              f"more rows or fewer folds")
+        return held, rest
 
     def _mirrored(self) -> np.ndarray:
         """Return the positions of levels whose mirror image is a level too."""
