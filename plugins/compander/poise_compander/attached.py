@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from poise.files import copy_checked
 from poise.walk import select
 from poise_compander.bounds import Finding, clamped, fitting, look, refuse, rounded_up
 from poise_compander.components import WeightCompander
+from poise_compander.diagnostics import Watched
 from poise_compander.functions import Function, named
 from poise_compander.scales import Scales
 
@@ -132,7 +132,7 @@ def _pairs(options: WeightCompander, function: Function, found: Mapping[str, Fin
     return dict.fromkeys(found, made(list(found)))
 
 
-class AttachedCompander:
+class AttachedCompander(Watched):
     """A compander on a model.
 
     Parameters
@@ -277,20 +277,14 @@ class AttachedCompander:
 
     def metrics(self) -> dict[str, float]:
         """Return what is recorded at each evaluation: bands of the first layer, shares, learned pairs."""
-        from poise_compander.diagnostics import observed, saturated_share
+        from poise_compander.diagnostics import saturated_share
 
-        found = observed(self.layers) | {"saturated_share": saturated_share(self)}
+        found = super().metrics() | {"saturated_share": saturated_share(self)}
         if self.options.learn != "none":
             for name, pair in self._named_pairs().items():
                 layer = name.removesuffix(".pair")
                 found |= {f"pair/{layer}/{which}": value for which, value in zip("ab", pair.numbers())}
         return found
-
-    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
-        """Draw recorded bands and pairs over the steps into a folder."""
-        from poise_compander.plots import draw
-
-        draw(folder, rows)
 
     def report(self) -> dict[str, Any]:
         """Return plain values: counts, pairs, what was near or over the bound, the share nearly frozen."""

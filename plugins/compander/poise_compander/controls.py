@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from poise.files import copy_checked
 from poise.walk import Weight, select
 from poise_compander.attached import KINDS
 from poise_compander.components import LrMatched
-from poise_compander.diagnostics import observed
-from poise_compander.plots import draw
+from poise_compander.diagnostics import Watched
 
 
 def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched:
@@ -22,7 +20,7 @@ def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched
     return AttachedLrMatched(options, model, select(model, None, options.exclude or None, KINDS))
 
 
-class AttachedLrMatched:
+class AttachedLrMatched(Watched):
     """Nothing but parameter groups: the weights' learning rate times (a / b)^2."""
 
     def __init__(self, options: LrMatched, model: nn.Module, chosen: list[Weight]) -> None:
@@ -67,14 +65,6 @@ class AttachedLrMatched:
     def detach(self) -> nn.Module:
         """Return the model."""
         return self.model
-
-    def metrics(self) -> dict[str, float]:
-        """Return what is recorded at each evaluation: bands of the first layer, the share near zero."""
-        return observed(self.layers)
-
-    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
-        """Draw recorded bands over the steps into a folder."""
-        draw(folder, rows)
 
     def report(self) -> dict[str, Any]:
         """Return the factor and the number of layers."""

@@ -6,6 +6,7 @@ Source: arXiv 2306.16993 figures 3 and 4 (bands of the first convolution over tr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +64,22 @@ def layer_table(attached: AttachedCompander) -> list[dict[str, Any]]:
             "near_zero_share": float((w.abs() < ZERO).float().mean()), "largest": float(w.abs().max()),
         })
     return rows
+
+
+class Watched:
+    """What a run records and draws of an adapter, whatever the adapter does to its layers."""
+
+    layers: Mapping[str, nn.Module]
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is recorded at each evaluation: bands of the first layer, the share near zero."""
+        return observed(self.layers)
+
+    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        """Draw recorded bands and pairs over the steps into a folder."""
+        from poise_compander.plots import draw
+
+        draw(folder, rows)
 
 
 def observed(layers: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from poise.files import copy_checked
 from poise.walk import select
 from poise_compander.attached import KINDS
 from poise_compander.components import WeightNorm
-from poise_compander.diagnostics import observed
-from poise_compander.plots import draw
+from poise_compander.diagnostics import Watched
 from poise_compander.reference import folded_state_dict
 
 
@@ -38,7 +36,7 @@ def attach(options: WeightNorm, model: nn.Module) -> AttachedWeightNorm:
     return AttachedWeightNorm(model, {w.name: w.module for w in chosen})
 
 
-class AttachedWeightNorm:
+class AttachedWeightNorm(Watched):
     """Weight normalisation on a model.
 
     Parameters
@@ -99,14 +97,6 @@ class AttachedWeightNorm:
         """Fold for good and return the plain model."""
         self.fold()
         return self.model
-
-    def metrics(self) -> dict[str, float]:
-        """Return what is recorded at each evaluation: bands of the first layer, the share near zero."""
-        return observed(self.layers)
-
-    def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
-        """Draw recorded bands over the steps into a folder."""
-        draw(folder, rows)
 
     def report(self) -> dict[str, Any]:
         """Return the number of layers."""
