@@ -270,7 +270,7 @@ def _experts(path: str, module: nn.Module, name: str, tensor: Tensor) -> Iterato
             return one.T if flip else one
 
         def write(m: Tensor, e: int = e) -> None:
-            getattr(module, name).data[e].copy_(m.T if flip else m)
+            getattr(module, name)[e].copy_(m.T if flip else m)
 
         yield Weight(
             expert_name(path, e, name), "expert", (rows, columns), module, name,
@@ -303,7 +303,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     if parametrize.is_parametrized(module, name):
         setattr(module, name, tensor)  # goes through right_inverse
     else:
-        getattr(module, name).data.copy_(tensor)
+        getattr(module, name).copy_(tensor)  # not through .data: adapters see writes by the version counter
 
 
 # Adapter layers wrap a layer as their child `base`. The walk looks through them, so names do not

@@ -117,6 +117,14 @@ def test_tensors_arrays_and_numbers_give_back_their_kind(function):
         assert isinstance(act(0.3, 0.7, 0.6), float)
 
 
+@everywhere
+def test_whole_numbers_are_real_ones(function):
+    assert function.forward(1, 0.7, 0.6) == function.forward(1.0, 0.7, 0.6)
+    assert function.inverse(torch.tensor([0, 1]), 2.0, 0.6)[1] == pytest.approx(
+        function.inverse(1.0, 2.0, 0.6), rel=1e-6)
+    assert function.inverse(np.array([0, 1]), 2.0, 0.6)[1] == function.inverse(1.0, 2.0, 0.6)
+
+
 # ------------------------------------------------------------------ other people's
 
 
@@ -143,6 +151,8 @@ def test_a_function_of_ones_own_is_registered(registered):
     ({"psi": lambda u: u / (1 + u.abs()) + 0.01}, "is not odd"),
     ({"psi": lambda u: -u, "psi_derivative": lambda u: -torch.ones_like(u)}, "is not increasing"),
     ({"limit": 0.5}, "exceeds its bound"),
+    ({"limit": 2.0}, "has limit 2, but does not reach it"),
+    ({"limit": math.inf}, "has limit inf, but does not reach it"),
     ({"psi_inverse": lambda u: u}, "has another inverse"),
     ({"psi_derivative": lambda u: 1 / (1 + u.abs())}, "has another derivative"),
 ])

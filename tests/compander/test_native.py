@@ -124,6 +124,16 @@ def test_without_a_compiler_steps_are_taken_in_torch_and_it_is_said_once(fresh, 
         assert "no C kernel" in native.status()
 
 
+def test_a_compiler_may_come_with_arguments(fresh, monkeypatch):
+    plain = still_trains()[0]
+    native._found.clear()
+    compiler = native._compiler_at_hand()[0]
+    monkeypatch.setenv("CC", f"env {compiler} -DNOTHING='a b'")
+    w, said = still_trains()
+    assert torch.equal(w, plain) and not said
+    assert len(list(fresh.glob("*.so"))) == 2  # other arguments, another library
+
+
 def test_a_broken_compiler_is_named_with_its_last_words(fresh, monkeypatch, tmp_path):
     broken = tmp_path / "cc"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "internal error 7" >&2\nexit 1\n')

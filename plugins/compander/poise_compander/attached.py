@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
-from poise.errors import ConfigError, FileError
+from poise.errors import ConfigError, FileError, RunError
 from poise.files import copy_checked
-from poise.walk import select
+from poise.walk import Weight, select
 from poise_compander.bounds import Finding, clamped, fitting, look, refuse, rounded_up
 from poise_compander.components import WeightCompander
 from poise_compander.diagnostics import Watched
@@ -47,14 +47,8 @@ def attach(options: WeightCompander, model: nn.Module, name: str) -> AttachedCom
     from poise_compander.reference import ReferenceCompander
 
     function = named(options.function)
+    chosen = companded_weights(model, options.target_modules, options.exclude)
     modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = [
-        w for w in select(model, options.target_modules, options.exclude or None, (*KINDS, "embedding"))
-        if w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with)
-    ]  # an embedding only where an output layer shares its weight
-    if not chosen:
-        raise ConfigError("compander: the layers that are named are embeddings; it takes linears and "
-                          "convolutions")
     holders = {w.name: [w.module, *(modules[tie] for tie in w.tied_with if tie in modules)] for w in chosen}
     for w in chosen:
         _refuse(w.name, holders[w.name])
@@ -68,6 +62,31 @@ def attach(options: WeightCompander, model: nn.Module, name: str) -> AttachedCom
                 w.copy_(clamped(function, w, options.a))
     made = FastCompander if options.path == "fast" else ReferenceCompander
     return made(options, model, name, layers)
+
+
+def companded_weights(model: nn.Module, include: list[str] | None, exclude: list[str]) -> list[Weight]:
+    """Return the weights of linears and convolutions, and of embeddings where an output layer shares them.
+
+    Raises
+    ------
+    ConfigError
+        When a pattern, or the whole selection, matches nothing; with candidates.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = [
+        w for w in select(model, include, exclude or None, (*KINDS, "embedding"))
+        if w.numel and (
+            w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
+    ]
+    if not chosen:
+        raise ConfigError("compander: the layers that are named are embeddings, or empty; it takes linears "
+                          "and convolutions")
+    return chosen
+
+
+def is_companded(module: nn.Module) -> bool:
+    """Return whether a compander holds the weight of a module."""
+    return not parametrize.is_parametrized(module, "weight") and _plain(module) in _held
 
 
 def _plain(module: nn.Module) -> nn.Parameter:
@@ -101,7 +120,7 @@ def _refuse(name: str, holders: list[nn.Module]) -> None:
         if parametrize.is_parametrized(module, "weight"):
             raise ConfigError(f"compander: {name} is reparameterized already: detach that first")
     weight = _plain(holders[0])
-    if weight in _held:
+    if is_companded(holders[0]):
         raise ConfigError(f"compander: {name} is companded already: call detach() on what attach returned "
                           f"before, and attach once")
     if not _dense(local(weight)):
@@ -149,7 +168,7 @@ class AttachedCompander(Watched):
         self.options, self.model, self.name = options, model, name
         self.function = named(options.function)
         self.companded = {layer.name: layer for layer in companded}
-        self.folded = False
+        self.folded = self.gone = False
         for layer in companded:
             _held[self.parameter(layer.name)] = True
 
@@ -172,11 +191,18 @@ class AttachedCompander(Watched):
         raise NotImplementedError
 
     def unfold(self) -> None:
-        """Reparameterize again; v comes back exactly where w was not changed meanwhile."""
-        raise NotImplementedError
+        """Reparameterize again; v comes back exactly where w was not changed meanwhile.
+
+        Raises
+        ------
+        RunError
+            After `detach`.
+        """
+        if self.gone:
+            raise RunError("compander: it was detached for good: attach again")
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return a plain checkpoint with w in place of v; the live model is untouched."""
+        """Return a plain checkpoint with w in place of v, a copy; the live model is untouched."""
         raise NotImplementedError
 
     def check_untouched(self) -> None:
@@ -266,13 +292,14 @@ class AttachedCompander(Watched):
         return {f"{name}.pair": layer.scales for name, layer in self.companded.items()}
 
     def detach(self) -> nn.Module:
-        """Fold for good and return the plain model."""
+        """Fold for good and return the plain model; `unfold` raises `RunError` from then on."""
         parameters = [self.parameter(name) for name in self.companded] if not self.folded else []
         self.fold()
         for parameter in parameters:
             _held.pop(parameter, None)
         for layer in self.companded.values():
             _held.pop(_plain(layer.module), None)
+        self.gone = True
         return self.model
 
     def metrics(self) -> dict[str, float]:

@@ -65,6 +65,19 @@ def refuse(function: Function, a: float, found: dict[str, Finding]) -> None:
     )
 
 
+def beyond(function: Function, w: Tensor, a: float, name: str) -> str:
+    """Return in words that a weight has no v, being at or over the bound or not finite; or nothing."""
+    size, bound = w.detach().abs(), function.bound(abs(a))
+    over = int((~(size < bound)).sum())  # NaN too
+    if not over:
+        return ""
+    largest = float(size.max())
+    if not math.isfinite(largest):
+        return f"{over} weights of {name} are NaN or Inf"
+    return (f"{over} weights of {name} reach the bound {bound:.4g} of a={a:g} (largest |w| {largest:.4g}): "
+            f"attach with a={rounded_up(fitting(function, largest))} or more")
+
+
 def rounded_up(x: float, digits: int = 4) -> float:
     """Round up to some significant digits, so that what a message says does fit."""
     unit = 10.0 ** (math.floor(math.log10(x)) - digits + 1)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from poise_compander.weight_norm import AttachedWeightNorm
 
 
+_EXTREME = 1e6  # of a and b: beyond it float32 has no digits left for v, or for its square
+
+
 @dataclass(frozen=True)
 class WeightCompander:
     """w = Psi(v) = a psi(v / b) on every weight of linears and convolutions; v is what trains.
@@ -59,8 +62,12 @@ class WeightCompander:
 
         check_options(self)
         for name, value in (("a", self.a), ("b", self.b)):
-            if not math.isfinite(value):
-                raise ConfigError(f"WeightCompander.{name}={value!r}: allowed is a finite number > 0")
+            if not 1 / _EXTREME <= value <= _EXTREME:  # nor is NaN
+                raise ConfigError(f"WeightCompander.{name}={value!r}: allowed is a number > 0, from "
+                                  f"{1 / _EXTREME:g} to {_EXTREME:g}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError("WeightCompander.target_modules=[]: it names no layer; leave it out (null) "
+                              "to take all, or give patterns of names")
         if self.function not in FUNCTION_NAMES:
             from poise_compander.functions import named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from poise.files import copy_checked
-from poise.walk import Weight, select
-from poise_compander.attached import KINDS
+from poise.walk import Weight
+from poise_compander.attached import companded_weights
 from poise_compander.components import LrMatched
 from poise_compander.diagnostics import Watched
 
 
 def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched:
     """Choose the weights whose learning rate is scaled; see `LrMatched.attach`."""
-    return AttachedLrMatched(options, model, select(model, None, options.exclude or None, KINDS))
+    return AttachedLrMatched(options, model, companded_weights(model, None, options.exclude))
 
 
 class AttachedLrMatched(Watched):
@@ -41,8 +42,9 @@ class AttachedLrMatched(Watched):
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a torch optimizer with the scaled rate on the chosen weights."""
-        own, *rest = self.trainable()
-        return cls([{**own, "lr": options["lr"] * self.factor}, *rest], **options)
+        optimizer = cls(self.trainable(), **options)
+        optimizer.param_groups[0]["lr"] *= self.factor
+        return optimizer
 
     def fold(self) -> None:
         """Do nothing: the weights are plain."""
@@ -51,8 +53,8 @@ class AttachedLrMatched(Watched):
         """Do nothing: the weights are plain."""
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return the model's checkpoint."""
-        return self.model.state_dict()
+        """Return a copy of the model's checkpoint."""
+        return copy.deepcopy(dict(self.model.state_dict()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the chosen weights."""

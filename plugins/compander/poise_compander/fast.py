@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.errors import RunError
+from poise.errors import FileError, RunError
 from poise_compander import native, update
 from poise_compander.attached import AttachedCompander, Layer, local
+from poise_compander.bounds import beyond
 from poise_compander.components import WeightCompander
 from poise_compander.update import Step, Work
 
@@ -29,6 +31,7 @@ class FastCompander(AttachedCompander):
         self._versions = {layer.name: self.parameter(layer.name)._version for layer in companded}
         self._hooks = [
             model.register_forward_pre_hook(_Watch(self)),
+            model.register_load_state_dict_pre_hook(_Look(self)),
             model.register_load_state_dict_post_hook(_Refresh(self)),
         ]
 
@@ -84,12 +87,9 @@ class FastCompander(AttachedCompander):
         for name, layer in self.companded.items():
             a, b = layer.scales.numbers()
             w, v, same = local(self.parameter(name)), self._v[name], self._belongs(name)
-            new = self.function.inverse(w, a, b)
-            if not bool(torch.isfinite(torch.where(same, v, new)).all()):
-                raise RunError(f"compander: the new weight of {name} reaches the bound "
-                               f"{self.function.bound(a):.4g} of a={a:g} (largest "
-                               f"{float(w.abs().max()):.4g}): raise a")
-            v.copy_(torch.where(same, v, new))
+            if fault := beyond(self.function, torch.where(same, 0, w), a, name):
+                raise RunError(f"compander: {fault}")
+            v.copy_(torch.where(same, v, self.function.inverse(w, a, b)))
             self._versions[name] = self.parameter(name)._version
 
     # -------------------------------------------------------------- steps
@@ -128,18 +128,24 @@ class FastCompander(AttachedCompander):
                 torch.autograd.graph.increment_version(one.w)  # torch does not see it write
         return [one for one in work if kernel is None or not kernel.takes(self.function, one.w)]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        if not self.folded:
+            self.check_untouched()  # such a v would be of no use
+        return super().state_dict()
+
     # -------------------------------------------------------------- folding: the weights are plain already
 
     def fold(self) -> None:
         self.folded = True
 
     def unfold(self) -> None:
+        super().unfold()
         if self.folded:
             self.folded = False
             self.refresh()
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+        return copy.deepcopy(dict(self.model.state_dict()))  # tied weights stay one
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_state_dict(tensors)
@@ -179,6 +185,21 @@ class _Watch(_Hook):
         if torch.compiler.is_compiling() or self.attached is None or self.attached.folded:
             return
         self.attached.check_untouched()
+
+
+class _Look(_Hook):
+    """Refuses a checkpoint that does not fit below the bound before any of it is loaded."""
+
+    def __call__(self, module: nn.Module, tensors: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        if self.attached is None or self.attached.folded:
+            return
+        names = {id(self.attached.parameter(name)): name for name in self.attached.companded}
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            name, new = names.get(id(parameter)), tensors.get(f"{prefix}{key}")
+            if name is not None and isinstance(new, Tensor):
+                a = self.attached.scales(name).numbers()[0]
+                if fault := beyond(self.attached.function, local(new), a, name):
+                    raise FileError(f"compander: {fault}; nothing was loaded")
 
 
 class _Refresh(_Hook):

@@ -79,11 +79,13 @@ class Function:
 
 
 def _on(x: Any, act: Map) -> Any:
-    """Apply a tensor function to a tensor, an array or a number; return the same kind."""
+    """Apply a tensor function to a tensor, an array or a number; return the same kind, made real."""
     if isinstance(x, Tensor):
-        return act(x)
-    found = act(torch.as_tensor(np.asarray(x))).numpy()
-    return found if isinstance(x, np.ndarray) else found.item()
+        return act(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
+    array = np.asarray(x)
+    array = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float64)
+    found = act(torch.as_tensor(array)).numpy()
+    return found if isinstance(x, np.ndarray) or found.ndim else found.item()
 
 
 def _sech_squared(u: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def check_function(function: Function, a: float = 0.8, b: float = 0.6) -> None:
     Raises
     ------
     ConfigError
-        Naming what fails: odd, increasing, bounded, the inverse both ways, the derivative.
+        Naming what fails: odd, increasing, bounded, the derivative, the inverse both ways, up to the bound.
     """
     u = torch.linspace(-4, 4, 4001, dtype=torch.float64)
     v = b * u
@@ -162,6 +164,10 @@ def check_function(function: Function, a: float = 0.8, b: float = 0.6) -> None:
     _expect(function, "has another inverse", torch.allclose(back, v[inside], rtol=1e-9, atol=1e-12))
     again = function.forward(back, a, b)
     _expect(function, "has another inverse", torch.allclose(again, w[inside], rtol=1e-12, atol=1e-14))
+    far = a * min(function.limit, 10.0) * torch.tensor([0.9, 0.99, 0.999], dtype=torch.float64)
+    reached = function.forward(function.inverse(far, a, b), a, b)  # |v| may be larger than in u above
+    _expect(function, f"has limit {function.limit:g}, but does not reach it, or has another inverse there",
+            torch.allclose(reached, far, rtol=1e-9))
     h = 1e-6
     found = (function.forward(v + h, a, b) - function.forward(v - h, a, b)) / (2 * h)
     _expect(function, "has another derivative", torch.allclose(slope, found, rtol=1e-5, atol=1e-9))

@@ -35,6 +35,7 @@ typedef struct {
     double a, b, a_next, b_next, lr, decay, scale, momentum, keep, beta1, beta2, eps, correct1, correct2;
 } numbers;
 
+#define LEAST 1e-12 /* smallest slope that is divided by; as in update.py */
 #define ALWAYS static inline __attribute__((always_inline))
 
 /* The loop is bound by memory, and its arithmetic too long for the processor to look far ahead: lines are asked
@@ -72,7 +73,7 @@ enum { CHUNK = 64, AHEAD = 512 };
                 T g = G[i] * scale, v = V[i], slope = ab * slope_##X(f, v * ib), move;                     \
                 if (flags & ADAPTIVE) {                                                                    \
                     if ((flags & DECAY) && !(flags & DECOUPLED))                                           \
-                        g += decay * (flags & ON_V ? v / slope : W[i]);                                    \
+                        g += decay * (flags & ON_V ? (FABS(slope) > (T)LEAST ? v / slope : 0) : W[i]);     \
                     T m = b1 * M[i] + o1 * g, s = b2 * S[i] + o2 * g * g;                                  \
                     M[i] = m;                                                                              \
                     S[i] = s;                                                                              \

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -162,14 +163,20 @@ def _built() -> Path:
     OSError, RuntimeError, subprocess.SubprocessError
         When there is no compiler, it fails, or the folder cannot be used.
     """
-    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    if compiler is None or shutil.which(compiler) is None:
-        raise RuntimeError(f"compiler {compiler} is not there" if compiler else
-                           "no compiler: install gcc or clang, or set CC")
+    compiler = shlex.split(os.environ.get("CC", "")) or _compiler_at_hand()
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"compiler {compiler[0]} is not there")
     target = _folder() / f"kernel-{_digest(compiler)}.so"
     if not target.exists():
         _compile(compiler, target)
     return target
+
+
+def _compiler_at_hand() -> list[str]:
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise RuntimeError("no compiler: install gcc or clang, or set CC")
 
 
 def _folder() -> Path:
@@ -181,10 +188,10 @@ def _folder() -> Path:
     return folder
 
 
-def _digest(compiler: str) -> str:
-    asked = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
+def _digest(compiler: list[str]) -> str:
+    asked = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
     digest = hashlib.sha256(SOURCE.read_bytes() + asked.stdout)
-    digest.update(repr((COMPILE, LINK, LIBRARIES, platform.machine(), _processor())).encode())
+    digest.update(repr((compiler[1:], COMPILE, LINK, LIBRARIES, platform.machine(), _processor())).encode())
     return digest.hexdigest()[:20]
 
 
@@ -197,14 +204,14 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: list[str], target: Path) -> None:
     """Compile into a folder of its own, then move the library into place in one go."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         object_file, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        for command in ([compiler, *COMPILE, "-o", str(object_file), str(SOURCE)],
-                        [compiler, *LINK, "-o", str(library), str(object_file), *LIBRARIES]):
+        for command in ([*compiler, *COMPILE, "-o", str(object_file), str(SOURCE)],
+                        [*compiler, *LINK, "-o", str(library), str(object_file), *LIBRARIES]):
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise RuntimeError(f"{compiler} failed: {last}")
+                raise RuntimeError(f"{' '.join(compiler)} failed: {last}")
         os.replace(library, target)

@@ -10,6 +10,8 @@ adaptive rule on dL/dw with its step times Psi' is the one that the paper adopts
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from poise.errors import ConfigError, FileError
+from poise.errors import ConfigError, FileError, RunError
 from poise.walk import matches
 from poise_compander import update
 from poise_compander.attached import local
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 Live = tuple[str, nn.Parameter, dict[str, Any]]  # name, parameter and group of a companded weight
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW)
 RULES = (torch.optim.SGD, *ADAPTIVE)
+# whose decay is known to be L2, or decoupled where the group says so; it can be taken on w
+KNOWN_DECAY = (*RULES, torch.optim.ASGD, torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adamax,
+               torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop)
 VALUE = "value"  # what the state of a learned a or b holds beside its moments
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -39,21 +44,30 @@ def companded_optimizer(
     """Build the optimizer; see `AttachedCompander.optimizer`."""
     from poise_compander.fast import FastCompander
 
+    fast = isinstance(attached, FastCompander)
+    _refuse(attached, cls, fast)
+    clip, wanted = options.pop("max_grad_norm", None), options.pop("groups", None) or []
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        raise ConfigError(f"compander: max_grad_norm={clip!r}: allowed is a number > 0")
+    kind = type(f"Companded{cls.__name__}", (_Fast if fast else _Reference, cls), {"rule": cls})
+    optimizer: Any = kind(_groups(attached, wanted), **options)
+    optimizer.start(attached, clip)
+    return optimizer
+
+
+def _refuse(attached: AttachedCompander, cls: Any, fast: bool) -> None:
+    """Raise `ConfigError` for a class that cannot drive companded weights, or a model that is not ready."""
     if attached.folded:
         raise ConfigError("compander: the model is folded: call unfold() before making an optimizer")
-    fast = isinstance(attached, FastCompander)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"compander: {cls!r} is no torch optimizer class")
     if fast and cls not in RULES:
         raise ConfigError(f"compander: the fast path has no rule for {cls.__name__}; it drives SGD, Adam "
-                          f"and AdamW. path='reference' takes any optimizer, on dL/dv")
-    clip, wanted = options.pop("max_grad_norm", None), options.pop("groups", None)
-    if clip is not None and not clip > 0:
-        raise ConfigError(f"compander: max_grad_norm={clip!r}: allowed is a number > 0")
-    kind = type(f"Companded{cls.__name__}", (_Fast if fast else _Reference, cls), {"rule": cls})
-    optimizer: Any = kind(_groups(attached, wanted or []), **options)
-    optimizer.start(attached, clip)
-    return optimizer
+                          f"and AdamW. path='reference' takes other optimizers, on dL/dv")
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"compander: {cls.__name__} takes many gradients a step, of its closure; on the "
+                          f"reference path v are ordinary parameters: {cls.__name__}(model.parameters())")
 
 
 def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,6 +77,8 @@ def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[d
               for n, p in attached.model.named_parameters()}
     groups = []
     taken: set[int] = set()
+    for options in wanted:
+        _check_group(options)
     for group in attached.trainable():
         left = list(group["params"])
         for options in wanted:
@@ -81,6 +97,13 @@ def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[d
     return groups
 
 
+def _check_group(options: Any) -> None:
+    patterns = options.get("params") if isinstance(options, dict) else None
+    if not isinstance(patterns, list | tuple) or not all(isinstance(x, str) for x in patterns):
+        raise ConfigError(f"compander: the group {options!r} is none: allowed is a dict with params, a "
+                          f"list of patterns of parameter names ('layers.0.*'), and options of the class")
+
+
 class _Companded(torch.optim.Optimizer):
     """What both paths share."""
 
@@ -91,6 +114,7 @@ class _Companded(torch.optim.Optimizer):
     def start(self, attached: AttachedCompander, clip: float | None) -> None:
         """Learn whom the optimizer belongs to; once, after construction."""
         self.attached, self.clip = attached, clip
+        self._step_supports_amp_scaling = False  # a gradient scaler divides first, `fused` or not
         self.names = {id(attached.parameter(name)): name for name in attached.companded}
         self.learned = [p for pair in attached.pairs for p in pair.parameters()]
         for group in self.param_groups:
@@ -98,9 +122,27 @@ class _Companded(torch.optim.Optimizer):
                 group["belongs_to"] = {n: attached.scales(n).spec.tolist()
                                        for n in (self.names[id(p)] for p in group["params"])}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add plain parameters, a new layer's say."""
+        param_group.setdefault("companded", False)
+        super().add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RunError("compander: an optimizer of companded weights belongs to its model and is not "
+                       "copied or pickled: attach to the copy, and load state_dict() into its optimizer")
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step; returns what the closure returns."""
+        """Take one step; returns what the closure returns.
+
+        Raises
+        ------
+        RunError
+            When something else has written to a weight, or the model is folded.
+        """
+        if self.attached.folded:
+            raise RunError("compander: the model is folded: call unfold() before training goes on (after "
+                           "detach(), take an optimizer of the plain model)")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -245,7 +287,6 @@ class _Fast(_Companded):
                         own.copy_(state["v"])
                         state["v"] = own
 
-
     def _pairs(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield the number of each learned parameter in a saved state, and the parameter."""
         learned = {id(p) for p in self.learned}
@@ -274,57 +315,74 @@ def _decoupled(rule: type, group: dict[str, Any]) -> bool:
 
 
 class _Reference(_Companded):
+    def start(self, attached: AttachedCompander, clip: float | None) -> None:
+        super().start(attached, clip)
+        decayed = any(group["companded"] and group.get("weight_decay") for group in self.param_groups)
+        if decayed and not self.decay_is_known and not attached.options.decays_v:
+            raise ConfigError(f"compander: how {self.rule.__name__} decays is not known, so it cannot be "
+                              f"taken on w: give decay_on='v', or weight_decay=0")
+
+    @property
+    def decay_is_known(self) -> bool:
+        """Whether the decay is taken here; what is not known acts on v, by torch's own step."""
+        return issubclass(self.rule, KNOWN_DECAY)
+
     def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
         slope = {name: self.attached.psi(name).derivative(p) for name, p, _ in live}  # type: ignore[attr-defined]
-        scale = self.factor([p.grad / slope[name] for name, p, _ in live] + [p.grad for p in others])  # type: ignore
+        by_w = [update.by_slope(p.grad, slope[name]) for name, p, _ in live]  # type: ignore[arg-type]
+        scale = self.factor([*by_w, *(p.grad for p in others)])  # type: ignore[misc]
         if scale != 1.0:
             for p in [*others, *(p for _, p, _ in live), *(p for p in self.learned if p.grad is not None)]:
                 p.grad.mul_(scale)  # type: ignore[union-attr]
-        adaptive = issubclass(self.rule, ADAPTIVE)
-        starts, w = {}, {name: self.attached.w(name) for name, _, _ in live} if adaptive else {}
-        for name, p, group in live:
-            self._add_decay(name, p, group, slope[name])
-            if adaptive:  # the rule sees dL/dw, and its step alone is left in p
-                p.grad.div_(slope[name])  # type: ignore[union-attr]
+        pulls = {name: self._decay(name, p, group, slope[name]) for name, p, group in live}
+        starts = {}
+        if issubclass(self.rule, ADAPTIVE):  # the rule sees dL/dw, and its step alone is left in p
+            for name, p, _ in live:
+                p.grad.copy_(update.by_slope(p.grad, slope[name]))  # type: ignore[union-attr,arg-type]
                 starts[name] = p.clone()
                 p.zero_()
-        decays = [(group, group["weight_decay"]) for group in self.param_groups if group["companded"]]
+        with self._without_decay():
+            self.inner_step()
+        for name, p, _ in live:
+            if name in starts:
+                p.mul_(slope[name]).add_(starts[name])
+            if pulls[name] is not None:
+                p.sub_(pulls[name])  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """Keep torch's own step from decaying v where that is done here."""
+        decays = [(group, group["weight_decay"]) for group in self.param_groups
+                  if group["companded"] and self.decay_is_known and "weight_decay" in group]
         for group, _ in decays:
             group["weight_decay"] = 0.0
         try:
-            self.inner_step()
+            yield
         finally:
             for group, decay in decays:
                 group["weight_decay"] = decay
-        for name, p, group in live if adaptive else ():
-            self._apply(p, group, starts[name], slope[name], w[name])
 
-    def _add_decay(self, name: str, p: nn.Parameter, group: dict[str, Any], slope: Tensor) -> None:
-        """Add the decay to dL/dv (and to those of a and b, when it acts on w)."""
-        decay = group["weight_decay"]
-        if not decay or _decoupled(self.rule, group):
-            return
-        sign = -1.0 if group.get("maximize") else 1.0
-        if self.attached.options.decays_v:
-            p.grad.add_(p, alpha=sign * decay)  # type: ignore[union-attr]
-            return
+    def _decay(self, name: str, p: nn.Parameter, group: dict[str, Any], slope: Tensor) -> Tensor | None:
+        """Return what a decoupled decay takes off v after the step; add an L2 one to dL/dv."""
+        decay = group.get("weight_decay") if self.decay_is_known else None
+        if not decay:
+            return None
+        pull = p.clone() if self.attached.options.decays_v else slope * self.attached.w(name)
+        if _decoupled(self.rule, group):
+            return group["lr"] * decay * pull
+        decay = -decay if group.get("maximize") else decay
+        p.grad.add_(pull, alpha=decay)  # type: ignore[union-attr]
+        if not self.attached.options.decays_v:
+            self._decay_of_pair(name, p, decay)
+        return None
+
+    def _decay_of_pair(self, name: str, p: nn.Parameter, decay: float) -> None:
+        """Add to the gradients of a learned pair what L2 on w gives them."""
         pair, function = self.attached.scales(name), self.attached.function
-        a, b = pair.a, pair.b
-        w = function.forward(p, a, b)
-        p.grad.add_(w * slope, alpha=sign * decay)  # type: ignore[union-attr]
-        if pair.learned:
-            with torch.enable_grad():
-                penalty = sign * decay * 0.5 * function.forward(p.detach(), pair.a, pair.b).square().sum()
-                more = torch.autograd.grad(penalty, [pair.raw_a, pair.raw_b])
-            for raw, extra in zip((pair.raw_a, pair.raw_b), more):
-                raw.grad = extra if raw.grad is None else raw.grad + extra
-
-    def _apply(self, p: nn.Parameter, group: dict[str, Any], start: Tensor, slope: Tensor,
-               w: Tensor) -> None:
-        """Move v by the rule's step times the slope, and by a decoupled decay."""
-        move = slope * p
-        decay = group["weight_decay"]
-        if decay and _decoupled(self.rule, group):
-            pull = start if self.attached.options.decays_v else slope * w
-            move = move - group["lr"] * decay * pull
-        p.copy_(start + move)
+        if not pair.learned:
+            return
+        with torch.enable_grad():
+            penalty = decay * 0.5 * function.forward(p.detach(), pair.a, pair.b).square().sum()
+            more = torch.autograd.grad(penalty, [pair.raw_a, pair.raw_b])
+        for raw, extra in zip((pair.raw_a, pair.raw_b), more):
+            raw.grad = extra if raw.grad is None else raw.grad + extra

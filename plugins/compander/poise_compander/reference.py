@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from poise.errors import ConfigError, RunError
+from poise.errors import ConfigError, FileError, RunError
 from poise_compander.attached import AttachedCompander, Layer
+from poise_compander.bounds import beyond
 from poise_compander.components import WeightCompander
 from poise_compander.scales import Scales
 
@@ -41,12 +42,9 @@ class Psi(nn.Module):
             When a weight reaches the bound, where there is no v.
         """
         a, b = self.scales.numbers()
-        function = self.scales.function
-        over = int((w.detach().abs() >= function.bound(a)).sum())
-        if over:
-            raise ConfigError(f"compander: {over} weights reach the bound {function.bound(a):.4g} of "
-                              f"a={a:g} (largest {float(w.detach().abs().max()):.4g}): raise a")
-        return function.inverse(w, a, b)
+        if fault := beyond(self.scales.function, w, a, "the layer"):
+            raise ConfigError(f"compander: {fault}")
+        return self.scales.function.inverse(w, a, b)
 
     def derivative(self, v: Tensor) -> Tensor:
         """Return Psi'(v), same shape as v."""
@@ -124,6 +122,7 @@ class ReferenceCompander(AttachedCompander):
         self.folded = True
 
     def unfold(self) -> None:
+        super().unfold()
         if not self.folded:
             return
         for name, (v, w) in self._unfolded.items():
@@ -146,6 +145,8 @@ class ReferenceCompander(AttachedCompander):
                 continue
             psi = held.parametrizations["weight"][0]  # type: ignore[index]
             if isinstance(psi, Psi):
+                if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
+                    raise FileError(f"compander: {fault}; nothing was loaded")
                 del state_dict[f"{where}weight"]
                 state_dict[f"{where}{_MARK}"] = psi.right_inverse(plain)
                 for key, value in psi.state_dict().items():
@@ -157,13 +158,13 @@ class ReferenceCompander(AttachedCompander):
 
 
 def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's checkpoint with each parametrized weight in place of what it is computed from."""
+    """Return a copy of the model's checkpoint, with weights in place of what they are computed from."""
     tensors: dict[str, Tensor] = {}
     live = {f"{path}.".lstrip("."): m for path, m in model.named_modules(remove_duplicate=False)}
     for key, value in model.state_dict().items():
         path, mark, _ = key.partition("parametrizations.weight.")
         if not mark or path not in live:
-            tensors[key] = value
+            tensors[key] = value.clone()
         elif f"{path}weight" not in tensors:
             with torch.no_grad():
                 tensors[f"{path}weight"] = live[path].weight.detach().clone()  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from poise_compander.functions import Function
 
+LEAST = 1e-12  # smallest slope that is divided by; as in kernel.c
 CHUNK = 1 << 15  # elements worked on at a time: the temporaries of a chunk stay in the cache
 
 
@@ -93,7 +94,7 @@ def update(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, mome
     decay = step.weight_decay
     if step.adaptive:
         if decay and not step.decoupled:
-            g = g + decay * (v / slope if step.decay_on_v else w)
+            g = g + decay * (by_slope(v, slope) if step.decay_on_v else w)
         move = slope * _adam(step, g, moments)
         if decay and step.decoupled:
             move = move + decay * (v if step.decay_on_v else slope * w)
@@ -107,6 +108,14 @@ def update(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, mome
             move = _momentum(step, move, moments[0])
     v.sub_(step.lr * move)
     w.copy_(function.forward(v, step.a_next, step.b_next))
+
+
+def by_slope(x: Tensor, slope: Tensor) -> Tensor:
+    """Return x / Psi'(v): what belongs to v, as the adaptive rule on w sees it.
+
+    0 where the slope is smaller than `LEAST`, as far out in tanh and erf: no rule moves such a weight.
+    """
+    return torch.where(slope.abs() > LEAST, x / slope, 0.0)
 
 
 def _momentum(step: Step, move: Tensor, mean: Tensor) -> Tensor:

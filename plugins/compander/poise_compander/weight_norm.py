@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from poise.errors import ConfigError
 from poise.files import copy_checked
 from poise.walk import select
-from poise_compander.attached import KINDS
+from poise_compander.attached import KINDS, is_companded
 from poise_compander.components import WeightNorm
 from poise_compander.diagnostics import Watched
 from poise_compander.reference import folded_state_dict
@@ -25,6 +25,8 @@ def attach(options: WeightNorm, model: nn.Module) -> AttachedWeightNorm:
     for w in chosen:
         if parametrize.is_parametrized(w.module, "weight"):
             raise ConfigError(f"weight_norm: {w.name} is reparameterized already: detach that first")
+        if is_companded(w.module):
+            raise ConfigError(f"weight_norm: {w.name} is companded: detach the compander first")
         if w.tied_with:
             raise ConfigError(f"weight_norm: {w.name} shares its weight with {w.tied_with[0]}: exclude it")
         zero = int((w.read().norm(dim=1) == 0).sum())
