@@ -12,7 +12,7 @@ from itertools import product
 
 import pytest
 import torch
-from networks import steady, train
+from networks import randn, steady, train
 
 from poise.errors import ConfigError, RunError
 from poise_compander import WeightCompander, native, update
@@ -58,6 +58,29 @@ def test_every_case_of_the_kernel_is_the_rule_in_torch(function, dtype, adaptive
         for a, b in zip(mine, theirs):
             size = max(1.0, float(b.abs().max()))
             assert float((a - b).abs().max()) <= LIMITS[dtype] * size, (on_v, decay, options)
+
+
+@pytest.mark.parametrize("function", ["arctan", "erf", "arsinh", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [{}, {"decay_on_v": True}, {"adaptive": True, "decoupled": True}])
+def test_sums_for_learned_pairs_are_those_in_torch(function, dtype, decay):
+    needs_compiler()
+    f, work = FUNCTIONS[function], []
+    for i, n in enumerate((1, 63, 70_001)):
+        w, v, g = (randn(n, seed=3 * i + j, dtype=dtype) for j in range(3))
+        step = Step(0.9, 0.6, 0.9, 0.6, lr=0.1, weight_decay=0.3, scale=0.7, **decay)
+        work.append(Work(step, w, v, g, []))
+    found = native.kernel().sums(f, work)
+    for one, pair in zip(work, found):
+        want = update.sums(f, one.step, *(t.double() for t in (one.w, one.v, one.g)))
+        size = float((one.g.abs().double() * one.v.abs().clamp_min(1)).sum())
+        assert float((pair - want).abs().max()) <= {torch.float32: 1e-6, torch.float64: 1e-14}[dtype] * size
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(found, native.kernel().sums(f, work))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_gradient_that_is_not_a_number_comes_through():

@@ -16,6 +16,7 @@ from poise_compander.bounds import beyond
 from poise_compander.components import WeightCompander
 from poise_compander.update import Step, Work
 
+Wanted = tuple[str, Tensor, list[Tensor], Step]  # a layer's name, gradient, moments, and the step's numbers
 _ULPS = 8  # Psi(v) is the same as w within so many units in the last place: kernels differ by one or two
 
 
@@ -95,15 +96,31 @@ class FastCompander(AttachedCompander):
     # -------------------------------------------------------------- steps
 
     @torch.no_grad()
-    def step(self, wanted: list[tuple[str, Tensor, list[Tensor], Step]]) -> None:
+    def step(self, wanted: list[Wanted]) -> None:
         """Take one step of each layer that is given with its gradient and moments, in place."""
         work = [self._work(*one) for one in wanted]
-        for one in self._by_kernel(work):
+        kernel, mine, others = self._split(work)
+        if kernel is not None and mine:
+            kernel.update(self.function, mine)
+            for one in mine:
+                torch.autograd.graph.increment_version(one.w)  # torch does not see it write
+        for one in others:
             take = update.in_chunks if one.w.device.type == "cpu" else update.compiled
             take(self.function, one.step, flat(one.w), flat(one.v), flat(one.g),
                  [flat(m) for m in one.moments])
         for name, *_ in wanted:
             self._versions[name] = self.parameter(name)._version
+
+    @torch.no_grad()
+    def sums(self, wanted: list[Wanted]) -> list[Tensor]:
+        """Return (dL/da, dL/db) of each layer, float64, shape (2,)."""
+        work = [self._work(*one) for one in wanted]
+        kernel, mine, others = self._split(work)
+        found = {id(one): update.sums_in_chunks(self.function, one.step, *map(flat, (one.w, one.v, one.g)))
+                 for one in others}
+        if kernel is not None and mine:
+            found |= {id(one): pair for one, pair in zip(mine, kernel.sums(self.function, mine))}
+        return [found[id(one)] for one in work]
 
     def _work(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> Work:
         w, g = local(self.parameter(name)), local(gradient)
@@ -118,15 +135,12 @@ class FastCompander(AttachedCompander):
             g = torch.empty_like(w).copy_(g)
         return Work(step, w, v, g, moments)
 
-    def _by_kernel(self, work: list[Work]) -> list[Work]:
-        """Take the steps that the C kernel can take, in one call; return the others."""
+    def _split(self, work: list[Work]) -> tuple[native.Kernel | None, list[Work], list[Work]]:
+        """Return the C kernel, the layers that it can take, and the others."""
         kernel = native.kernel() if any(one.w.device.type == "cpu" for one in work) else None
-        mine = [one for one in work if kernel is not None and kernel.takes(self.function, one.w)]
-        if kernel is not None and mine:
-            kernel.update(self.function, mine)
-            for one in mine:
-                torch.autograd.graph.increment_version(one.w)  # torch does not see it write
-        return [one for one in work if kernel is None or not kernel.takes(self.function, one.w)]
+        takes = [kernel is not None and kernel.takes(self.function, one.w) for one in work]
+        return (kernel, [one for one, its in zip(work, takes) if its],
+                [one for one, its in zip(work, takes) if not its])
 
     def state_dict(self) -> dict[str, Tensor]:
         if not self.folded:

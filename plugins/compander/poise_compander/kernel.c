@@ -1,4 +1,5 @@
-/* One optimizer step on companded weights in one pass over memory; `update.py` is the rule in words.
+/* One optimizer step on companded weights in one pass over memory, and the sums that are the gradients of a
+ * learned pair; `update.py` is the rule in words.
  *
  * Compiled without -ffast-math: NaN must come through, and a library linked with it would change how the
  * whole process rounds. Vector versions of the elementary functions are declared by hand instead.
@@ -98,8 +99,30 @@ enum { CHUNK = 64, AHEAD = 512 };
         }                                                                                                  \
     }
 
+/* OUT[0] += sum of g dw/da, OUT[1] += sum of g dw/db: a chunk in its own type, chunks in double. */
+#define DEFINE_SUMS(T, X)                                                                                  \
+    ALWAYS void add_##X(int f, int flags, size_t n, const T *W, const T *V, const T *G, const numbers *k,  \
+                        double *OUT) {                                                                     \
+        const T ab = k->a / k->b, ib = 1 / k->b, scale = k->scale,                                         \
+                decay = (flags & DECAY) && !(flags & (DECOUPLED | ON_V)) ? k->decay : 0;                   \
+        for (size_t start = 0; start < n; start += CHUNK) {                                                \
+            const size_t stop = n - start < CHUNK ? n : start + CHUNK;                                     \
+            T by_a = 0, by_b = 0;                                                                          \
+            for (size_t i = start; i < stop; i += 64 / sizeof(T)) PREFETCH(W), PREFETCH(V), PREFETCH(G);   \
+            _Pragma("omp simd reduction(+ : by_a, by_b)") for (size_t i = start; i < stop; i++) {          \
+                T g = G[i] * scale + decay * W[i], u = V[i] * ib;                                          \
+                by_a += g * psi_##X(f, u);                                                                 \
+                by_b -= g * u * ab * slope_##X(f, u);                                                      \
+            }                                                                                              \
+            OUT[0] += by_a;                                                                                \
+            OUT[1] += by_b;                                                                                \
+        }                                                                                                  \
+    }
+
 DEFINE(float, f, atanf, expf, erff, asinhf, tanhf, sqrtf, fabsf)
 DEFINE(double, d, atan, exp, erf, asinh, tanh, sqrt, fabs)
+DEFINE_SUMS(float, f)
+DEFINE_SUMS(double, d)
 
 /* Flags are constants inside each case, so that the loop has no branches. */
 #define CASE(X, F, FLAGS) case FLAGS: loop_##X(F, FLAGS, n, W, V, G, M, S, L, k); return 0;
@@ -140,6 +163,17 @@ typedef struct {
 STEP(float, f)
 STEP(double, d)
 
+#define SUM(X, F) case F: add_##X(F, y->flags, n, W, V, G, y->k, out); return 0;
+#define SUMS(T, X)                                                                                         \
+    static int sums_##X(const layer *y, size_t at, size_t n, double *out) {                                \
+        const T *W = (T *)y->w + at, *V = (T *)y->v + at, *G = (T *)y->g + at;                             \
+        switch (y->function) { SUM(X, ARCTAN) SUM(X, ERF) SUM(X, ARSINH) SUM(X, TANH) }                    \
+        return 1;                                                                                          \
+    }
+
+SUMS(float, f)
+SUMS(double, d)
+
 /* Threads take blocks of layers until none is left. A block starts at a multiple of any vector's width, so
  * which elements go through the scalar tail does not depend on the number of threads. */
 enum { BLOCK = 1 << 15, MOST_THREADS = 64 };
@@ -148,7 +182,13 @@ typedef struct {
     const layer *layers;
     size_t count, next;
     int failed;
+    double *sums; /* two for each block, zero before; NULL: take steps */
 } work;
+
+static int part(const layer *y, size_t at, size_t n, double *sums) {
+    if (sums) return y->wide ? sums_d(y, at, n, sums) : sums_f(y, at, n, sums);
+    return y->wide ? part_d(y, at, n) : part_f(y, at, n);
+}
 
 static void take(void *shared) {
     work *all = shared;
@@ -162,7 +202,8 @@ static void take(void *shared) {
         if (i == all->count) return;
         const layer *y = all->layers + i;
         size_t at = (block - before) * BLOCK, n = y->n - at < BLOCK ? y->n - at : BLOCK;
-        if (y->wide ? part_d(y, at, n) : part_f(y, at, n)) __atomic_store_n(&all->failed, 1, __ATOMIC_RELAXED);
+        double *sums = all->sums ? all->sums + 2 * block : NULL;
+        if (part(y, at, n, sums)) __atomic_store_n(&all->failed, 1, __ATOMIC_RELAXED);
     }
 }
 
@@ -175,8 +216,7 @@ static void *take_in_thread(void *shared) {
 typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
 
 /* Returns 0, or 1 where a layer has flags without a case. Without a team, threads are started for the call. */
-int poise_steps(const layer *layers, size_t count, int threads, team run) {
-    work all = {layers, count, 0, 0};
+static int in_parallel(work all, int threads, team run) {
     pthread_t others[MOST_THREADS];
     int started = 0;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
@@ -188,4 +228,16 @@ int poise_steps(const layer *layers, size_t count, int threads, team run) {
     take(&all);
     for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
     return all.failed;
+}
+
+int poise_steps(const layer *layers, size_t count, int threads, team run) {
+    return in_parallel((work){layers, count, 0, 0, NULL}, threads, run);
+}
+
+size_t poise_block(void) { return BLOCK; }
+
+/* `sums` has two numbers for each block of each layer, in order; adding them up in order does not depend on the
+ * number of threads. */
+int poise_sums(const layer *layers, size_t count, int threads, team run, double *sums) {
+    return in_parallel((work){layers, count, 0, 0, sums}, threads, run);
 }

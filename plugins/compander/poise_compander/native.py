@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,11 @@ class Kernel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._steps = ctypes.CDLL(str(path)).poise_steps
+        library = ctypes.CDLL(str(path))
+        self._steps, self._sums = library.poise_steps, library.poise_sums
         self._steps.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-        self._steps.restype = ctypes.c_int
+        self._sums.argtypes = [*self._steps.argtypes, ctypes.c_void_p]
+        self._block = int(library.poise_block())
         self._team = _team()
 
     def takes(self, function: Function, w: Tensor) -> bool:
@@ -70,6 +73,21 @@ class Kernel:
 
     def update(self, function: Function, work: Sequence[Work]) -> None:
         """Take the steps of all weights in place, on as many threads as torch uses."""
+        layers, threads, _numbers_alive = self._layers(function, work)
+        failed = self._steps(layers, len(work), threads, self._team)
+        assert not failed, "kernel.c has no case for these flags"
+
+    def sums(self, function: Function, work: Sequence[Work]) -> Tensor:
+        """Return `update.sums` of every weight, float64, shape (weights, 2)."""
+        layers, threads, _numbers_alive = self._layers(function, work)
+        blocks = [-(-one.w.numel() // self._block) for one in work]
+        by_block = torch.zeros(sum(blocks), 2, dtype=torch.float64)
+        failed = self._sums(layers, len(work), threads, self._team, by_block.data_ptr())
+        assert not failed, "kernel.c does not know this function"
+        return torch.stack([part.sum(0) for part in by_block.split(blocks)])
+
+    def _layers(self, function: Function, work: Sequence[Work]) -> tuple[Any, int, Any]:
+        """Return what the library is given: layers, threads; and what must live as long as the call."""
         layers = (_Layer * len(work))()
         numbers: dict[int, _Numbers] = {}  # most layers share a step
         number, total = NAMES.index(function.name), 0
@@ -81,9 +99,7 @@ class Kernel:
             pointers += [None] * (6 - len(pointers))
             layer.__init__(one.w.numel(), *pointers, ctypes.addressof(numbers[id(one.step)]), number,
                            _flags(one.step, one.moments), one.w.dtype == torch.float64)
-        threads = max(1, min(torch.get_num_threads(), total // GRAIN))
-        failed = self._steps(layers, len(work), threads, self._team)
-        assert not failed, "kernel.c has no case for these flags"
+        return layers, max(1, min(torch.get_num_threads(), total // GRAIN)), numbers
 
 
 def _team() -> ctypes.c_void_p | None:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from poise.errors import ConfigError, FileError, RunError
 from poise.walk import matches
 from poise_compander import update
-from poise_compander.attached import local
 from poise_compander.update import Step
 
 if TYPE_CHECKING:
@@ -243,9 +242,9 @@ class _Fast(_Companded):
         """Set the gradients of learned pairs: sums of g dw/da and g dw/db, through the guard."""
         attached = self.attached
         totals: dict[int, Tensor] = {}
-        for name, p, group in live:
-            step = _numbers(self, group, 1, scale, before[name], before[name])
-            found = update.sums(attached.function, step, local(p), attached.v(name), local(p.grad))
+        work = [(name, p.grad, [], _numbers(self, group, 1, scale, before[name], before[name]))
+                for name, p, group in live]
+        for (name, p, _), found in zip(live, attached.sums(work)):  # type: ignore[attr-defined]
             if hasattr(p, "device_mesh"):
                 torch.distributed.all_reduce(found, group=p.device_mesh.get_group())  # type: ignore[attr-defined]
             pair = attached.scales(name)

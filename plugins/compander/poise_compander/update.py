@@ -151,6 +151,12 @@ def in_chunks(
         update(function, step, w[part], v[part], g[part], [m[part] for m in moments])
 
 
+def sums_in_chunks(function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Return `sums` of flat views, a chunk at a time."""
+    parts = zip(w.split(CHUNK), v.split(CHUNK), g.split(CHUNK))
+    return torch.stack([sums(function, step, *part) for part in parts]).sum(0)
+
+
 def compiled(
     function: Function, step: Step, w: Tensor, v: Tensor, g: Tensor, moments: list[Tensor]
 ) -> None:
