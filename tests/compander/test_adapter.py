@@ -198,14 +198,16 @@ def test_b_is_a_pure_learning_rate_knob(a, b, decay, path):
     assert largest_difference(*found) < 1e-12
 
 
-def test_near_zero_it_is_plain_sgd_at_the_matched_rate():
-    """The first step from small weights: -lr (a/b)^2 g up to third order."""
+@pytest.mark.parametrize("decay_on", ["w", "v"])
+def test_near_zero_it_is_plain_sgd_at_the_matched_rate(decay_on):
+    """The first step from small weights: -lr (a/b)^2 g, and the decay, up to third order."""
     start = network()
     for p in (start[0].weight, start[3].weight):
         p.data.mul_(1e-3)
     model, plain = copy.deepcopy(start), copy.deepcopy(start)
-    train(model, WeightCompander(a=1.0, b=0.5).attach(model).optimizer(SGD, lr=1e-3), 1)
-    train(plain, LrMatched(a=1.0, b=0.5).attach(plain).optimizer(SGD, lr=1e-3), 1)
+    for component, net in ((WeightCompander, model), (LrMatched, plain)):
+        attached = component(a=1.0, b=0.5, decay_on=decay_on).attach(net)
+        train(net, attached.optimizer(SGD, lr=1e-3, weight_decay=200.0), 1)  # a fifth of each weight
     moved = w_of(plain)["3"] - w_of(start)["3"]
     assert float((w_of(model)["3"] - w_of(plain)["3"]).abs().max()) < 1e-4 * float(moved.abs().max())
 

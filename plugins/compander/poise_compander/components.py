@@ -140,6 +140,8 @@ class LrMatched:
 
     a: float = option(0.7, "the compander's a", above=0)
     b: float = option(0.7, "the compander's b", above=0)
+    decay_on: str = option("w", "what the compander's decay acts on; v: these weights' is divided by "
+                           "(a / b)^2, since that of v is not slowed", choices=("w", "v"))
     exclude: list[str] = option([], "patterns of layers to leave alone")
 
     freezes_base: ClassVar[bool] = False

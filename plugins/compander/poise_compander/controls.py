@@ -43,7 +43,10 @@ class AttachedLrMatched(Watched):
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a torch optimizer with the scaled rate on the chosen weights."""
         optimizer = cls(self.trainable(), **options)
-        optimizer.param_groups[0]["lr"] *= self.factor
+        own = optimizer.param_groups[0]
+        own["lr"] *= self.factor
+        if self.options.decay_on == "v":
+            own["weight_decay"] /= self.factor
         return optimizer
 
     def fold(self) -> None:
