@@ -8,21 +8,14 @@ import tarfile
 
 import numpy as np
 import pytest
+from refusal import refuses
 
+from poise.data import cifar
 from poise.data.cifar import CLASSES, TEST, TRAIN
 from poise.data.components import Cifar10
-from poise.errors import ConfigError, DataError
+from poise.errors import ConfigError
 
 image = pytest.importorskip("PIL.Image")
-
-
-def refuses(component, *words):
-    with pytest.raises(DataError) as caught:
-        component.load()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.fixture
@@ -99,6 +92,12 @@ def test_torn_and_foreign_binary_files_are_named(binary):
 ])
 def test_bad_members_of_an_archive_are_named(tmp_path, more, words):
     refuses(packed(tmp_path / "c.tar.xz", {**files(), **more}), words)
+
+
+def test_an_archive_that_unpacks_to_more_than_images_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "_MOST_TOTAL", 1 << 20)
+    for more in ({"README": bytes(1 << 21)}, {f"empty/{i}": b"" for i in range(2048)}):
+        refuses(packed(tmp_path / "c.tar.xz", {**files(), **more}), "holds more than 1 MiB")
 
 
 def test_archives_that_are_none_or_torn(tmp_path):

@@ -22,6 +22,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 TRAIN, TEST = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
 SHARED = "images/cifar10-jpeg/cifar10_jpeg_q75.tar.xz"
 _SIDE, _MOST_BYTES = 32, 1 << 20  # no image of 32 x 32 pixels needs more
+_MOST_TOTAL = 1 << 30  # nor do 60,000 of them
 _RECORD = 1 + 3 * _SIDE * _SIDE  # a class, then red, green and blue planes
 
 
@@ -82,15 +83,18 @@ def _archive(path: Path, sums: dict[str, str]):
     raw, sums[path.name] = read_bytes(path)
     try:
         with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+            total = 0
             for member in archive:
+                total += member.size + tarfile.BLOCKSIZE  # a header each: empty members count too
+                if total > _MOST_TOTAL:
+                    raise DataError(f"{path} holds more than {_MOST_TOTAL >> 20} MiB: it is no CIFAR-10")
                 parts = Path(member.name).parts
                 if not member.isfile() or len(parts) < 3 or parts[-3] not in found:
                     continue
                 if parts[-2] not in CLASSES or member.size > _MOST_BYTES:
                     raise DataError(f"{path}: {member.name} is no image of one of {', '.join(CLASSES)}")
-                file = archive.extractfile(member)
-                assert file is not None  # a regular file
-                found[parts[-3]]["/".join(parts[-2:])] = file.read()
+                if (file := archive.extractfile(member)) is not None:  # never, for a regular file
+                    found[parts[-3]]["/".join(parts[-2:])] = file.read()
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{path} is no whole tar archive: {error}") from None
     parts = []
