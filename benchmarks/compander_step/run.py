@@ -48,7 +48,8 @@ def arm(make: Callable[[], nn.Module], kind: str) -> tuple[nn.Module, torch.opti
     model = make()
     if kind == "plain":
         return model, torch.optim.SGD(model.parameters(), fused=True, **SGD)
-    attached = WeightCompander(a=1.0, b=1.0, bound_policy="grow", path=kind).attach(model)
+    how = {"path": "fast", "learn": "layer"} if kind == "learned" else {"path": kind}
+    attached = WeightCompander(a=1.0, b=1.0, bound_policy="grow", **how).attach(model)
     return model, attached.optimizer(torch.optim.SGD, fused=True, **SGD)  # fused: biases and norms
 
 
@@ -56,12 +57,12 @@ def measure(
     make: Callable[[], nn.Module], batch: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
     """Time one step of each arm in every round, in rotating order; medians of times and of ratios."""
-    arms = {kind: arm(make, kind) for kind in ("plain", "fast", "reference")}
+    arms = {kind: arm(make, kind) for kind in ("plain", "fast", "learned", "reference")}
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     times: dict[str, list[float]] = {kind: [] for kind in arms}
     names = list(arms)
     for i in range(rounds + 3):
-        for kind in names[i % 3:] + names[: i % 3]:
+        for kind in names[i % 4:] + names[: i % 4]:
             model, optimizer = arms[kind]
             started = clock()
             optimizer.zero_grad()
@@ -70,11 +71,11 @@ def measure(
             if i >= 3:
                 times[kind].append(clock() - started)
     ratio = {kind: statistics.median(t / p for t, p in zip(times[kind], times["plain"]))
-             for kind in ("fast", "reference")}
+             for kind in ("fast", "learned", "reference")}
     median = {kind: statistics.median(t) for kind, t in times.items()}
     added = {kind: statistics.median(t - p for t, p in zip(times[kind], times["plain"])) for kind in ratio}
     return {"plain_ms": 1e3 * median["plain"], "fast_ratio": ratio["fast"],
-            "reference_ratio": ratio["reference"],
+            "learned_ratio": ratio["learned"], "reference_ratio": ratio["reference"],
             "added_fast_ms": 1e3 * added["fast"], "added_reference_ms": 1e3 * added["reference"],
             "added_reference_over_fast": added["reference"] / added["fast"]}
 

@@ -45,7 +45,7 @@ class AttachedLrMatched(Watched):
         optimizer = cls(self.trainable(), **options)
         own = optimizer.param_groups[0]
         own["lr"] *= self.factor
-        if self.options.decay_on == "v":
+        if self.options.decay_on == "v" and own.get("weight_decay"):
             own["weight_decay"] /= self.factor
         return optimizer
 
