@@ -125,6 +125,31 @@ def test_whole_numbers_are_real_ones(function):
     assert function.inverse(np.array([0, 1]), 2.0, 0.6)[1] == function.inverse(1.0, 2.0, 0.6)
 
 
+@everywhere
+@pytest.mark.parametrize("make", [
+    lambda x: x[::-1], lambda x: x.astype(">f8"), lambda x: x.astype(np.longdouble),
+    lambda x: x.astype(">f4"), lambda x: np.broadcast_to(x, (2, 5))])
+def test_arrays_of_any_layout(function, make):
+    x = np.linspace(-0.4, 0.4, 5)
+    for act in (function.forward, function.inverse, function.derivative):
+        found = act(make(x), 0.7, 0.6)
+        assert isinstance(found, np.ndarray)
+        assert np.allclose(found, make(act(x, 0.7, 0.6)).astype(float), rtol=1e-6)
+
+
+@everywhere
+def test_a_and_b_may_be_arrays_too(function):
+    v, a, b = np.array([0.1, 0.2]), np.array([0.7, 0.8]), np.array([0.5, 0.6])
+    one_by_one = [function.forward(*three) for three in zip(v, a, b)]
+    assert np.array_equal(function.forward(v, a, b), one_by_one)
+
+
+@pytest.mark.parametrize("x", [None, "1", 1j, np.array([1j]), [None]])
+def test_what_is_no_real_number_is_refused(x):
+    with pytest.raises(ConfigError, match="take real numbers, not"):
+        arctan.forward(x, 0.7, 0.6)
+
+
 # ------------------------------------------------------------------ other people's
 
 
@@ -151,6 +176,7 @@ def test_a_function_of_ones_own_is_registered(registered):
     ({"psi": lambda u: u / (1 + u.abs()) + 0.01}, "is not odd"),
     ({"psi": lambda u: -u, "psi_derivative": lambda u: -torch.ones_like(u)}, "is not increasing"),
     ({"limit": 0.5}, "exceeds its bound"),
+    ({"psi": lambda u: u / (1 + u.abs()) + (u.abs() > 50) * u.sign()}, "exceeds its bound .* far out"),
     ({"limit": 2.0}, "has limit 2, but does not reach it"),
     ({"limit": math.inf}, "has limit inf, but does not reach it"),
     ({"psi_inverse": lambda u: u}, "has another inverse"),

@@ -138,7 +138,8 @@ def still_trains():
 
 def test_without_a_compiler_steps_are_taken_in_torch_and_it_is_said_once(fresh, monkeypatch):
     with_kernel = still_trains()[0]
-    for compiler, words in (("no-such-compiler", "no-such-compiler is not there"), ("false", "false")):
+    for compiler, words in (("no-such-compiler", "no-such-compiler is not there"), ("false", "false"),
+                            ("gcc 'x", "No closing quotation")):
         native._found.clear()
         monkeypatch.setenv("CC", compiler)
         w, said = still_trains()

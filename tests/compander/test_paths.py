@@ -295,8 +295,10 @@ def test_a_closure_and_a_scheduler_work_as_with_torch():
 
 
 def test_maximize_climbs_on_both_paths():
-    check_equal(20, "momentum", more={"maximize": True, "lr": 0.01})
-    check_equal(20, "adam", more={"maximize": True})
+    for learn, decay_on in product(("none", "layer", "network"), ("w", "v")):
+        options = {"learn": learn, "decay_on": decay_on}
+        check_equal(20, "momentum", more={"maximize": True, "lr": 0.01}, **options)
+        check_equal(20, "adam", more={"maximize": True}, **options)
 
 
 # ------------------------------------------------------------------ kernels

@@ -210,6 +210,7 @@ def test_moments_of_another_memory_format_are_refused():
     model, optimizer = start(torch.contiguous_format)
     step(model, optimizer)
     twin, other = start(torch.channels_last)
+    twin.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(RunError, match=r"weight of 0 is .* with strides .* what the optimizer holds is"):
         step(twin, other)
@@ -236,6 +237,167 @@ def test_a_write_through_the_walk_is_seen():
             act()
     attached.refresh()
     model(X)
+
+
+@pytest.mark.parametrize("cls", [SGD, Adam, AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("fused", [False, True])
+def test_another_optimizer_is_found_however_it_writes(cls, fused):
+    """torch's fused kernels do not raise a tensor's version."""
+    model = steady(torch.float32)
+    attached = WeightCompander().attach(model)
+    own, other = attached.optimizer(SGD, lr=0.1), cls(model.parameters(), lr=0.1, fused=fused)
+    train(model, own, 1)
+    loss_of(model).backward()
+    other.step()
+    for act in (lambda: loss_of(model), own.step, attached.state_dict):
+        with pytest.raises(RunError, match="written to by something else"):
+            act()
+
+
+def test_a_learned_a_that_grew_comes_back_in_either_order():
+    """Weights beyond the bound of the a that an attachment starts with."""
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+        attached = WeightCompander(a=0.45, b=0.7, learn="network").attach(model)
+        return model, attached, attached.optimizer(Adam, lr=0.1)
+
+    def go(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(X) - 20).square().mean().backward()
+            optimizer.step()
+
+    model, _, optimizer = start()
+    go(model, optimizer, 40)
+    assert float(model[0].weight.abs().max()) > 1.1 * functions.arctan.bound(0.45)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    go(model, optimizer, 5)
+    for order in ((0, 1), (1, 0)):
+        again, _, other = start()
+        for i in order:
+            (again, other)[i].load_state_dict(copy.deepcopy(saved[i]))
+        go(again, other, 5)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    alone = start()[0]
+    alone.load_state_dict(saved[0])
+    with pytest.raises(RunError, match="along with the optimizer's"):
+        alone(X)
+
+
+@paths
+def test_a_weight_that_was_rounded_to_its_bound_loads_again(path):
+    model = steady(torch.float32)
+    attached = WeightCompander("erf", path=path).attach(model)
+    saved = attached.state_dict()
+    saved["0.v"] = saved["0.v"].clone()
+    saved["0.v"][0] = 20.0
+    attached.load_state_dict(saved)
+    assert float(attached.w("0").max()) == pytest.approx(0.7)
+    plain = attached.folded_state_dict()
+    model.load_state_dict(plain)
+    other = steady(torch.float32)
+    again = WeightCompander("erf", path=path).attach(other)
+    other.load_state_dict(plain)
+    assert torch.allclose(other(X.float()), model(X.float()), rtol=1e-6)
+    train(other, again.optimizer(SGD, lr=0.1), 2)
+    assert bool(torch.isfinite(again.w("0")).all())
+
+
+@paths
+@pytest.mark.parametrize("pattern", ["0.*", "*"])
+def test_no_group_reaches_learned_pairs(path, pattern):
+    attached = WeightCompander(path=path, learn="layer").attach(steady())
+    groups = [{"params": [pattern], "lr": 0.3, "weight_decay": 0.1}]
+    optimizer = attached.optimizer(SGD, lr=0.05, weight_decay=0.2, groups=groups)
+    learned = {id(p) for p in optimizer.learned}
+    found = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups
+             for p in group["params"] if id(p) in learned}
+    assert found == {(0.05, 0.0)}
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused_before_it_is_loaded():
+    def start(path):
+        model = steady()
+        optimizer = WeightCompander(path=path).attach(model).optimizer(SGD, lr=0.1, momentum=0.9)
+        return optimizer, train(model, optimizer, 1)
+
+    fast, _ = start("fast")
+    reference, _ = start("reference")
+    plain = copy.deepcopy(fast.state_dict())
+    for group in plain["param_groups"]:
+        del group["companded"]
+    before = fast.state_dict()
+    for own, saved in ((fast, reference.state_dict()), (reference, fast.state_dict()), (fast, plain)):
+        with pytest.raises(FileError, match="state of another kind of optimizer"):
+            own.load_state_dict(saved)
+    assert str(fast.state_dict()) == str(before)
+
+
+def test_an_optimizers_state_without_the_models_is_found():
+    model, other = steady(), steady()
+    optimizer = WeightCompander().attach(model).optimizer(SGD, lr=0.1)
+    train(model, optimizer, 3)
+    again = WeightCompander().attach(other).optimizer(SGD, lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RunError, match="load the model's checkpoint along"):
+        other(X)
+    other.load_state_dict(model.state_dict())
+    other(X)
+
+
+@pytest.mark.parametrize("switched", [{"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}])
+def test_momentum_may_be_switched_on_later(switched):
+    found = []
+    for path in ("fast", "reference"):
+        model = steady()
+        optimizer = WeightCompander(path=path).attach(model).optimizer(SGD, lr=0.05)
+        train(model, optimizer, 2)
+        for group in optimizer.param_groups:
+            group.update(switched)
+        train(model, optimizer, 3)
+        found.append(w_of(model))
+    assert largest_difference(*found) < 1e-13
+
+
+def test_a_number_of_a_pair_may_be_frozen():
+    found = []
+    for path in ("fast", "reference"):
+        model = steady()
+        attached = WeightCompander(path=path, learn="layer", decay_on="w").attach(model)
+        attached.pairs[0].raw_b.requires_grad_(False)
+        for p in attached.pairs[1].parameters():
+            p.requires_grad_(False)
+        train(model, attached.optimizer(SGD, lr=0.1, weight_decay=0.1), 5)
+        assert attached.pairs[0].numbers()[0] != 0.7
+        assert attached.pairs[0].numbers()[1] == pytest.approx(0.7)
+        assert attached.pairs[1].numbers() == pytest.approx((0.7, 0.7))
+        found.append(w_of(model))
+    assert largest_difference(*found) < 1e-12
+
+
+@paths
+def test_detaching_twice_leaves_a_new_attachment_alone(path):
+    model = steady()
+    first = WeightCompander(path=path).attach(model)
+    first.detach()
+    second = WeightCompander(path=path).attach(model)
+    first.detach()
+    with pytest.raises(ConfigError, match="already"):
+        WeightCompander(path=path).attach(model)
+    with pytest.raises(ConfigError, match="detached for good"):
+        first.optimizer(SGD, lr=0.1)
+    train(model, second.optimizer(SGD, lr=0.1), 1)
+
+
+@paths
+def test_a_norm_that_is_no_number_shows_as_with_torch(path):
+    model = steady()
+    optimizer = WeightCompander(path=path).attach(model).optimizer(SGD, lr=0.1, max_grad_norm=1e-3)
+    loss_of(model).backward()
+    model[2].bias.grad[0] = math.nan
+    optimizer.step()
+    assert bool(torch.isnan(model[0].bias).all())  # clip_grad_norm_ would make all gradients NaN
 
 
 # ------------------------------------------------------------------ what is chosen
@@ -286,6 +448,10 @@ def test_the_matched_control_takes_what_the_compander_takes():
         control = LrMatched(a=1.0, b=0.5).attach(model)
         optimizer = control.optimizer(SGD)  # torch's own default rate
         assert optimizer.param_groups[0]["lr"] == 4e-3
+        rate = torch.tensor(0.1)
+        groups = control.optimizer(SGD, lr=rate, foreach=False).param_groups
+        assert [float(g["lr"]) for g in groups] == pytest.approx([0.4, 0.1][: len(groups)]) and rate == 0.1
+        LrMatched(decay_on="v").attach(model).optimizer(torch.optim.Rprop)  # has no decay
         own = {id(p) for p in optimizer.param_groups[0]["params"]}
         attached = WeightCompander().attach(model)
         assert own == {id(attached.parameter(name)) for name in attached.companded}
@@ -301,7 +467,7 @@ def test_weight_norm_on_a_companded_model_is_refused():
 def test_a_checkpoint_with_a_weight_that_is_no_number_is_refused():
     model = steady()
     WeightCompander().attach(model)
-    with pytest.raises(FileError, match="1 weights of 0 are NaN or Inf; nothing was loaded"):
+    with pytest.raises(FileError, match="1 weights of 0 are NaN or Inf; none of its"):
         broken = steady().state_dict()
         broken["0.weight"][0, 0] = math.nan
         model.load_state_dict(broken)

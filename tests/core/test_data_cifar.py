@@ -98,6 +98,11 @@ def test_an_archive_that_unpacks_to_more_than_images_is_refused(tmp_path, monkey
     monkeypatch.setattr(cifar, "_MOST_TOTAL", 1 << 20)
     for more in ({"README": bytes(1 << 21)}, {f"empty/{i}": b"" for i in range(2048)}):
         refuses(packed(tmp_path / "c.tar.xz", {**files(), **more}), "holds more than 1 MiB")
+    with tarfile.open(tmp_path / "p.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("train/dog/1.jpg")
+        member.pax_headers = {"comment": "x" * (1 << 21)}  # read whole, before the member is seen
+        archive.addfile(member)
+    refuses(Cifar10(path=str(tmp_path / "p.tar.gz")), "holds more than 1 MiB")
 
 
 def test_archives_that_are_none_or_torn(tmp_path):

@@ -23,7 +23,7 @@ from poise_compander.scales import Scales
 
 KINDS = ("linear", "conv")
 _HALF = (torch.float16, torch.bfloat16)
-_held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that a compander holds
+held: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that a compander holds
 
 
 @dataclass
@@ -86,7 +86,7 @@ def companded_weights(model: nn.Module, include: list[str] | None, exclude: list
 
 def is_companded(module: nn.Module) -> bool:
     """Return whether a compander holds the weight of a module."""
-    return not parametrize.is_parametrized(module, "weight") and _plain(module) in _held
+    return not parametrize.is_parametrized(module, "weight") and _plain(module) in held
 
 
 def _plain(module: nn.Module) -> nn.Parameter:
@@ -126,7 +126,9 @@ def _refuse(name: str, holders: list[nn.Module]) -> None:
     if not _dense(local(weight)):
         raise ConfigError(f"compander: {name} is a part of a larger tensor (strides {weight.stride()}): "
                           f"give the layer a weight of its own, nn.Parameter(weight.clone())")
-    if weight.dtype in _HALF or not weight.is_floating_point():
+    if not weight.is_floating_point():
+        raise ConfigError(f"compander: {name} is {weight.dtype}: it takes real numbers; exclude it")
+    if weight.dtype in _HALF:
         kind = str(weight.dtype).removeprefix("torch.")
         raise ConfigError(f"compander: {name} is {kind}: v needs more digits near the bound; keep weights "
                           f"in float32 (model.float()) and train under autocast")
@@ -170,7 +172,7 @@ class AttachedCompander(Watched):
         self.companded = {layer.name: layer for layer in companded}
         self.folded = self.gone = False
         for layer in companded:
-            _held[self.parameter(layer.name)] = True
+            held[self.parameter(layer.name)] = True
 
     # -------------------------------------------------------------- what the paths differ in
 
@@ -266,6 +268,9 @@ class AttachedCompander(Watched):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every v by layer name (`NAME.v`), learned pairs, and what they belong to."""
+        return self._tensors()
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"{name}.v": self.v(name).detach() for name in self.companded}
         for name, pair in self._named_pairs().items():
             tensors |= {f"{name}.{key}": value.detach() for key, value in pair.state_dict().items()}
@@ -284,7 +289,7 @@ class AttachedCompander(Watched):
             if saved is not None and (fault := pair.mismatch(saved)):
                 raise FileError(f"compander: {fault}")
         with torch.no_grad():
-            copy_checked(self.state_dict(), tensors, "compander")
+            copy_checked(self._tensors(), tensors, "compander")
 
     def _named_pairs(self) -> dict[str, Scales]:
         if len(self.pairs) == 1 and self.options.learn != "layer":
@@ -293,12 +298,14 @@ class AttachedCompander(Watched):
 
     def detach(self) -> nn.Module:
         """Fold for good and return the plain model; `unfold` raises `RunError` from then on."""
+        if self.gone:
+            return self.model
         parameters = [self.parameter(name) for name in self.companded] if not self.folded else []
         self.fold()
         for parameter in parameters:
-            _held.pop(parameter, None)
+            held.pop(parameter, None)
         for layer in self.companded.values():
-            _held.pop(_plain(layer.module), None)
+            held.pop(_plain(layer.module), None)
         self.gone = True
         return self.model
 

@@ -15,6 +15,7 @@ from poise.errors import ConfigError
 from poise_compander.functions import Function
 
 MARGIN = 1e-3  # a weight nearer to the bound than this share of it cannot move any more
+_ROUNDING = 2  # units in the last place by which a saturated weight may have been rounded to its bound
 NEAR = 0.9  # of the bound: there the step of w is below a thousandth of what it is at 0 (arctan)
 
 
@@ -66,9 +67,10 @@ def refuse(function: Function, a: float, found: dict[str, Finding]) -> None:
 
 
 def beyond(function: Function, w: Tensor, a: float, name: str) -> str:
-    """Return in words that a weight has no v, being at or over the bound or not finite; or nothing."""
+    """Return in words that a weight has no v, being over the bound or not finite; or nothing."""
     size, bound = w.detach().abs(), function.bound(abs(a))
-    over = int((~(size < bound)).sum())  # NaN too
+    slack = 1 + _ROUNDING * torch.finfo(w.dtype).eps
+    over = int((~((size <= bound * slack) & torch.isfinite(size))).sum())
     if not over:
         return ""
     largest = float(size.max())
@@ -76,6 +78,12 @@ def beyond(function: Function, w: Tensor, a: float, name: str) -> str:
         return f"{over} weights of {name} are NaN or Inf"
     return (f"{over} weights of {name} reach the bound {bound:.4g} of a={a:g} (largest |w| {largest:.4g}): "
             f"attach with a={rounded_up(fitting(function, largest))} or more")
+
+
+def below(function: Function, w: Tensor, a: float) -> Tensor:
+    """Return w with entries that were rounded to the bound just below it, where they have a v."""
+    limit = function.bound(abs(a)) * (1 - _ROUNDING * torch.finfo(w.dtype).eps)
+    return w.clamp(-limit, limit)
 
 
 def rounded_up(x: float, digits: int = 4) -> float:

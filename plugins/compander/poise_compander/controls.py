@@ -44,9 +44,9 @@ class AttachedLrMatched(Watched):
         """Return a torch optimizer with the scaled rate on the chosen weights."""
         optimizer = cls(self.trainable(), **options)
         own = optimizer.param_groups[0]
-        own["lr"] *= self.factor
+        own["lr"] = own["lr"] * self.factor  # not in place: a tensor is shared by all groups
         if self.options.decay_on == "v" and own.get("weight_decay"):
-            own["weight_decay"] /= self.factor
+            own["weight_decay"] = own["weight_decay"] / self.factor
         return optimizer
 
     def fold(self) -> None:

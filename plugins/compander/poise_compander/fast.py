@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from poise.errors import FileError, RunError
 from poise_compander import native, update
-from poise_compander.attached import AttachedCompander, Layer, local
-from poise_compander.bounds import beyond
+from poise_compander.attached import AttachedCompander, Layer, held, local
+from poise_compander.bounds import below, beyond
 from poise_compander.components import WeightCompander
 from poise_compander.update import Step, Work
 
@@ -27,6 +30,7 @@ class FastCompander(AttachedCompander):
         self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
     ) -> None:
         super().__init__(options, model, name, companded)
+        _count_foreign_steps()
         with torch.no_grad():
             self._v = {layer.name: self._inverse(layer) for layer in companded}
         self._versions = {layer.name: self.parameter(layer.name)._version for layer in companded}
@@ -66,8 +70,9 @@ class FastCompander(AttachedCompander):
                 raise RunError(
                     f"compander: the weight of {name} was written to by something else than the "
                     f"compander's optimizer, so v no longer belongs to it. Train with "
-                    f"attached.optimizer(...), not with an optimizer of your own; after writing on "
-                    f"purpose, call attached.refresh()")
+                    f"attached.optimizer(...), not with an optimizer of your own; load the model's "
+                    f"checkpoint along with the optimizer's; after writing on purpose, call "
+                    f"attached.refresh()")
             self._versions[name] = version_now
 
     def _belongs(self, name: str) -> Tensor:
@@ -75,6 +80,10 @@ class FastCompander(AttachedCompander):
         w, (a, b) = local(self.parameter(name)), self.scales(name).numbers()
         found = self.function.forward(self._v[name], a, b)
         return (found - w).abs() <= _ULPS * torch.finfo(w.dtype).eps * w.abs()
+
+    def doubt(self, name: str) -> None:
+        """Have v and w compared at the next forward or step: one was loaded, perhaps without the other."""
+        self._versions[name] = -1
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -90,7 +99,7 @@ class FastCompander(AttachedCompander):
             w, v, same = local(self.parameter(name)), self._v[name], self._belongs(name)
             if fault := beyond(self.function, torch.where(same, 0, w), a, name):
                 raise RunError(f"compander: {fault}")
-            v.copy_(torch.where(same, v, self.function.inverse(w, a, b)))
+            v.copy_(torch.where(same, v, self.function.inverse(below(self.function, w, a), a, b)))
             self._versions[name] = self.parameter(name)._version
 
     # -------------------------------------------------------------- steps
@@ -125,11 +134,11 @@ class FastCompander(AttachedCompander):
     def _work(self, name: str, gradient: Tensor, moments: list[Tensor], step: Step) -> Work:
         w, g = local(self.parameter(name)), local(gradient)
         v = self._v[name]
-        for held in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
-            if (held.dtype, held.device, held.stride()) != (w.dtype, w.device, w.stride()):
+        for own in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
+            if (own.dtype, own.device, own.stride()) != (w.dtype, w.device, w.stride()):
                 raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
-                               f"on {w.device}, what the optimizer holds is {held.dtype} with "
-                               f"{held.stride()} on {held.device}: convert the model before attach, "
+                               f"on {w.device}, what the optimizer holds is {own.dtype} with "
+                               f"{own.stride()} on {own.device}: convert the model before attach, "
                                f"or detach() and attach again")
         if g.dtype != w.dtype or g.stride() != w.stride():
             g = torch.empty_like(w).copy_(g)
@@ -181,6 +190,22 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+@functools.cache
+def _count_foreign_steps() -> None:
+    """Raise the version of companded weights that another optimizer steps: torch's fused ones do not."""
+    from poise_compander.optimizers import is_own
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if is_own(optimizer):
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p in held:
+                    torch.autograd.graph.increment_version(p)
+
+    register_optimizer_step_post_hook(count)
+
+
 class _Hook:
     """A hook of the model; a copy of the model (for averaging, say) is plain and has none of its duties."""
 
@@ -207,16 +232,26 @@ class _Look(_Hook):
     def __call__(self, module: nn.Module, tensors: Mapping[str, Any], prefix: str, *_: Any) -> None:
         if self.attached is None or self.attached.folded:
             return
+        if self.attached.options.learn != "none":
+            return  # the a that it was trained with may be in the optimizer's state, to come later
         names = {id(self.attached.parameter(name)): name for name in self.attached.companded}
         for key, parameter in module.named_parameters(remove_duplicate=False):
             name, new = names.get(id(parameter)), tensors.get(f"{prefix}{key}")
             if name is not None and isinstance(new, Tensor):
                 a = self.attached.scales(name).numbers()[0]
                 if fault := beyond(self.attached.function, local(new), a, name):
-                    raise FileError(f"compander: {fault}; nothing was loaded")
+                    raise FileError(f"compander: {fault}; none of its weights was loaded")
 
 
 class _Refresh(_Hook):
     def __call__(self, module: nn.Module, keys: Any) -> None:
-        if self.attached is not None and not self.attached.folded:
-            self.attached.refresh()
+        attached = self.attached
+        if attached is None or attached.folded:
+            return
+        if attached.options.learn == "none":
+            attached.refresh()
+            return
+        for name in attached.companded:
+            attached.doubt(name)
+        with contextlib.suppress(RunError):  # then only the optimizer's state can give v; forward will ask
+            attached.refresh()

@@ -47,14 +47,14 @@ class Function:
 
     def forward(self, v: Any, a: Any, b: Any) -> Any:
         """Return w = a psi(v / b)."""
-        return _on(v, lambda v: a * self.psi(v / b))
+        return _on(lambda v, a, b: a * self.psi(v / b), v, a, b)
 
     def inverse(self, w: Any, a: Any, b: Any) -> Any:
         """Return v with forward(v) = w; NaN at and beyond the bound, never a wrong branch.
 
         Computed in float64: near the bound a rounding of w / a in float32 would move v by its own size.
         """
-        return _on(w, lambda w: self._inverse(w, a, b))
+        return _on(self._inverse, w, a, b)
 
     def _inverse(self, w: Tensor, a: Any, b: Any) -> Tensor:
         u = w.double() / a
@@ -63,29 +63,43 @@ class Function:
 
     def derivative(self, v: Any, a: Any, b: Any) -> Any:
         """Return Psi'(v) = dw / dv; a / b at 0."""
-        return _on(v, lambda v: (a / b) * self.psi_derivative(v / b))
+        return _on(lambda v, a, b: (a / b) * self.psi_derivative(v / b), v, a, b)
 
     def by_a(self, v: Any, a: Any, b: Any) -> Any:
         """Return dw / da = psi(v / b) = w / a."""
-        return _on(v, lambda v: self.psi(v / b))
+        return _on(lambda v, a, b: self.psi(v / b), v, a, b)
 
     def by_b(self, v: Any, a: Any, b: Any) -> Any:
         """Return dw / db = -(v / b) Psi'(v)."""
-        return _on(v, lambda v: -(v / b) * (a / b) * self.psi_derivative(v / b))
+        return _on(lambda v, a, b: -(v / b) * (a / b) * self.psi_derivative(v / b), v, a, b)
 
     def bound(self, a: float) -> float:
         """Return the supremum of |w|."""
         return a * self.limit
 
 
-def _on(x: Any, act: Map) -> Any:
-    """Apply a tensor function to a tensor, an array or a number; return the same kind, made real."""
+def _on(act: Callable[..., Tensor], x: Any, a: Any, b: Any) -> Any:
+    """Apply a tensor function to a tensor, an array or a number; return the same kind, made real.
+
+    Raises
+    ------
+    ConfigError
+        For what is no real number, or an array of such.
+    """
     if isinstance(x, Tensor):
-        return act(x if x.is_floating_point() else x.to(torch.get_default_dtype()))
+        return act(x if x.is_floating_point() else x.to(torch.get_default_dtype()), a, b)
+    found = act(*(_tensor(y) if isinstance(y, np.ndarray) or y is x else y for y in (x, a, b)))
+    array = found.detach().numpy()
+    return array if isinstance(x, np.ndarray) or array.ndim else array.item()
+
+
+def _tensor(x: Any) -> Tensor:
+    """Return a copy of an array or a number as a tensor, whatever its strides, bytes or precision."""
     array = np.asarray(x)
-    array = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float64)
-    found = act(torch.as_tensor(array)).numpy()
-    return found if isinstance(x, np.ndarray) or found.ndim else found.item()
+    if array.dtype.kind not in "fiu":
+        raise ConfigError(f"companding functions take real numbers, not {array.dtype} ({x!r:.60})")
+    kind = array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(array, dtype=kind if kind in (np.float32, np.float16) else np.float64))
 
 
 def _sech_squared(u: Tensor) -> Tensor:
@@ -164,7 +178,11 @@ def check_function(function: Function, a: float = 0.8, b: float = 0.6) -> None:
     _expect(function, "has another inverse", torch.allclose(back, v[inside], rtol=1e-9, atol=1e-12))
     again = function.forward(back, a, b)
     _expect(function, "has another inverse", torch.allclose(again, w[inside], rtol=1e-12, atol=1e-14))
-    far = a * min(function.limit, 10.0) * torch.tensor([0.9, 0.99, 0.999], dtype=torch.float64)
+    large = function.forward(torch.tensor([1e3, 1e6, 1e12], dtype=torch.float64), a, b)
+    _expect(function, f"exceeds its bound {bound:g} far out, or is no number there",
+            bool((large <= bound * (1 + 1e-12)).all()))
+    shares = torch.tensor([0.9, 0.99, 0.999, 1 - 1e-6, 1 - 1e-9], dtype=torch.float64)
+    far = a * min(function.limit, 10.0) * shares
     reached = function.forward(function.inverse(far, a, b), a, b)  # |v| may be larger than in u above
     _expect(function, f"has limit {function.limit:g}, but does not reach it, or has another inverse there",
             torch.allclose(reached, far, rtol=1e-9))

@@ -140,7 +140,7 @@ def kernel() -> Kernel | None:
         if "it" not in _found:
             try:
                 _found["it"] = _loaded()
-            except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+            except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
                 _found["it"] = str(error)
                 warnings.warn(f"compander: no C kernel, steps are taken in torch ({error})",
                               RuntimeWarning, stacklevel=3)
@@ -176,8 +176,8 @@ def _built() -> Path:
 
     Raises
     ------
-    OSError, RuntimeError, subprocess.SubprocessError
-        When there is no compiler, it fails, or the folder cannot be used.
+    OSError, RuntimeError, ValueError, subprocess.SubprocessError
+        When there is no compiler, CC cannot be read, it fails, or the folder cannot be used.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or _compiler_at_hand()
     if shutil.which(compiler[0]) is None:
@@ -226,7 +226,8 @@ def _compile(compiler: list[str], target: Path) -> None:
         object_file, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
         for command in ([*compiler, *COMPILE, "-o", str(object_file), str(SOURCE)],
                         [*compiler, *LINK, "-o", str(library), str(object_file), *LIBRARIES]):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace",
+                                  timeout=TIMEOUT, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise RuntimeError(f"{' '.join(compiler)} failed: {last}")

@@ -26,6 +26,7 @@ from poise_compander.update import Step
 
 if TYPE_CHECKING:
     from poise_compander.attached import AttachedCompander
+    from poise_compander.scales import Scales
 
 Live = tuple[str, nn.Parameter, dict[str, Any]]  # name, parameter and group of a companded weight
 ADAPTIVE = (torch.optim.Adam, torch.optim.AdamW)
@@ -46,7 +47,7 @@ def companded_optimizer(
     fast = isinstance(attached, FastCompander)
     _refuse(attached, cls, fast)
     clip, wanted = options.pop("max_grad_norm", None), options.pop("groups", None) or []
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
         raise ConfigError(f"compander: max_grad_norm={clip!r}: allowed is a number > 0")
     kind = type(f"Companded{cls.__name__}", (_Fast if fast else _Reference, cls), {"rule": cls})
     optimizer: Any = kind(_groups(attached, wanted), **options)
@@ -56,6 +57,8 @@ def companded_optimizer(
 
 def _refuse(attached: AttachedCompander, cls: Any, fast: bool) -> None:
     """Raise `ConfigError` for a class that cannot drive companded weights, or a model that is not ready."""
+    if attached.gone:
+        raise ConfigError("compander: it was detached for good: attach again")
     if attached.folded:
         raise ConfigError("compander: the model is folded: call unfold() before making an optimizer")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
@@ -72,8 +75,9 @@ def _refuse(attached: AttachedCompander, cls: Any, fast: bool) -> None:
 def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return torch's parameter groups: companded weights, learned pairs and all else are never mixed."""
     names = {id(attached.parameter(name)): name for name in attached.companded}
+    learned = {id(p) for pair in attached.pairs for p in pair.parameters()}  # no pattern names them
     public = {id(p): n.replace("parametrizations.weight.original", "weight")
-              for n, p in attached.model.named_parameters()}
+              for n, p in attached.model.named_parameters() if id(p) not in learned}
     groups = []
     taken: set[int] = set()
     for options in wanted:
@@ -81,7 +85,8 @@ def _groups(attached: AttachedCompander, wanted: list[dict[str, Any]]) -> list[d
     for group in attached.trainable():
         left = list(group["params"])
         for options in wanted:
-            mine = [p for p in left if any(matches(public.get(id(p), ""), x) for x in options["params"])]
+            mine = [p for p in left
+                    if id(p) in public and any(matches(public[id(p)], x) for x in options["params"])]
             taken |= {id(x) for x in mine}
             left = [p for p in left if not any(p is q for q in mine)]
             if mine:
@@ -109,6 +114,7 @@ class _Companded(torch.optim.Optimizer):
     rule: type
     attached: AttachedCompander
     clip: float | None
+    holds_v = False  # whether v is state of the optimizer, and not a parameter
 
     def start(self, attached: AttachedCompander, clip: float | None) -> None:
         """Learn whom the optimizer belongs to; once, after construction."""
@@ -179,11 +185,17 @@ class _Companded(torch.optim.Optimizer):
             return 1.0
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        return min(1.0, self.clip / (float(norm) + _EPS))
+        factor = self.clip / (float(norm) + _EPS)
+        return 1.0 if factor > 1 else factor  # NaN comes through, as with torch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load; raises `FileError` for the state of another function, or another (a, b)."""
+        """Load; raises `FileError` for the state of another optimizer, function, or (a, b)."""
         for saved, own in zip(state_dict["param_groups"], self.param_groups):
+            states = [state_dict["state"].get(number) for number in saved["params"]]
+            fits = not own["companded"] or all(("v" in s) == self.holds_v for s in states if s)
+            if not fits or bool(saved.get("companded")) != own["companded"]:
+                raise FileError("compander: this is the state of another kind of optimizer, a plain one or "
+                                "one of the other path: load what an optimizer like this has saved")
             for name in own.get("belongs_to") or {}:
                 theirs = (saved.get("belongs_to") or {}).get(name)
                 pair = self.attached.scales(name)
@@ -193,6 +205,8 @@ class _Companded(torch.optim.Optimizer):
 
 
 class _Fast(_Companded):
+    holds_v = True
+
     def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
         attached = self.attached
         scale = self.factor([p.grad for _, p, _ in live] + [p.grad for p in others])  # type: ignore[misc]
@@ -222,16 +236,18 @@ class _Fast(_Companded):
         attached.step(work)  # type: ignore[attr-defined]
 
     def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
-        """Return the moments of a weight, made at its first step, and the number of this step."""
+        """Return the moments of a weight, made where they are not there, and the number of their step."""
         state = self.state[p]
         keys = self._keys(group)
         if not state:
             state["step"] = 0
             state["v"] = self.attached.v(name)
-            for key in keys:
-                state[key] = torch.zeros_like(state["v"])
+        missing = [key for key in keys if key not in state]  # momentum may be switched on later
+        for key in missing:
+            state[key] = torch.zeros_like(state["v"])
         state["step"] = int(state["step"]) + 1  # torch's Adam makes a tensor of it when it loads
-        return [state[key] for key in keys], state["step"]
+        first = "momentum_buffer" in missing  # which takes the first gradient whole
+        return [state[key] for key in keys], 1 if first else state["step"]
 
     def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         if issubclass(self.rule, ADAPTIVE):
@@ -244,17 +260,16 @@ class _Fast(_Companded):
         totals: dict[int, Tensor] = {}
         work = [(name, p.grad, [], _numbers(self, group, 1, scale, before[name], before[name]))
                 for name, p, group in live]
-        for (name, p, _), found in zip(live, attached.sums(work)):  # type: ignore[attr-defined]
+        for (name, p, group), found in zip(live, attached.sums(work)):  # type: ignore[attr-defined]
             if hasattr(p, "device_mesh"):
                 torch.distributed.all_reduce(found, group=p.device_mesh.get_group())  # type: ignore[attr-defined]
             pair = attached.scales(name)
-            totals[id(pair)] = totals.get(id(pair), 0) + found
+            totals[id(pair)] = totals.get(id(pair), 0) + _sign(group) * found  # torch's step has it again
         for pair in attached.pairs:
             if id(pair) in totals:
                 by_a, by_b = totals[id(pair)].to(pair.raw_a.dtype)
                 with torch.enable_grad():
-                    pair.raw_a.grad, pair.raw_b.grad = torch.autograd.grad(
-                        pair.a * by_a + pair.b * by_b, [pair.raw_a, pair.raw_b])
+                    _set_gradients(pair, pair.a * by_a + pair.b * by_b)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state and the values of learned pairs, which the model does not hold."""
@@ -285,6 +300,7 @@ class _Fast(_Companded):
                         own = self.attached.v(self.names[id(p)])
                         own.copy_(state["v"])
                         state["v"] = own
+                        self.attached.doubt(self.names[id(p)])  # type: ignore[attr-defined]
 
     def _pairs(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield the number of each learned parameter in a saved state, and the parameter."""
@@ -297,9 +313,8 @@ class _Fast(_Companded):
 
 def _numbers(optimizer: _Companded, group: dict[str, Any], count: int, scale: float,
              now: tuple[float, float], after: tuple[float, float]) -> Step:
-    sign = -1.0 if group.get("maximize") else 1.0
-    usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]), "scale": scale * sign,
-              "decay_on_v": optimizer.attached.options.decays_v}
+    usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]),
+             "scale": scale * _sign(group), "decay_on_v": optimizer.attached.options.decays_v}
     if issubclass(optimizer.rule, ADAPTIVE):
         beta1, beta2 = (float(x) for x in group["betas"])
         return Step(*now, *after, **usual, adaptive=True, decoupled=_decoupled(optimizer.rule, group),
@@ -309,8 +324,24 @@ def _numbers(optimizer: _Companded, group: dict[str, Any], count: int, scale: fl
                 keep=1.0 if count == 1 else 1 - float(group["dampening"]))
 
 
+def _sign(group: dict[str, Any]) -> float:
+    return -1.0 if group.get("maximize") else 1.0
+
+
+def _set_gradients(pair: Scales, loss: Tensor) -> None:
+    """Set the gradients of what trains of a pair, or add to them."""
+    trained = [p for p in pair.parameters() if p.requires_grad]
+    for p, gradient in zip(trained, torch.autograd.grad(loss, trained) if trained else ()):
+        p.grad = gradient if p.grad is None else p.grad + gradient
+
+
 def _decoupled(rule: type, group: dict[str, Any]) -> bool:
     return issubclass(rule, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+def is_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer was made by `AttachedCompander.optimizer`."""
+    return isinstance(optimizer, _Companded)
 
 
 class _Reference(_Companded):
@@ -324,7 +355,7 @@ class _Reference(_Companded):
     @property
     def decay_is_known(self) -> bool:
         """Whether the decay is taken here; what is not known acts on v, by torch's own step."""
-        return issubclass(self.rule, KNOWN_DECAY)
+        return self.rule in KNOWN_DECAY
 
     def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
         slope = {name: self.attached.psi(name).derivative(p) for name, p, _ in live}  # type: ignore[attr-defined]
@@ -369,7 +400,7 @@ class _Reference(_Companded):
         pull = p.clone() if self.attached.options.decays_v else slope * self.attached.w(name)
         if _decoupled(self.rule, group):
             return group["lr"] * decay * pull
-        decay = -decay if group.get("maximize") else decay
+        decay = _sign(group) * decay
         p.grad.add_(pull, alpha=decay)  # type: ignore[union-attr]
         if not self.attached.options.decays_v:
             self._decay_of_pair(name, p, decay)
@@ -381,7 +412,5 @@ class _Reference(_Companded):
         if not pair.learned:
             return
         with torch.enable_grad():
-            penalty = decay * 0.5 * function.forward(p.detach(), pair.a, pair.b).square().sum()
-            more = torch.autograd.grad(penalty, [pair.raw_a, pair.raw_b])
-        for raw, extra in zip((pair.raw_a, pair.raw_b), more):
-            raw.grad = extra if raw.grad is None else raw.grad + extra
+            w = function.forward(p.detach(), pair.a, pair.b)
+            _set_gradients(pair, decay * 0.5 * w.square().sum())

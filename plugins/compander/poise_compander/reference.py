@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, FileError, RunError
 from poise_compander.attached import AttachedCompander, Layer
-from poise_compander.bounds import beyond
+from poise_compander.bounds import below, beyond
 from poise_compander.components import WeightCompander
 from poise_compander.scales import Scales
 
@@ -39,12 +39,12 @@ class Psi(nn.Module):
         Raises
         ------
         ConfigError
-            When a weight reaches the bound, where there is no v.
+            When a weight is over the bound, where there is no v.
         """
         a, b = self.scales.numbers()
         if fault := beyond(self.scales.function, w, a, "the layer"):
             raise ConfigError(f"compander: {fault}")
-        return self.scales.function.inverse(w, a, b)
+        return self.scales.function.inverse(below(self.scales.function, w, a), a, b)
 
     def derivative(self, v: Tensor) -> Tensor:
         """Return Psi'(v), same shape as v."""
@@ -146,7 +146,7 @@ class ReferenceCompander(AttachedCompander):
             psi = held.parametrizations["weight"][0]  # type: ignore[index]
             if isinstance(psi, Psi):
                 if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
-                    raise FileError(f"compander: {fault}; nothing was loaded")
+                    raise FileError(f"compander: {fault}; none of its weights was loaded")
                 del state_dict[f"{where}weight"]
                 state_dict[f"{where}{_MARK}"] = psi.right_inverse(plain)
                 for key, value in psi.state_dict().items():
