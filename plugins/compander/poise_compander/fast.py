@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class FastCompander(AttachedCompander):
         self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
     ) -> None:
         super().__init__(options, model, name, companded)
-        _count_foreign_steps()
+        _foreign.watch()
         with torch.no_grad():
             self._v = {layer.name: self._inverse(layer) for layer in companded}
         self._versions = {layer.name: self.parameter(layer.name)._version for layer in companded}
@@ -190,20 +190,34 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-@functools.cache
-def _count_foreign_steps() -> None:
-    """Raise the version of companded weights that another optimizer steps: torch's fused ones do not."""
-    from poise_compander.optimizers import is_own
+class _Foreign:
+    """Raises the version of companded weights that another optimizer steps: torch's fused ones do not."""
 
-    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if is_own(optimizer):
+    def __init__(self) -> None:
+        self.attachments = 0
+        self.harmless: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = WeakKeyDictionary()
+
+    def watch(self) -> None:
+        """Be called after every step of every optimizer from now on."""
+        if not self.attachments:
+            register_optimizer_step_post_hook(self)
+        self.attachments += 1
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        from poise_compander.optimizers import is_own
+
+        seen = self.attachments, sum(len(group["params"]) for group in optimizer.param_groups)
+        if is_own(optimizer) or self.harmless.get(optimizer) == seen:
             return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p in held:
-                    torch.autograd.graph.increment_version(p)
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p in held]
+        for p in stepped:
+            if p.grad is not None:
+                torch.autograd.graph.increment_version(p)
+        if not stepped:
+            self.harmless[optimizer] = seen  # looking again at each step would cost others time
 
-    register_optimizer_step_post_hook(count)
+
+_foreign = _Foreign()
 
 
 class _Hook:
