@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import time
@@ -56,13 +57,13 @@ def arm(make: Callable[[], nn.Module], kind: str) -> tuple[nn.Module, torch.opti
 def measure(
     make: Callable[[], nn.Module], batch: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Time one step of each arm in every round, in rotating order; medians of times and of ratios."""
+    """Time one step of each arm in every round, in random order; medians of times and of ratios."""
     arms = {kind: arm(make, kind) for kind in ("plain", "fast", "learned", "reference")}
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     times: dict[str, list[float]] = {kind: [] for kind in arms}
-    names = list(arms)
+    names, order = list(arms), random.Random(0)
     for i in range(rounds + 3):
-        for kind in names[i % 4:] + names[: i % 4]:
+        for kind in order.sample(names, len(names)):
             model, optimizer = arms[kind]
             started = clock()
             optimizer.zero_grad()
