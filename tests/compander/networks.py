@@ -46,3 +46,13 @@ def steady(dtype=torch.float64):
     """Return a network whose training contracts: two runs that differ by rounding stay that near."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+class Tied(nn.Sequential):
+    """An embedding whose weight is that of the output layer."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Embedding(10, 6), nn.Tanh(), nn.Linear(6, 10))
+        self[0].weight.data.mul_(0.2)
+        self[2].weight = self[0].weight

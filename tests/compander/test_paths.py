@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from networks import X, Y, largest_difference, loss_of, steady, train
+from networks import Tied, X, Y, largest_difference, loss_of, steady, train
 from torch import nn
 
 from poise.errors import FileError, RunError
@@ -145,16 +145,6 @@ def test_groups_have_their_own_options(rule):
     found = {n: (by_id[id(p)]["lr"], by_id[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
     assert found == {"0.weight": (0.004, 0.1), "0.bias": (0.004, 0.1), "2.weight": (0.1, 0.5),
                      "2.bias": (0.1, 0.0)}
-
-
-class Tied(nn.Sequential):
-    """An embedding whose weight is that of the output layer."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(nn.Embedding(10, 6), nn.Tanh(), nn.Linear(6, 10))
-        self[0].weight.data.mul_(0.2)
-        self[2].weight = self[0].weight
 
 
 def tied_loss(model):

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from networks import X, largest_difference, loss_of, network, steady, train, w_of
+from networks import Tied, X, Y, largest_difference, loss_of, network, steady, train, w_of
 from torch import nn
 
 from poise.errors import ConfigError, FileError, RunError
@@ -158,6 +158,24 @@ def test_a_gradient_that_overflowed_is_skipped_by_the_scaler():
     before = model[0].weight.detach().clone()
     scaler.step(optimizer)
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("learn", ["layer", "network"])
+def test_gradients_of_pairs_follow_those_of_the_weights(learn):
+    """`model.zero_grad()` does not reach the pairs of the fast path; two gradients a step do add up."""
+    found = []
+    for path in ("fast", "reference"):
+        model = steady()
+        attached = WeightCompander(path=path, learn=learn, a=0.9, b=0.6).attach(model)
+        optimizer = attached.optimizer(SGD, lr=0.02)
+        for _ in range(8):
+            model.zero_grad()
+            for part in (slice(0, 8), slice(8, 16)):
+                loss_of(model, X[part], Y[part]).backward()
+            optimizer.step()
+        assert attached.pairs[0].numbers() != (0.9, 0.6)
+        found.append(w_of(model))
+    assert largest_difference(*found) < 1e-12
 
 
 @paths
@@ -432,15 +450,6 @@ def test_groups_that_are_none_are_refused(groups):
 def test_a_norm_that_is_none_is_refused(clip):
     with pytest.raises(ConfigError, match=r"max_grad_norm=.*allowed is a number > 0"):
         WeightCompander().attach(steady()).optimizer(SGD, lr=0.1, max_grad_norm=clip)
-
-
-class Tied(nn.Sequential):
-    """An embedding whose weight is that of the output layer."""
-
-    def __init__(self):
-        super().__init__(nn.Embedding(10, 6), nn.Tanh(), nn.Linear(6, 10))
-        self[0].weight.data.mul_(0.2)
-        self[2].weight = self[0].weight
 
 
 def test_the_matched_control_takes_what_the_compander_takes():

@@ -266,6 +266,7 @@ class _Fast(_Companded):
             pair = attached.scales(name)
             totals[id(pair)] = totals.get(id(pair), 0) + _sign(group) * found  # torch's step has it again
         for pair in attached.pairs:
+            pair.zero_grad()  # model.zero_grad() does not reach it, and the sums hold all that w.grad does
             if id(pair) in totals:
                 by_a, by_b = totals[id(pair)].to(pair.raw_a.dtype)
                 with torch.enable_grad():
