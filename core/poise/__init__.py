@@ -1,6 +1,7 @@
 """Poise: four papers about weights as composable plugins.
 
-Public names, loaded on first use: `build`, `entries`, `describe`, `run`, `load_run`, `weights`.
+Public names, loaded on first use: `build`, `entries`, `describe`, `run`, `load_run`, `weights`,
+`open_weights`, `save_adapter`, `load_adapter`.
 (No submodule bears one of these names, so importing a submodule never shadows a function.)
 """
 
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 from poise.version import __version__
 
 if TYPE_CHECKING:
+    from poise.adapters import load_adapter, save_adapter
     from poise.compose import run
     from poise.registry import build, describe, entries
     from poise.runs.records import load_run
-    from poise.walk import weights
+    from poise.walk import open_weights, weights
 
 _HOMES = {
     "build": "poise.registry",
@@ -23,10 +25,14 @@ _HOMES = {
     "load_run": "poise.runs.records",
     "run": "poise.compose",
     "weights": "poise.walk",
+    "open_weights": "poise.walk",
+    "save_adapter": "poise.adapters",
+    "load_adapter": "poise.adapters",
 }
 
 __all__ = [
-    "__version__", "build", "describe", "entries", "load_run", "run", "weights",
+    "__version__", "build", "describe", "entries", "load_adapter", "load_run", "open_weights", "run",
+    "save_adapter", "weights",
 ]
 
 

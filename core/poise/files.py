@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUNDLE_VERSION = 1
+SHARD_BYTES = 2_000_000_000
 _CHUNK = 1 << 20
 
 
@@ -200,6 +201,99 @@ def load_meta(stem: Path | str) -> dict[str, Any]:
     if checksum(data) != index["sha256"]:
         raise FileError(f"{data} is altered: its checksum does not match")
     return index["meta"]
+
+
+def write_shards(
+    pairs: Iterable[tuple[str, Tensor]], folder: Path | str, *, stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write a stream of tensors as safetensors, in files of about `shard_bytes`, one of them in memory.
+
+    One file is `model.safetensors`; several have an index, `model.safetensors.index.json`, as transformers
+    reads it. Files are moved into place when all are written, the index last; those of an earlier save go.
+
+    Parameters
+    ----------
+    pairs : iterable of (name, tensor)
+        Names are distinct.
+    shard_bytes : int
+        A file is closed when the next tensor would make it larger; a larger tensor has a file of its own.
+
+    Raises
+    ------
+    FileError
+        For a name that comes twice, or when the folder cannot be written; an earlier save stays.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stem}.") as fresh:
+            homes, total = _write_each(pairs, Path(fresh), shard_bytes)
+            return _move_shards(Path(fresh), folder, stem, homes, total)
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _write_each(
+    pairs: Iterable[tuple[str, Tensor]], fresh: Path, shard_bytes: int
+) -> tuple[list[list[str]], int]:
+    """Write numbered files and return the names of the tensors in each, and all their bytes."""
+    homes: list[list[str]] = []
+    seen: set[str] = set()
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+
+    def close() -> None:
+        _save_shard(shard, fresh / str(len(homes)))
+        homes.append(list(shard))
+        shard.clear()
+
+    for name, tensor in pairs:
+        if name in seen:
+            raise FileError(f"{name} comes twice: every tensor has a name of its own")
+        seen.add(name)
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > shard_bytes:
+            close()
+            held = 0
+        shard[name], held, total = tensor, held + size, total + size
+    close()
+    return homes, total
+
+
+def _save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    alone: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses two names of one memory
+        whole = tensor.detach().contiguous()
+        where = whole.untyped_storage().data_ptr()
+        alone[name] = whole.clone() if where in storages else whole
+        storages.add(where)
+    save_file(alone, path, metadata={"format": "pt"})
+    with open(path, "rb+") as f:
+        os.fchmod(f.fileno(), _MODE)
+        os.fsync(f.fileno())
+
+
+def _move_shards(fresh: Path, folder: Path, stem: str, homes: list[list[str]], total: int) -> list[Path]:
+    index, n = folder / f"{stem}.safetensors.index.json", len(homes)
+    names = [f"{stem}.safetensors"] if n == 1 else [
+        f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    index.unlink(missing_ok=True)  # without an index, or a file of the one name, nothing is half new
+    if n > 1:
+        (folder / f"{stem}.safetensors").unlink(missing_ok=True)
+    for number, name in enumerate(names):
+        os.replace(fresh / str(number), folder / name)
+    sync_folder(folder)
+    if n > 1:
+        mapped = {key: name for name, keys in zip(names, homes, strict=True) for key in keys}
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": mapped})
+    for old in folder.glob(f"{stem}-*-of-*.safetensors"):
+        if old.name not in names:
+            old.unlink()
+    return [folder / name for name in names]
 
 
 def copy_checked(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

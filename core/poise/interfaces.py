@@ -7,7 +7,8 @@ component kinds (model, quantizer, adapter, aggregator).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -134,7 +135,11 @@ class Model(Protocol):
 
 @runtime_checkable
 class QuantizedTensor(Protocol):
-    """Lossy storage of one matrix of shape (out, in)."""
+    """Lossy storage of one matrix of shape (out, in).
+
+    One that `quantize` returns shares no memory with the weight. One that `from_tensors` returns may be
+    views of what it was given, for as long as it lives: whoever owns that buffer leaves it as it is.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -142,6 +147,11 @@ class QuantizedTensor(Protocol):
     @property
     def nbytes(self) -> int:
         """True size in bytes: codes, scales and offsets."""
+        ...
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that it takes in memory; more than `nbytes` where it keeps a kernel's own layout."""
         ...
 
     @property
@@ -171,13 +181,32 @@ class Quantizer(Protocol):
     """Makes `QuantizedTensor`s."""
 
     def quantize(self, weight: Tensor) -> Any:
-        """Quantize a matrix (out, in); NaN and Inf are refused."""
+        """Quantize a matrix (out, in); NaN, Inf and values that the format does not hold are refused."""
+        ...
+
+    def at(self, bits: int) -> Quantizer:
+        """Return the same scheme at other bits per weight.
+
+        Raises
+        ------
+        ConfigError
+            In words, for bits that it does not have; a fixed format has its own and no others.
+        """
+        ...
+
+    def layout(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the name, shape and type of every tensor that a matrix of this shape will be stored as.
+
+        Known before any data is seen: a file can be laid out, and bytes counted, from shapes alone.
+        """
         ...
 
     def from_tensors(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Any:
-        """Rebuild what `tensors()` returned."""
+        """Rebuild what `tensors()` returned; it may keep these tensors instead of copies."""
         ...
 
 
@@ -186,28 +215,72 @@ class Quantizer(Protocol):
 
 @runtime_checkable
 class Attached(Protocol):
-    """An adapter on a model."""
+    """An adapter on a model; several may be there, each under a name of its own.
+
+    Adapters that freeze their base act in the order of attachment, each on the weight as the earlier
+    ones leave it. One with `freezes_base = False` holds its weights alone: a second one on them,
+    `active = False` and `disable()` are refused in words. `trainable`, `optimizer`, `fold` and `merge`
+    concern this adapter only.
+    """
 
     model: nn.Module
+    name: str
+    adapter: Any
+    """The component that made it."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it acts; may be set."""
+        ...
+
+    def disable(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which it does not act."""
+        ...
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return torch parameter groups of all that trains, with their weight-decay rule."""
         ...
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
-        """Return an optimizer that drives every trainable parameter of the model."""
+        """Return an optimizer of this class that drives what `trainable` returns."""
         ...
 
     def fold(self) -> None:
-        """Put the change into plain weights, in place; the output stays the same."""
+        """Put the change into the weights, in place; the output stays the same. A second time: nothing.
+
+        Raises
+        ------
+        ConfigError
+            Where other adapters would not act exactly as before, with the order to follow.
+        """
         ...
 
     def unfold(self) -> None:
-        """Undo `fold`; the weights are restored."""
+        """Undo `fold`; the weights are restored. Without `fold`: nothing."""
+        ...
+
+    def merge(self) -> nn.Module:
+        """Put the change into plain weights for good and return the model, free of the adapter.
+
+        Its `state_dict` and `save_pretrained` are those of the plain model; tied weights stay tied; an
+        adapted packed layer becomes a plain one, other packed layers stay packed.
+        """
+        ...
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off and return the model.
+
+        A frozen base is bit for bit as it was before `attach`; a reparameterised weight keeps its present
+        value. `requires_grad` returns when the last adapter goes.
+        """
+        ...
+
+    def folded_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the plain checkpoint that `fold` would leave, tensor by tensor; the model is untouched."""
         ...
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return a plain checkpoint of the folded model; the live model is untouched."""
+        """Return `folded_weights` as a dict: a whole model in memory."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -215,12 +288,7 @@ class Attached(Protocol):
         ...
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `state_dict` returned."""
-        ...
-
-    def detach(self) -> nn.Module:
-        """Remove the adapter and its change: a frozen base is back as it was before `attach`;
-        a reparameterised weight keeps its present value."""
+        """Load what `state_dict` returned, all of it or nothing."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -232,7 +300,8 @@ class Attached(Protocol):
 class Adapter(Protocol):
     """A change of how weights are parameterised, that trains and then folds away.
 
-    `freezes_base` says whether all but the adapter's own tensors stop training.
+    `freezes_base` says whether all but the adapter's own tensors stop training. Options that choose layers
+    are called `target_modules` (None: all that fit) and `exclude_modules` everywhere.
     """
 
     freezes_base: bool
@@ -243,7 +312,8 @@ class Adapter(Protocol):
         Raises
         ------
         ConfigError
-            When nothing matches, with candidates; when a weight cannot be represented.
+            When nothing matches, with candidates; when a weight cannot be represented, or another adapter
+            has it to itself; when the model has an adapter of this name.
         """
         ...
 
@@ -292,30 +362,6 @@ class Aggregator(Protocol):
 # ------------------------------------------------------------------ runs
 
 
-class Context(Protocol):
-    """What a recipe may ask of the world around it."""
-
-    directory: Path
-    seed: int
-    device: str
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics at a step."""
-        ...
-
-    def seed_for(self, purpose: str) -> int:
-        """Return a 63-bit seed derived from (seed, purpose)."""
-        ...
-
-    def progress(self, total: int | None, label: str) -> Any:
-        """Return a context manager with `advance(n=1, note="")`."""
-        ...
-
-    def note(self, key: str, value: Any) -> None:
-        """Keep a plain JSON value in the run's summary (provenance, reports, tables)."""
-        ...
-
-
 @dataclass(frozen=True)
 class Parts:
     """The components of a run; those that play no role are None."""
@@ -334,8 +380,69 @@ class Recipe(Protocol):
     """A whole experiment in terms of the contracts."""
 
     def run(self, parts: Parts, context: Any) -> dict[str, float]:
-        """Run and return the final metrics by name."""
+        """Run in a `poise.runs.context.RunContext` and return the final metrics by name."""
         ...
+
+
+# ------------------------------------------------------------------ what may be there besides
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """An attached adapter that wants to be evaluated within a context of its own."""
+
+    def cached(self) -> contextlib.AbstractContextManager:
+        """Return the context, in which what it derives from its parameters is computed once."""
+        ...
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """An attached adapter that has something recorded at each evaluation."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics by name."""
+        ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """An attached adapter that makes figures of what was recorded, at a run's end."""
+
+    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Draw into a folder, from metric rows with `step`, `name` and `value`."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A recipe that refuses parts which do not fit, before anything is loaded."""
+
+    def check(self, parts: Parts) -> None:
+        """Raise `ConfigError` in words."""
+        ...
+
+
+@runtime_checkable
+class Reported(Protocol):
+    """A recipe (its class) that says more about all of its runs than one table of metrics."""
+
+    @staticmethod
+    def report(runs: Sequence[Any]) -> tuple[list[tuple], list[tuple[str, bytes]]]:
+        """Return tables as (title, columns, rows), and pictures as (title, PNG)."""
+        ...
+
+
+@runtime_checkable
+class Stops(Protocol):
+    """A training task that may have enough before its last step."""
+
+    def done(self) -> bool:
+        """Say so; asked after each evaluation."""
+        ...
+
+
+# ------------------------------------------------------------------ trackers
 
 
 class Tracker(Protocol):
@@ -349,7 +456,7 @@ class Tracker(Protocol):
 
 
 __all__ = [
-    "Adapter", "Aggregator", "Arrays", "Attached", "Context", "Data", "Example",
-    "FittedAggregator", "Model", "Parts", "QuantizedTensor", "Quantizer", "Recipe",
-    "Splits", "Tokenizer", "Tracker",
+    "Adapter", "Aggregator", "Arrays", "Attached", "Cached", "Checked", "Data", "Drawn", "Example",
+    "FittedAggregator", "Model", "Observed", "Parts", "QuantizedTensor", "Quantizer", "Recipe", "Reported",
+    "Splits", "Stops", "Tokenizer", "Tracker",
 ]

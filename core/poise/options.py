@@ -67,6 +67,11 @@ def option_fields(component: Any) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(component) if f.init]
 
 
+def options_of(component: Any) -> dict[str, Any]:
+    """Return the options of a component by name, as a component hands them to its worker."""
+    return {f.name: getattr(component, f.name) for f in option_fields(component)}
+
+
 def allowed(field: dataclasses.Field) -> str:
     """Say in words which values an option takes; empty when any value of its type will do."""
     meta = field.metadata

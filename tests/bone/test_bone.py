@@ -165,17 +165,18 @@ def test_attaching_changes_nothing_and_freezes_all_but_the_blocks():
 
 def test_the_head_is_adapted_only_when_asked_for():
     names = set(Bone(r=4).attach(llama()).layers)
-    everything = {w.name for w in weights(llama()) if w.kind == "linear"}
+    everything = {w.name for w in weights(llama()) if w.role == "linear"}
     assert names == everything - {"lm_head"} and len(names) == 14
-    assert set(Bone(r=4, include=["lm_head"]).attach(llama()).layers) == {"lm_head"}
+    assert set(Bone(r=4, target_modules=["lm_head"]).attach(llama()).layers) == {"lm_head"}
 
 
 def test_patterns_choose_the_layers():
-    chosen = Bone(r=4, include=["q_proj", "mlp.*"], exclude=["layers.1.*"]).attach(llama()).layers
+    bone = Bone(r=4, target_modules=["q_proj", "mlp.*"], exclude_modules=["layers.1.*"])
+    chosen = bone.attach(llama()).layers
     assert set(chosen) == {f"model.layers.0.{n}" for n in (
         "self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     with pytest.raises(ConfigError, match="'q_prj' matches no weight; did you mean 'q_proj'"):
-        Bone(r=4, include=["q_prj"]).attach(llama())
+        Bone(r=4, target_modules=["q_prj"]).attach(llama())
 
 
 def test_a_block_wider_than_the_input_is_refused_and_nothing_is_changed():
@@ -192,7 +193,7 @@ def test_tied_weights_are_refused():
     model = llama(overrides={"tie_word_embeddings": True})
     assert "lm_head" not in Bone(r=4).attach(copy.deepcopy(model)).layers
     with pytest.raises(ConfigError):
-        Bone(r=4, include=["lm_head"]).attach(model)
+        Bone(r=4, target_modules=["lm_head"]).attach(model)
     layer = nn.Linear(4, 4)
     with pytest.raises(ConfigError, match="bone: 0 is tied with 2"):
         Bone(r=2).attach(nn.Sequential(layer, nn.Tanh(), layer))
@@ -327,7 +328,7 @@ def test_on_a_packed_base_the_contract_holds():
 
 def test_folding_a_packed_base_puts_a_plain_layer_in_its_place_and_back():
     model = packed_llama()
-    attached = randomize(Bone(r=4, include=["q_proj"]).attach(model))
+    attached = randomize(Bone(r=4, target_modules=["q_proj"]).attach(model))
     layer = attached.layers["model.layers.0.self_attn.q_proj"]
     packed = layer.base
     dense = packed.packed.get().dequantize()

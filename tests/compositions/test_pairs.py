@@ -120,7 +120,7 @@ def test_two_bones_one_after_the_other_add_up(tmp_path):
     start = {w.name: w.read().clone() for w in weights(model)}
     changes = []
     for r, folder in ((4, "a"), (3, "b")):
-        attached = Bone(r=r, include=["q_proj"]).attach(model)
+        attached = Bone(r=r, target_modules=["q_proj"]).attach(model)
         train(model, attached, tmp_path / folder)
         changes.append({n: bone_delta(x.D.detach(), 16) for n, x in attached.layers.items()})
         plain = build()

@@ -96,7 +96,7 @@ def test_random_models_come_back_from_their_directory(architecture, tmp_path):
     assert not component.trained and parameters(model) < 4_000_000
     logits = model(input_ids=IDS).logits
     assert logits.shape == (1, 5, 257)
-    save_model(model, component.tokenizer(), tmp_path / "out", model.state_dict())
+    save_model(model, component.tokenizer(), tmp_path / "out", model.state_dict().items())
     again = CausalLM(path=str(tmp_path / "out"))
     assert again.trained and isinstance(again.tokenizer(), ByteTokenizer)
     assert torch.equal(again.build()(input_ids=IDS).logits, logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -16,7 +17,6 @@ from poise.models.components import CausalLM
 from poise.quantizers import (
     AbsMax,
     Affine,
-    PackedExperts,
     PackedLinear,
     PackedMatrix,
     dense_state_dict,
@@ -26,6 +26,8 @@ from poise.quantizers import (
 from poise.quantizers.layers import packed_matmul
 from poise.quantizers.packing import pack, packed_width, unpack
 from poise.walk import weights
+from poise.walk.experts import Experts
+from poise_compander.components import Companded
 
 BITS = st.integers(2, 8)
 SIZES = st.integers(1, 20)
@@ -122,9 +124,9 @@ def test_affine_errs_by_half_a_scale_and_the_rounding_of_what_is_stored(
 @few
 @given(st.sampled_from([AbsMax, Affine]), BITS, st.floats(-10, 8), st.integers(0, 20))
 def test_the_bound_holds_at_every_magnitude(quantizer, bits, power, seed):
-    """Scales that fp16 would round coarsely, or not hold at all, must be stored as fp32."""
+    """Scales that float16 would round coarsely, or not hold at all, are held by float32."""
     w = matrix(3, 16, seed=seed) * 10.0**power
-    stored = quantizer(bits, 8).quantize(w)
+    stored = quantizer(bits, 8, "float32").quantize(w)
     levels = 2 * (2 ** (bits - 1) - 1) if quantizer is AbsMax else 2**bits - 1
     blocks = w.double().view(3, 2, 8)
     reach = 2 * blocks.abs().amax(-1) if quantizer is AbsMax else blocks.amax(-1) - blocks.amin(-1)
@@ -134,10 +136,12 @@ def test_the_bound_holds_at_every_magnitude(quantizer, bits, power, seed):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-9, 1e9, 1e30])
-def test_scales_that_fp16_cannot_hold_are_kept_as_fp32(magnitude):
+def test_scales_that_float16_cannot_hold_are_refused_and_kept_in_float32(magnitude):
     w = matrix(4, 16) * magnitude
-    for quantizer in (AbsMax(8, 0), Affine(8, 0)):
-        stored = quantizer.quantize(w)
+    for kind in (AbsMax, Affine):
+        with pytest.raises(DataError, match=r"float16 does not hold: give scale_dtype='float32'"):
+            kind(8, 0).quantize(w)
+        stored = kind(8, 0, "float32").quantize(w)
         assert stored.scale.dtype == torch.float32
         assert float((stored.dequantize() - w).abs().max()) < 0.02 * magnitude
     assert AbsMax(8, 0).quantize(matrix(4, 16)).scale.dtype == torch.float16
@@ -195,7 +199,8 @@ def test_zeros_stay_zeros(quantizer):
 def test_constants_survive(constant):
     w = torch.full((3, 10), constant)
     for quantizer in (Affine(2, 4), Affine(8, 0), AbsMax(2, 4), AbsMax(8, -1)):
-        assert torch.allclose(quantizer.quantize(w).dequantize(), w, rtol=2**-10, atol=0)
+        wide = dataclasses.replace(quantizer, scale_dtype="float32")
+        assert torch.allclose(wide.quantize(w).dequantize(), w, rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("quantizer", [
@@ -380,21 +385,101 @@ def test_the_packed_checkpoint_comes_back(name):
     assert torch.equal(logits(other), logits(model))
 
 
-def test_a_packed_checkpoint_with_wider_scales_comes_back():
-    """The one was stored with fp32 scales, the other with fp16 ones."""
-    big, small = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
-    big[0].weight.data.mul_(1e9)
-    for model in (big, small):
-        quantize_model(model, AbsMax(4, 8))
-    small.load_state_dict(big.state_dict())
-    x = matrix(2, 8)
-    assert torch.equal(small(x), big(x))
+def packed_one(quantizer, seed=0):
+    model = nn.Sequential(nn.Linear(8, 4))
+    model[0].weight.data.copy_(matrix(4, 8, seed=seed))
+    quantize_model(model, quantizer)
+    return model
+
+
+@pytest.mark.parametrize("other", [
+    AbsMax(4, 8, "float32"), AbsMax(5, 8), AbsMax(4, 4), Affine(4, 8), Companded(bits=4, group=8)])
+def test_a_state_of_another_format_is_refused_and_nothing_is_changed(other):
+    """A state of absmax fits companded's tensors in every shape, and would mean other numbers."""
+    theirs, own = packed_one(other), packed_one(AbsMax(4, 8), seed=1)
+    before = {k: v.clone() for k, v in own.state_dict().items()}
+    with pytest.raises(FileError, match=r"the state of 0.packed is packed as .*, this layer as .*AbsMax"):
+        own.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
+
+
+def test_a_state_that_does_not_say_its_format_is_refused():
+    state = {k: v for k, v in packed_one(AbsMax(4, 8)).state_dict().items() if "format" not in k}
+    with pytest.raises(FileError, match="the state of 0.packed does not say in which format"):
+        packed_one(AbsMax(4, 8)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("cast", [
+    lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.half(), lambda m: m.float().half()])
+def test_casting_leaves_codes_and_scales_and_sets_the_dtype_of_what_comes_out(cast):
+    model = packed_one(Affine(4, 8))
+    before = {k: v.clone() for k, v in model.state_dict().items() if "packed" in k}
+    dense = model[0].packed.get().dequantize()
+    cast(model)
+    now = {k: v for k, v in model.state_dict().items() if "packed" in k}
+    assert all(torch.equal(before[k], v) and before[k].dtype == v.dtype for k, v in now.items())
+    stored = model[0].packed.get()
+    assert stored.dtype == model[0].bias.dtype == stored.dequantize().dtype
+    assert torch.equal(stored.dequantize(), dense.to(stored.dtype))
+    assert next(weights(model)).dtype == stored.dtype
+
+
+def test_the_object_lives_until_its_tensors_change():
+    model = build("MixtralForCausalLM")
+    quantize_model(model, AbsMax(4, 8))
+    made = []
+    real = AbsMax.from_tensors
+
+    def spy(*arguments):
+        made.append(1)
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AbsMax, "from_tensors", spy)
+        logits(model)
+        first = len(made)
+        for _ in range(3):
+            logits(model)
+        assert len(made) == first <= sum(w.stored is not None for w in weights(model))
+        layer = model.model.layers[0].self_attn.q_proj.packed
+        kept = layer.get()
+        layer.codes.add_(1)
+        assert layer.get() is not kept
+        layer.put(torch.ones(layer.shape))
+        assert torch.allclose(layer.get().dequantize(), torch.ones(layer.shape), rtol=1e-3)
+
+
+def test_what_quantizing_makes_is_its_own_and_what_is_rebuilt_is_the_buffer():
+    w = matrix(4, 16)
+    stored = Affine(4, 8).quantize(w)
+    dense = stored.dequantize()
+    w.zero_()
+    assert torch.equal(stored.dequantize(), dense)
+    buffers = {k: v.clone() for k, v in stored.tensors().items()}
+    rebuilt = Affine(4, 8).from_tensors(buffers, (4, 16), torch.float32)
+    assert all(rebuilt.tensors()[k].data_ptr() == v.data_ptr() for k, v in buffers.items())
+    assert rebuilt.resident_bytes == rebuilt.nbytes == stored.nbytes
+
+
+@few
+@given(st.sampled_from([AbsMax, Affine]), BITS, SIZES, SIZES, GROUPS, st.sampled_from(["float16", "float32"]))
+def test_the_layout_is_known_before_the_data(kind, bits, rows, columns, group, scale_dtype):
+    quantizer = kind(bits, group, scale_dtype)
+    found = quantizer.quantize(matrix(rows, columns)).tensors()
+    assert quantizer.layout((rows, columns), torch.float32) == {
+        k: (tuple(v.shape), v.dtype) for k, v in found.items()}
+
+
+def test_other_bits_are_asked_for_in_words():
+    assert AbsMax(4, 32).at(3) == AbsMax(3, 32)
+    with pytest.raises(ConfigError, match="bits=9 is not allowed: it must be >= 2 and <= 8"):
+        Affine().at(9)
 
 
 def test_the_report_tells_bytes_and_bits():
     model = build()
     before = sum(p.numel() * 4 for p in model.parameters())
-    linears = sum(w.numel for w in weights(model) if w.kind == "linear")
+    linears = sum(w.numel for w in weights(model) if w.role == "linear")
     report = quantize_model(model, AbsMax(4, 16))
     assert report["bytes_before"] == before
     assert set(report["quantized"].values()) == {5.0}
@@ -411,7 +496,7 @@ def test_only_the_experts_a_plan_names_are_packed():
     name = "model.layers.0.mlp.experts.1.down"
     report = quantize_model(model, AbsMax(4, 8), {name: 4})
     assert list(report["quantized"]) == [name]
-    assert isinstance(model.model.layers[0].mlp.experts.down_proj, PackedExperts)
+    assert isinstance(model.model.layers[0].mlp.experts.down_proj, Experts)
     for w in weights(model):
         same = torch.equal(w.read(), before[w.name])
         assert same == (w.name != name), w.name
@@ -422,9 +507,9 @@ def test_the_experts_left_plain_can_be_packed_later():
     model = build("MixtralForCausalLM")
     quantize_model(model, AbsMax(8, 8), {"experts.1.*": 8})
     report = quantize_model(model, AbsMax(4, 8), {"experts.0.*": 4})
-    bits = {w.name: w.kind for w in weights(model)}
+    bits = {w.name: w.stored.bits for w in weights(model) if w.stored}
     assert len(report["quantized"]) == 4
-    assert all(bits[f"model.layers.{i}.mlp.experts.{e}.down"] == "packed" for i in (0, 1) for e in (0, 1))
+    assert all(bits[f"model.layers.{i}.mlp.experts.{e}.down"] == (4, 8)[e] for i in (0, 1) for e in (0, 1))
 
 
 # ------------------------------------------------------------------ plans

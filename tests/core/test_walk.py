@@ -109,19 +109,19 @@ def test_writing_back_what_was_read_changes_nothing(name):
 
 @pytest.mark.parametrize("name", [*MIXTURES, *OTHERS])
 def test_written_values_are_the_ones_the_model_computes_with(name):
-    """Zeroing all of a kind changes the output; undoing it restores the output bit for bit."""
+    """Halving all of a role changes the output; undoing it restores the output bit for bit."""
     model = build(name)
     before = forward(name, model)
-    for kind in sorted({w.kind for w in weights(model)}):
-        kept = {w.name: w.read().clone() for w in weights(model) if w.kind == kind}
+    for role in sorted({w.role for w in weights(model)}):
+        kept = {w.name: w.read().clone() for w in weights(model) if w.role == role}
         for w in weights(model):
             if w.name in kept:
                 w.write(0.5 * w.read())
-        assert not torch.equal(forward(name, model), before), kind
+        assert not torch.equal(forward(name, model), before), role
         for w in weights(model):
             if w.name in kept:
                 w.write(kept[w.name])
-        assert torch.equal(forward(name, model), before), kind
+        assert torch.equal(forward(name, model), before), role
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
@@ -131,7 +131,7 @@ def test_each_expert_is_its_own_weight(name):
     model = CausalLM(architecture=name, hidden_size=16, layers=1, experts=3,
                      experts_per_token=3).build().eval()
     before = forward(name, model)
-    experts = [w for w in weights(model) if w.kind == "expert"]
+    experts = [w for w in weights(model) if w.role == "expert"]
     assert len(experts) == 6
     for w in experts:
         kept = w.read().clone()
@@ -152,7 +152,8 @@ def test_an_expert_is_seen_as_out_in(name, transposed):
     assert up.shape == (2 * inner, hidden) and down.shape == (hidden, inner)
     stored = experts.gate_up_proj[2]
     assert torch.equal(up.read(), stored.T if transposed else stored)
-    assert up.index == 2 and up.parameter == "gate_up_proj" and up.module is experts
+    assert (up.index, up.expert.number, up.expert.layer) == (2, 2, 1)
+    assert up.parameter == "gate_up_proj" and up.module is experts
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -161,19 +162,19 @@ def test_names_are_readable(name):
     names = [w.name for w in weights(model)]
     assert all(re.fullmatch(r"[a-zA-Z][\w]*(\.\w+)*", n) for n in names)
     assert not any("weight" in n.rsplit(".", 1)[-1] and n.endswith(".weight") for n in names)
-    experts = [w for w in weights(model) if w.kind == "expert"] or select(model, ["*expert*"])
-    assert all(re.search(r"\.(expert_)?\d+\.\w+$", w.name) for w in experts)
+    experts = [w for w in weights(model) if w.role == "expert"]
+    assert all(re.search(r"\.experts\.\d+\.\w+$", w.name) for w in experts)
 
 
 def test_the_names_of_a_mixture():
-    names = {w.name: w.kind for w in weights(build("MixtralForCausalLM"))}
-    for name, kind in (
+    names = {w.name: w.role for w in weights(build("MixtralForCausalLM"))}
+    for name, role in (
         ("model.layers.0.mlp.experts.1.gate_up", "expert"),
         ("model.layers.1.mlp.experts.3.down", "expert"),
-        ("model.layers.0.self_attn.q_proj", "linear"), ("model.layers.0.mlp.gate", "matrix"),
+        ("model.layers.0.self_attn.q_proj", "linear"), ("model.layers.0.mlp.gate", "router"),
         ("model.embed_tokens", "embedding"), ("lm_head", "linear"),
     ):
-        assert names[name] == kind
+        assert names[name] == role
 
 
 # ------------------------------------------------------------------ ties
@@ -207,7 +208,7 @@ def test_a_module_that_is_used_twice_is_one_weight():
 def test_gpt2s_conv1d_is_seen_transposed():
     model = build("GPT2LMHeadModel")
     w = next(w for w in weights(model) if w.name == "transformer.h.0.attn.c_attn")
-    assert (w.kind, w.shape) == ("conv1d", (48, 16))
+    assert (w.role, w.shape) == ("linear", (48, 16))
     assert torch.equal(w.read(), w.module.weight.T)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     w.write(torch.eye(48, 16))
@@ -220,7 +221,7 @@ def test_gpt2s_conv1d_is_seen_transposed():
 ])
 def test_a_convolution_is_a_row_per_filter(layer, shape):
     (w,) = weights(layer)
-    assert (w.kind, w.shape) == ("conv", shape)
+    assert (w.role, w.shape) == ("conv", shape)
     assert torch.equal(w.read()[2], layer.weight[2].flatten())
 
 
@@ -249,7 +250,7 @@ def test_a_parametrized_weight_is_seen_as_the_model_sees_it():
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     parametrize.register_parametrization(model[0], "weight", Double())
-    assert [(w.name, w.kind) for w in weights(model)] == [("0", "linear"), ("1", "linear")]
+    assert [(w.name, w.role) for w in weights(model)] == [("0", "linear"), ("1", "linear")]
     w = next(weights(model))
     w.write(torch.ones(3, 4))
     assert torch.equal(model[0].weight, torch.ones(3, 4))
@@ -278,7 +279,7 @@ def test_quantizing_changes_no_name(name):
     report = quantize_model(model, Affine(bits=8, group=8))
     after = {w.name: w for w in weights(model)}
     assert sorted(before) == sorted((n, w.shape) for n, w in after.items())
-    assert {n for n, w in after.items() if w.kind == "packed"} == set(report["quantized"])
+    assert {n for n, w in after.items() if w.stored is not None} == set(report["quantized"])
     for w in after.values():
         assert torch.equal(w.read(slice(1, 3)), w.read()[1:3])
 
@@ -343,7 +344,7 @@ def test_selection_includes_then_excludes():
         f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in ("q", "k")]
     assert [w.name for w in select(model, ["*_proj"], ["layers.1.*", "mlp.*"])] == [
         f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"]
-    assert [w.name for w in select(model, kinds=("embedding",))] == ["model.embed_tokens"]
+    assert [w.name for w in select(model, roles=("embedding",))] == ["model.embed_tokens"]
     assert len(select(model)) == len(list(weights(model)))
 
 
@@ -357,7 +358,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_nearest():
 
 def test_an_empty_selection_is_an_error():
     with pytest.raises(ConfigError, match=r"no weight is selected .*'conv'.*\['linear'\]"):
-        select(nn.Linear(2, 2), kinds=("conv",))
+        select(nn.Linear(2, 2), roles=("conv",))
     with pytest.raises(ConfigError, match="no weight is selected"):
         select(nn.Sequential(nn.Linear(2, 2)), ["0"], ["0"])
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import ConfigError, FileError, nearest, require
-from poise.files import read_json
+from poise.files import read_json, write_shards
 from poise.models.tokenizers import ByteTokenizer, load_tokenizer
+from poise.walk import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,9 +84,9 @@ def _check_directory(directory: Path, transformers: Any) -> None:
 
 def save_model(
     model: Any, tokenizer: Any, directory: Path | str,
-    state_dict: Mapping[str, Tensor] | None = None,
+    pairs: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Path:
-    """Write a plain transformers directory: config, safetensors, tokenizer.
+    """Write a plain transformers directory: config, safetensors, tokenizer; one shard in memory.
 
     Files are moved into place when all are written, config.json last.
 
@@ -95,8 +96,8 @@ def save_model(
     tokenizer : ByteTokenizer, FastTokenizer or None
     directory : path
         Made when missing; files of the same names are replaced.
-    state_dict : mapping, optional
-        Weights to write instead of the model's own (an adapter's `folded_state_dict`).
+    pairs : iterable of (key, tensor), optional
+        Weights to write instead of the model's own (an adapter's `folded_weights`).
 
     Raises
     ------
@@ -112,23 +113,36 @@ def save_model(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as fresh:
-            _write(model, tokenizer, Path(fresh), directory, state_dict)
+            _write(model, tokenizer, Path(fresh), directory, checkpoint(model) if pairs is None else pairs)
     except OSError as error:
         raise FileError(f"cannot write {directory}: {error.strerror or error}") from error
     return directory
 
 
 def _write(
-    model: Any, tokenizer: Any, fresh: Path, directory: Path,
-    state_dict: Mapping[str, Tensor] | None,
+    model: Any, tokenizer: Any, fresh: Path, directory: Path, pairs: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write to `fresh`, then move every file to `directory`."""
-    state = dict(state_dict) if state_dict is not None else None
-    model.save_pretrained(fresh, state_dict=state)
+    model.save_pretrained(fresh, state_dict={})  # all but the weights
+    write_shards(_as_on_disk(model, pairs), fresh)
     if tokenizer is not None:
         tokenizer.save(fresh)
+    fresh_names = {p.name for p in fresh.iterdir()}
+    for old in directory.glob("model*.safetensors*"):
+        if old.name not in fresh_names:  # shards of an earlier save
+            old.unlink()
     for path in sorted(fresh.iterdir(), key=lambda p: p.name == "config.json"):
         os.replace(path, directory / path.name)
+
+
+def _as_on_disk(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's entries as transformers writes them: experts apart, tied tensors once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for key, tensor in pairs:
+        if key not in tied:
+            yield from revert_weight_conversion(model, {key: tensor}).items()
 
 
 # ------------------------------------------------------------------ random models

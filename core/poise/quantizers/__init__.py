@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from poise.quantizers.components import AbsMax, Affine
-    from poise.quantizers.layers import PackedExperts, PackedLinear
+    from poise.quantizers.layers import PackedLinear
     from poise.quantizers.packing import PackedMatrix
-    from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
+    from poise.quantizers.whole import dense_state_dict, quantize_model, resolve, stored_bytes
 
 _HOMES = {
-    "AbsMax": "components", "Affine": "components", "PackedMatrix": "packing",
-    "PackedLinear": "layers", "PackedExperts": "layers",
+    "AbsMax": "components", "Affine": "components", "PackedMatrix": "packing", "resolve": "whole",
+    "PackedLinear": "layers",
     "quantize_model": "whole", "stored_bytes": "whole", "dense_state_dict": "whole",
 }
 __all__ = [
-    "AbsMax", "Affine", "PackedExperts", "PackedLinear", "PackedMatrix", "dense_state_dict",
-    "quantize_model", "stored_bytes",
+    "AbsMax", "Affine", "PackedLinear", "PackedMatrix", "dense_state_dict", "quantize_model", "resolve",
+    "stored_bytes",
 ]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from poise.quantizers.packing import PackedMatrix, grouped, pack, stored_scale
 
 
-def quantize(weight: Tensor, bits: int, group: int) -> PackedMatrix:
+def quantize(weight: Tensor, bits: int, group: int, scale_dtype: str) -> PackedMatrix:
     """Quantize a matrix (out, in) with 2^bits levels per group.
 
     The error of a weight is at most half its group's scale plus the rounding of the stored
@@ -20,7 +20,8 @@ def quantize(weight: Tensor, bits: int, group: int) -> PackedMatrix:
     spread = (high - low) / levels
     # a constant group has no spread: any scale does, and its own size is as well held as itself
     flat = torch.where(low != 0, low.abs(), torch.ones_like(low))
-    scale, minimum = stored_scale(torch.where(spread > 0, spread, flat), low)
+    scale, minimum = stored_scale(
+        scale_dtype, torch.where(spread > 0, spread, flat), low)
     shifted = blocks - minimum.to(torch.float32).unsqueeze(-1)
     codes = torch.round(shifted / scale.to(torch.float32).unsqueeze(-1)).clamp_(0, levels)
     codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]

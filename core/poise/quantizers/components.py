@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from poise.options import check_options, option
+from poise.options import check_options, option, options_of
 
 if TYPE_CHECKING:
     import torch
@@ -14,65 +15,82 @@ if TYPE_CHECKING:
 
     from poise.quantizers.packing import PackedMatrix
 
-_GROUP = "columns that share a scale; 0: a whole row (per channel); -1: the whole tensor"
+
+@dataclass(frozen=True)
+class Grouped:
+    """What the schemes share: codes of some bits, and numbers per group of columns."""
+
+    bits: int = option(4, "bits per weight", low=2, high=8, unit="bits")
+    group: int = option(64, "columns that share a scale; 0: a whole row (per channel); -1: the tensor",
+                        low=-1)
+    scale_dtype: str = option("float16", "how scales are stored; float32: where float16 does not hold them",
+                              choices=("float16", "float32"))
+
+    with_minimum: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def at(self, bits: int) -> Self:
+        """Return the same scheme at other bits; raises `ConfigError` for bits out of range."""
+        return dataclasses.replace(self, bits=bits)
+
+    def layout(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the names, shapes and types of the tensors that a matrix (out, in) will be stored as."""
+        from poise.quantizers.packing import layout
+
+        return layout(self.bits, self.group, shape, self.scale_dtype, with_minimum=self.with_minimum)
+
+    def from_tensors(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> PackedMatrix:
+        """Rebuild what `PackedMatrix.tensors` returned, without a copy."""
+        from poise.quantizers.packing import PackedMatrix
+
+        return PackedMatrix.from_tensors(tensors, self.bits, self.group, shape, dtype, self.scale_dtype,
+                                         with_minimum=self.with_minimum)
 
 
 @dataclass(frozen=True)
-class AbsMax:
+class AbsMax(Grouped):
     """Symmetric: w = s q with |q| <= 2^(bits-1) - 1 and s = max|w| / (2^(bits-1) - 1).
 
-    Takes bits + 16 / group bits per weight: the scale is stored as fp16 (fp32 for a tensor whose
-    scales fp16 cannot hold). Source: EdgeMoE, arXiv 2308.14352, section III-B.
+    Takes bits + 16 / group bits per weight. Source: EdgeMoE, arXiv 2308.14352, section III-B.
     """
 
-    bits: int = option(4, "bits per weight", low=2, high=8, unit="bits")
-    group: int = option(64, _GROUP, low=-1)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
     def quantize(self, weight: Tensor) -> PackedMatrix:
-        """Quantize a matrix (out, in); raises `DataError` for NaN or Inf."""
+        """Quantize a matrix (out, in).
+
+        Raises
+        ------
+        DataError
+            For NaN, Inf, or scales that `scale_dtype` does not hold.
+        """
         from poise.quantizers.absmax import quantize
 
-        return quantize(weight, self.bits, self.group)
-
-    def from_tensors(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> PackedMatrix:
-        """Rebuild what `PackedMatrix.tensors` returned."""
-        from poise.quantizers.packing import PackedMatrix
-
-        return PackedMatrix.from_tensors(
-            tensors, self.bits, self.group, shape, dtype, with_minimum=False
-        )
+        return quantize(weight, self.bits, self.group, self.scale_dtype)
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Grouped):
     """Asymmetric: w = m + s q with 0 <= q <= 2^bits - 1, per group of columns.
 
-    Takes bits + 32 / group bits per weight (fp16 scale and minimum).
+    Takes bits + 32 / group bits per weight (scale and minimum).
     """
 
-    bits: int = option(4, "bits per weight", low=2, high=8, unit="bits")
-    group: int = option(64, _GROUP, low=-1)
-
-    def __post_init__(self) -> None:
-        check_options(self)
+    with_minimum: ClassVar[bool] = True
 
     def quantize(self, weight: Tensor) -> PackedMatrix:
-        """Quantize a matrix (out, in); raises `DataError` for NaN or Inf."""
+        """Quantize a matrix (out, in); see `AbsMax.quantize`."""
         from poise.quantizers.affine import quantize
 
-        return quantize(weight, self.bits, self.group)
+        return quantize(weight, self.bits, self.group, self.scale_dtype)
 
-    def from_tensors(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> PackedMatrix:
-        """Rebuild what `PackedMatrix.tensors` returned."""
-        from poise.quantizers.packing import PackedMatrix
 
-        return PackedMatrix.from_tensors(
-            tensors, self.bits, self.group, shape, dtype, with_minimum=True
-        )
+def format_of(quantizer: Any) -> dict[str, Any]:
+    """Return what two quantizers that store alike have in common, as plain values."""
+    kind = type(quantizer)
+    options = options_of(quantizer) if dataclasses.is_dataclass(quantizer) else {}
+    return {"quantizer": f"{kind.__module__}:{kind.__qualname__}", "options": options}

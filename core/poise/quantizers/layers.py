@@ -1,18 +1,23 @@
-"""Layers that hold packed bytes: a linear, and the experts of a fused parameter.
+"""A layer that holds packed bytes, of a linear or of one expert.
 
-Neither ever holds a whole dequantized weight, forward or backward.
+It never holds a whole dequantized weight, forward or backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.errors import ConfigError
-from poise.walk import expert_name
+from poise.errors import FileError
+from poise.quantizers.components import format_of
+from poise.walk import Product, Weight
+
+FORMAT = "poise_format"
 
 
 class _Matmul(torch.autograd.Function):
@@ -35,8 +40,12 @@ def packed_matmul(x: Tensor, stored: Any) -> Tensor:
     return _Matmul.apply(x, stored)  # type: ignore[return-value]
 
 
-class _Stored(nn.Module):
-    """A `QuantizedTensor` whose tensors are buffers, so that it moves and saves with the model."""
+class Stored(nn.Module):
+    """A `QuantizedTensor` whose tensors are buffers, so that it moves and saves with the model.
+
+    Casting the model leaves them as they are and sets the type that `dequantize` returns. The state also
+    holds the format, a JSON text as bytes: a state of another format is refused, not misread.
+    """
 
     def __init__(self, stored: Any, quantizer: Any) -> None:
         super().__init__()
@@ -44,30 +53,42 @@ class _Stored(nn.Module):
         self.names = list(stored.tensors())
         for name, tensor in stored.tensors().items():
             self.register_buffer(name, tensor)
+        text = json.dumps({**format_of(quantizer), "shape": list(stored.shape)}, sort_keys=True)
+        self.register_buffer(FORMAT, torch.tensor(list(text.encode()), dtype=torch.uint8))
+        self._made: tuple[Any, Any] = (None, None)
 
     def get(self) -> Any:
+        """Return the `QuantizedTensor`, the same one until its tensors or its dtype change."""
         tensors = {n: getattr(self, n) for n in self.names}
-        return self.quantizer.from_tensors(tensors, self.shape, self.dtype)
+        now = (self.dtype, *((id(t), 0 if t.is_inference() else t._version) for t in tensors.values()))
+        if self._made[0] != now:
+            self._made = now, self.quantizer.from_tensors(tensors, self.shape, self.dtype)
+        return self._made[1]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Stored:
-        before = {n: getattr(self, n).dtype for n in self.names}
+    def put(self, matrix: Tensor) -> None:
+        """Replace the weight by the quantized form of a dense matrix (out, in)."""
+        for name, tensor in self.quantizer.quantize(matrix.to(self.dtype)).tensors().items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Stored:
+        before = {n: getattr(self, n) for n in (*self.names, FORMAT)}
         super()._apply(fn, recurse)
-        for name, dtype in before.items():  # model.to(bfloat16) moves codes and scales, no more
-            if getattr(self, name).dtype != dtype:
-                raise ConfigError(
-                    f"a packed weight keeps its {name} in {dtype}: cast the model before quantizing it"
-                )
+        for name, tensor in before.items():  # model.to(bfloat16) moves codes and scales, no more
+            if (moved := getattr(self, name)).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before[FORMAT].device)).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in self.names:  # a checkpoint may hold scales of another width than ours
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.empty_like(getattr(self, name), dtype=saved.dtype))
+        saved = state_dict.get(prefix + FORMAT)
+        if saved is None:
+            raise FileError(f"the state of {prefix[:-1]} does not say in which format it is packed: save "
+                            f"it again with this Poise")
+        theirs, own = (bytes(t.tolist()).decode(errors="replace") for t in (saved, getattr(self, FORMAT)))
+        if theirs != own:
+            raise FileError(f"the state of {prefix[:-1]} is packed as {theirs}, this layer as {own}: "
+                            f"quantize the model alike first")
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def put(self, matrix: Tensor) -> None:
-        for name, tensor in self.quantizer.quantize(matrix.to(self.dtype)).tensors().items():
-            setattr(self, name, tensor)
 
 
 class PackedLinear(nn.Module):
@@ -79,118 +100,71 @@ class PackedLinear(nn.Module):
     quantizer : Quantizer
         The one that made it; used to rebuild and to requantize.
     bias : Parameter or None
-    transposed : bool
-        Whether the layer it replaces keeps its weight as (in, out), as GPT-2's Conv1D does.
+    like : nn.Module, optional
+        The layer that it replaces, which `dense` makes again; without one an `nn.Linear`. Its weight is
+        dropped.
     """
 
-    packed: _Stored
+    packed: Stored
 
     def __init__(
-        self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None, transposed: bool = False
+        self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None, like: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.transposed = transposed
         self.out_features, self.in_features = stored.shape
-        self.packed = _Stored(stored, quantizer)
+        self.packed = Stored(stored, quantizer)
         self.bias = bias
+        shell = like or nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        # a transposed layer (GPT-2's Conv1D, gpt-oss's experts) holds the weight as (in, out)
+        self.transposed = like is not None and _is_transposed(like)
+        self._shell = (_without_weight(shell),)  # in a tuple: no child of this layer
+
+    @property
+    def like(self) -> nn.Module:
+        """The layer that it replaced, without its weight."""
+        return self._shell[0]
+
+    @property
+    def weight(self) -> Product:
+        """Stands for the matrix in its own product: models look at a linear's weight."""
+        return Product(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, shape (..., out)."""
         y = packed_matmul(x, self.packed.get())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def packed_weights(self, path: str) -> Iterator[tuple[str, int | None, Callable[[], Any]]]:
-        """Yield (name, index, getter) for the walk over weights."""
-        yield path, None, self.packed.get
-
-    def requantize(self, matrix: Tensor, index: int | None = None) -> None:
-        """Replace the weight by the quantized form of a dense matrix."""
-        self.packed.put(matrix)
-
-    def dense(self) -> nn.Linear:
-        """Return a plain linear with the dequantized weight."""
+    def held_weights(self, path: str) -> Iterator[Weight]:
+        """Yield the packed weight."""
         stored = self.packed.get()
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, dtype=stored.dtype)
-        linear.weight.data = stored.dequantize()
-        linear.bias = self.bias
-        return linear
+        yield Weight(
+            path or "weight", "linear", (stored.shape[0], stored.shape[1]), stored.dtype,
+            f"{path}.weight".lstrip("."), self, "packed", (id(self),),
+            _read=lambda rows: self.packed.get().dequantize(rows), _write=self.packed.put, stored=stored,
+            replaceable=True, plain=(lambda t: t.T) if self.transposed else (lambda t: t),
+            beside=lambda: [] if self.bias is None else [(f"{path}.bias".lstrip("."), self.bias.detach())],
+        )
+
+    def dense(self, matrix: Tensor | None = None) -> nn.Module:
+        """Return the plain layer with the dequantized weight, or with another matrix (out, in)."""
+        whole: Tensor = self.packed.get().dequantize() if matrix is None else matrix
+        layer: Any = copy.copy(self.like)
+        layer._parameters = dict(layer._parameters)
+        layer.weight = nn.Parameter(whole.T.contiguous() if self.transposed else whole)
+        if hasattr(layer, "bias"):
+            layer.bias = self.bias
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         stored = self.packed.get()
         return f"{self.in_features} -> {self.out_features}, {stored.bits_per_weight:.2f} bits"
 
 
-class _Expert:
-    """Stands where a model expects one expert's matrix; linear and matmul go to the packed form."""
-
-    def __init__(self, stored: Any, transposed: bool) -> None:
-        self.stored, self.transposed = stored, transposed
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear and isinstance(args[1], cls) and not args[1].transposed:
-            y = packed_matmul(args[0], args[1].stored)
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return y if bias is None else y + bias
-        products = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
-        if func in products and isinstance(args[1], cls) and args[1].transposed:
-            return packed_matmul(args[0], args[1].stored)
-        raise TypeError(f"a packed expert takes part in its own product only, not in {func}")
+def _without_weight(layer: nn.Module) -> nn.Module:
+    shell = copy.copy(layer)
+    shell._parameters = dict.fromkeys(layer._parameters)
+    return shell
 
 
-class PackedExperts(nn.Module):
-    """Takes the place of a fused expert parameter: `experts[e]` acts as expert e's matrix.
-
-    Parameters
-    ----------
-    experts : list of (stored, quantizer) or of Tensor
-        Packed matrices (out, in), or plain tensors as the fused parameter held them.
-    name : str
-        Name of the parameter that is replaced (`gate_up_proj`).
-    transposed : bool
-        Whether the model multiplies by the matrix from the right (gpt-oss).
-    """
-
-    def __init__(self, experts: list[Any], name: str, transposed: bool) -> None:
-        super().__init__()
-        self.name, self.transposed, self.n = name, transposed, len(experts)
-        for e, expert in enumerate(experts):
-            if isinstance(expert, Tensor):
-                self.register_parameter(f"plain_{e}", nn.Parameter(expert.detach().clone()))
-            else:
-                self.add_module(f"packed_{e}", _Stored(*expert))
-
-    def __getitem__(self, index: Any) -> Any:
-        e = int(index)
-        plain = self._parameters.get(f"plain_{e}")
-        return plain if plain is not None else _Expert(self.stored(e), self.transposed)
-
-    def pack(self, index: int, stored: Any, quantizer: Any) -> None:
-        """Put a packed matrix in the place of one expert."""
-        self._parameters.pop(f"plain_{index}", None)
-        self.add_module(f"packed_{index}", _Stored(stored, quantizer))
-
-    def stored(self, index: int) -> Any:
-        """Return the `QuantizedTensor` of one expert."""
-        return getattr(self, f"packed_{index}").get()
-
-    def packed_weights(self, path: str) -> Iterator[tuple[str, int | None, Callable[[], Any]]]:
-        """Yield (name, index, getter) for the walk; the getter gives a Tensor where one is plain."""
-        parent = path.rpartition(".")[0]
-        for e in range(self.n):
-            name = expert_name(parent, e, self.name)
-            if f"plain_{e}" in self._parameters:
-                yield name, e, lambda e=e: self._as_rows(getattr(self, f"plain_{e}"))
-            else:
-                yield name, e, lambda e=e: self.stored(e)
-
-    def requantize(self, matrix: Tensor, index: int | None = None) -> None:
-        """Replace one expert by the quantized form of a dense matrix."""
-        if f"plain_{index}" in self._parameters:
-            self._as_rows(getattr(self, f"plain_{index}").data).copy_(matrix)
-        else:
-            getattr(self, f"packed_{index}").put(matrix)
-
-    def _as_rows(self, plain: Tensor) -> Tensor:
-        return plain.T if self.transposed else plain
+def _is_transposed(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" or bool(getattr(layer, "transposed", False))

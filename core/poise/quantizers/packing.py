@@ -53,10 +53,12 @@ def unpack(octets: Tensor, bits: int, columns: int) -> Tensor:
 class PackedMatrix:
     """A matrix (out, in) as packed codes with a scale, and perhaps a minimum, per group.
 
+    What quantizing makes shares no memory with the weight; what `from_tensors` makes is its tensors.
+
     Parameters
     ----------
     codes : uint8, shape (out, packed_width)
-    scale : fp16 or fp32, shape (out, groups); (1, 1) for one scale per tensor
+    scale : float16 or float32, shape (out, groups); (1, 1) for one scale per tensor
     minimum : like scale, or None for the symmetric scheme (codes are then offset by 2^(bits-1))
     """
 
@@ -74,6 +76,11 @@ class PackedMatrix:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes that it takes in memory: those of its tensors, since it keeps nothing else."""
+        return self.nbytes
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits per weight, scales included."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
@@ -83,30 +90,29 @@ class PackedMatrix:
         found = {"codes": self.codes, "scale": self.scale}
         return found if self.minimum is None else {**found, "minimum": self.minimum}
 
-    @staticmethod
+    @classmethod
     def from_tensors(
-        tensors: Mapping[str, Tensor], bits: int, group: int, shape: tuple[int, int],
-        dtype: torch.dtype, *, with_minimum: bool,
+        cls, tensors: Mapping[str, Tensor], bits: int, group: int, shape: tuple[int, int],
+        dtype: torch.dtype, scale_dtype: str, *, with_minimum: bool,
     ) -> PackedMatrix:
-        """Rebuild a matrix; names and sizes are checked.
+        """Rebuild a matrix from its tensors, which it keeps and does not copy: they may be views of a
+        caller's buffer, which must stay as it is for as long as the matrix lives.
 
         Raises
         ------
         FileError
-            When a tensor is missing or does not fit the shape.
+            When a tensor is missing, or its shape or type is another.
         """
-        names = {"codes", "scale", "minimum"} if with_minimum else {"codes", "scale"}
-        if odd := sorted(names ^ tensors.keys()):
-            raise FileError(f"packed tensors should be {sorted(names)}; {odd[0]} is missing or extra")
-        codes, scale = tensors["codes"], tensors["scale"]
-        groups = (1, 1) if group == -1 else (shape[0], -(-shape[1] // group) if group else 1)
-        for name in names - {"codes"}:
-            if tuple(tensors[name].shape) != groups:
-                raise FileError(f"packed {name} of shape {tuple(tensors[name].shape)} do not fit {groups}")
         shape = (shape[0], shape[1])
-        if tuple(codes.shape) != (shape[0], packed_width(shape[1], bits)):
-            raise FileError(f"packed codes {tuple(codes.shape)} do not fit {shape} at {bits} bits")
-        return PackedMatrix(codes, scale, tensors.get("minimum"), bits, group, shape, dtype)
+        expected = layout(bits, group, shape, scale_dtype, with_minimum=with_minimum)
+        if odd := sorted(expected.keys() ^ tensors.keys()):
+            raise FileError(f"packed tensors should be {sorted(expected)}; {odd[0]} is missing or extra")
+        for name, (size, kind) in expected.items():
+            got = tensors[name]
+            if tuple(got.shape) != size or got.dtype != kind:
+                raise FileError(f"packed {name} {tuple(got.shape)} {got.dtype} do not fit a matrix {shape} "
+                                f"at {bits} bits, which has {size} {kind}")
+        return cls(tensors["codes"], tensors["scale"], tensors.get("minimum"), bits, group, shape, dtype)
 
     def dequantize(self, rows: slice | None = None) -> Tensor:
         """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""
@@ -179,17 +185,33 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     return values.view(values.shape[0], -1, width)
 
 
-def stored_scale(scale: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Return a scale, and a minimum, as fp16; or both as fp32 when fp16 would distort one of them.
+def stored_scale(dtype: str, scale: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return a scale, and a minimum, in the type in which they are stored.
 
     A relative error of 2^-9 still keeps the largest of 256 codes within half a step; a minimum may
     also be off by that share of its scale.
+
+    Raises
+    ------
+    DataError
+        When the type does not hold the values.
     """
-    per_group = (scale, *others)
-    half = tuple(v.to(torch.float16) for v in per_group)
+    kept = tuple(v.to(getattr(torch, dtype)) for v in (scale, *others))
     slack = [scale.abs(), *(torch.maximum(v.abs(), scale.abs()) for v in others)]
-    good = all(
-        bool(((h.to(torch.float32) - v).abs() <= s * 2.0**-9).all())
-        for h, v, s in zip(half, per_group, slack, strict=True)
-    )
-    return half if good else tuple(v.to(torch.float32) for v in per_group)
+    for held, value, size in zip(kept, (scale, *others), slack, strict=True):
+        if not bool(((held.to(torch.float32) - value).abs() <= size * 2.0**-9).all()):
+            low, high = float(value.abs().min()), float(value.abs().max())
+            raise DataError(f"has scales or minima of sizes {low:.2g} to {high:.2g}, which {dtype} does "
+                            f"not hold: give scale_dtype='float32'")
+    return kept
+
+
+def layout(
+    bits: int, group: int, shape: tuple[int, int], scale_dtype: str, *, with_minimum: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the names, shapes and types of what a packed matrix of this shape keeps."""
+    rows, columns = shape
+    groups = (1, 1) if group == -1 else (rows, -(-columns // group) if group else 1)
+    kept = (groups, getattr(torch, scale_dtype))
+    found = {"codes": ((rows, packed_width(columns, bits)), torch.uint8), "scale": kept}
+    return {**found, "minimum": kept} if with_minimum else found

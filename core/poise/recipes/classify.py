@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from poise.errors import ConfigError
 from poise.interfaces import Arrays, Parts, Splits
-from poise.recipes.components import Classify
 from poise.recipes.loop import Order, build_optimizer, fit, load_trained
 from poise.recipes.prepare import evaluating, finish, observed, prepare, save_final, sizes
 from poise.runs.context import RunContext, seed_for
@@ -93,19 +92,19 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     return float(F.cross_entropy(outputs, y)), float((outputs.argmax(-1) == y).double().mean())
 
 
-def run(options: Classify, parts: Parts, context: RunContext) -> dict[str, float]:
+def run(parts: Parts, context: RunContext, *, normalise: bool, augment: str) -> dict[str, float]:
     """Train, evaluate on the test split, save; see `Classify`."""
     assert parts.data is not None and parts.train is not None
     splits = parts.data.load(context.seed)
     context.note("data", splits.provenance)
-    rows = loaded(splits, options.normalise, context.device)
-    if options.augment != "none" and rows["train"][0].ndim != 4:
-        raise ConfigError(f"recipe.augment={options.augment} is for images; the data has rows of shape "
+    rows = loaded(splits, normalise, context.device)
+    if augment != "none" and rows["train"][0].ndim != 4:
+        raise ConfigError(f"recipe.augment={augment} is for images; the data has rows of shape "
                           f"{tuple(rows['train'][0].shape[1:])}: write recipe.augment=none")
     model, attached = prepare(parts, context, splits.spec)
     order = Order(len(splits.train), parts.train.batch_size, context.seed_for("order"))
     task = ClassifyTask(model, rows["train"], rows["validation"], order, parts.train.accumulate,
-                        augment=options.augment != "none", attached=attached)
+                        augment=augment != "none", attached=attached)
     model.train()
     seconds: float = 0.0
     if parts.train.steps:

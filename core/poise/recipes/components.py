@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from poise.interfaces import Parts
-from poise.options import check_options, option
+from poise.options import check_options, option, options_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Classify:
         """Train, evaluate, save; return the final metrics."""
         from poise.recipes.classify import run
 
-        return run(self, parts, context)
+        return run(parts, context, **options_of(self))
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,4 @@ class Finetune:
         """Train, evaluate, fold, save; return the final metrics."""
         from poise.recipes.finetune import run
 
-        return run(self, parts, context)
+        return run(parts, context, **options_of(self))

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.config import Train
 from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Parts, Tokenizer
-from poise.recipes.components import Finetune
 from poise.recipes.loop import Order, build_optimizer, fit
-from poise.recipes.prepare import evaluating, finish, folded_tensors, observed, prepare, sizes
+from poise.recipes.prepare import evaluating, finish, folded_weights, keep_adapter, observed, prepare, sizes
 from poise.runs.context import RunContext
 
 IGNORE = -100  # the label of positions that bear no loss
@@ -206,63 +206,60 @@ def last_number(text: str) -> str:
 
 
 def exact_match(
-    model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], options: Finetune,
+    model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], new_tokens: int,
     context: RunContext,
 ) -> float:
     """Return the share of examples whose greedy answer ends in the right number."""
     hits = 0
     with context.progress(len(examples), "answering") as bar:
         for e in examples:
-            text = greedy(model, tokenizer, e.prompt, options.new_tokens, context.device)
+            text = greedy(model, tokenizer, e.prompt, new_tokens, context.device)
             hits += last_number(text) == last_number(e.answer or e.completion)
             bar.advance()
     return hits / len(examples)
 
 
-def run(options: Finetune, parts: Parts, context: RunContext) -> dict[str, float]:
+def run(
+    parts: Parts, context: RunContext, *, length: int, packing: bool, eval_examples: int, generate: int,
+    new_tokens: int, save_folded: bool,
+) -> dict[str, float]:
     """Train, evaluate before and after, fold, save; see `Finetune`."""
     assert parts.data is not None and parts.train is not None and parts.model is not None
     splits = parts.data.load(context.seed)
     context.note("data", splits.provenance)
     tokenizer = parts.model.tokenizer()  # type: ignore[attr-defined]
-    if any(not e.prompt for e in splits.test[: options.generate]):
+    if any(not e.prompt for e in splits.test[:generate]):
         raise ConfigError(
-            f"recipe.generate={options.generate} needs data with prompts; "
+            f"recipe.generate={generate} needs data with prompts; "
             f"data={parts.names.get('data')} is plain text: write recipe.generate=0"
         )
-    train = pack(splits.train, tokenizer, options.length, options.packing)
-    held_out = pack(splits.test[: options.eval_examples], tokenizer, options.length, False)
+    train = pack(splits.train, tokenizer, length, packing)
+    held_out = pack(splits.test[:eval_examples], tokenizer, length, False)
     model, attached = prepare(parts, context, splits.spec)
     order = Order(len(train), parts.train.batch_size, context.seed_for("order"))
     task = FinetuneTask(model, train, held_out, order, parts.train.accumulate, context.device, attached)
-    metrics = _train(options, parts, task, attached, context, splits, tokenizer)
-    if options.save_folded:
-        save_folded(model, attached, tokenizer, context)
-    return metrics
+    metrics = _train(parts.train, task, attached, context)
+    if generate:
+        metrics["exact_match"] = exact_match(model, tokenizer, splits.test[:generate], new_tokens, context)
+    finish(attached, context)
+    keep_adapter(attached, context)
+    if save_folded:
+        keep_folded(model, attached, tokenizer, context)
+    return metrics | sizes(model)
 
 
-def _train(
-    options: Finetune, parts: Parts, task: FinetuneTask, attached: Any, context: RunContext,
-    splits: Any, tokenizer: Tokenizer,
-) -> dict[str, float]:
-    assert parts.train is not None
+def _train(train: Train, task: FinetuneTask, attached: Any, context: RunContext) -> dict[str, float]:
     model = task.model.eval()
-    metrics: dict[str, float] = {}
     if context.resume_from is None:
         before = task.evaluate()["validation_loss"]
         context.log(0, {"validation_loss": before})
     seconds = 0.0
-    if parts.train.steps:
+    if train.steps:
         model.train()
-        seconds = fit(task, build_optimizer(parts.train, model, attached), parts.train, context)
+        seconds = fit(task, build_optimizer(train, model, attached), train, context)
     model.eval()
-    metrics["loss_before"] = _first_loss(context)
-    metrics["loss_after"] = task.evaluate()["validation_loss"]
-    if options.generate:
-        chosen = splits.test[: options.generate]
-        metrics["exact_match"] = exact_match(model, tokenizer, chosen, options, context)
-    finish(attached, context)
-    return metrics | sizes(model) | {"step_seconds": seconds}
+    after = task.evaluate()["validation_loss"]
+    return {"loss_before": _first_loss(context), "loss_after": after, "step_seconds": seconds}
 
 
 def _first_loss(context: RunContext) -> float:
@@ -273,11 +270,8 @@ def _first_loss(context: RunContext) -> float:
     return next(r["value"] for r in rows if r["step"] == 0 and r["name"] == "validation_loss")
 
 
-def save_folded(model: nn.Module, attached: Any, tokenizer: Tokenizer, context: RunContext) -> None:
-    """Write the adapter's own tensors and a plain transformers directory, `folded/`."""
-    from poise.files import save_bundle
+def keep_folded(model: nn.Module, attached: Any, tokenizer: Tokenizer, context: RunContext) -> None:
+    """Write a plain transformers directory, `folded/`."""
     from poise.models.causal_lm import save_model
 
-    if attached is not None:
-        save_bundle(context.directory / "adapter", attached.state_dict(), attached.report())
-    save_model(model, tokenizer, context.directory / "folded", folded_tensors(model, attached))
+    save_model(model, tokenizer, context.directory / "folded", folded_weights(model, attached))

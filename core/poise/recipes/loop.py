@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 
 from poise.config import Train
 from poise.errors import RunError
+from poise.interfaces import Stops
 from poise.runs.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
-from poise.runs.context import Interrupted, RunContext
+from poise.runs.context import Interrupted, RunContext, seed_for
+from poise.runs.progress import progress
 
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Task(Protocol):
-    """What is being trained, in the loop's terms."""
+    """What is being trained, in the loop's terms; it may also have enough early (`interfaces.Stops`)."""
 
     model: nn.Module
 
@@ -72,8 +75,42 @@ def rate(train: Train, step: int) -> float:
     return 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def fit(task: Task, optimizer: torch.optim.Optimizer, train: Train, context: RunContext) -> float:
+class _Alone:
+    """What `fit` runs in without a context: no records and no checkpoints."""
+
+    resume_from = checkpoints = None
+    stopping = False
+
+    def __init__(self, seed: int, quiet: bool) -> None:
+        self.seed, self.quiet = seed, quiet
+
+    def seed_for(self, purpose: str) -> int:
+        return seed_for(self.seed, purpose)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def progress(self, total: int | None, label: str) -> Any:
+        return progress(total, label, self.quiet)
+
+    def graceful(self) -> nullcontext:
+        return nullcontext()
+
+
+Surroundings = RunContext | _Alone
+
+
+def fit(
+    task: Task, optimizer: torch.optim.Optimizer, train: Train, context: RunContext | None = None, *,
+    seed: int = 0, quiet: bool = False,
+) -> float:
     """Train for `train.steps` steps, from the context's checkpoint when it has one.
+
+    Parameters
+    ----------
+    context : RunContext, optional
+        Where records and checkpoints go; without one there are none, and `seed` and `quiet` (no progress
+        on stderr) are what it would have said.
 
     Returns
     -------
@@ -87,26 +124,38 @@ def fit(task: Task, optimizer: torch.optim.Optimizer, train: Train, context: Run
     Interrupted
         After Ctrl-C, once a checkpoint is written.
     """
-    torch.manual_seed(context.seed_for("dropout"))
-    start = _restore(task, optimizer, context)
+    around: Surroundings = context or _Alone(seed, quiet)
+    torch.manual_seed(around.seed_for("dropout"))
+    start = _restore(task, optimizer, around)
     times: list[float] = []
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    with context.graceful(), context.progress(train.steps - start, "training") as bar:
+    with around.graceful(), around.progress(train.steps - start, "training") as bar:
         for step in range(start, train.steps):
             began = time.perf_counter()
             loss = _step(task, optimizer, train, step)
             times.append(time.perf_counter() - began)
             bar.advance(note=f"loss {loss:.4g}")
-            done = step + 1
-            if done % train.log_every == 0:
-                context.log(done, {"loss": loss, "lr": optimizer.param_groups[0]["lr"]})
-            score = _evaluate(task, context, done) if _due(done, train.eval_every, train) else None
-            if _due(done, train.checkpoint_every, train) or context.stopping:
-                _save(task, optimizer, context, done, score)
-            if context.stopping and done < train.steps:
-                raise Interrupted(f"interrupted at step {done} of {train.steps}")
+            if _close(task, optimizer, train, around, step + 1, loss):
+                break
     return sorted(times)[len(times) // 2] if times else 0.0
+
+
+def _close(
+    task: Task, optimizer: torch.optim.Optimizer, train: Train, context: Surroundings, done: int,
+    loss: float,
+) -> bool:
+    """Record, evaluate and save what is due after a step; return whether the task has enough."""
+    if done % train.log_every == 0:
+        context.log(done, {"loss": loss, "lr": optimizer.param_groups[0]["lr"]})
+    due = _due(done, train.eval_every, train)
+    score = _evaluate(task, context, done) if due else None
+    enough = due and isinstance(task, Stops) and task.done()
+    if enough or _due(done, train.checkpoint_every, train) or context.stopping:
+        _save(task, optimizer, context, done, score)
+    if context.stopping and done < train.steps and not enough:
+        raise Interrupted(f"interrupted at step {done} of {train.steps}")
+    return enough
 
 
 def _due(done: int, every: int, train: Train) -> bool:
@@ -139,7 +188,7 @@ def _step(task: Task, optimizer: torch.optim.Optimizer, train: Train, step: int)
     return loss_sum
 
 
-def _evaluate(task: Task, context: RunContext, step: int) -> float | None:
+def _evaluate(task: Task, context: Surroundings, step: int) -> float | None:
     """Evaluate without disturbing the generator of training."""
     state, training = torch.get_rng_state(), task.model.training
     task.model.eval()
@@ -160,9 +209,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _save(
-    task: Task, optimizer: torch.optim.Optimizer, context: RunContext, step: int,
+    task: Task, optimizer: torch.optim.Optimizer, context: Surroundings, step: int,
     score: float | None,
 ) -> None:
+    if isinstance(context, _Alone):
+        return
     tensors, plain = pack_optimizer(optimizer)
     tensors |= {f"model.{n}": t for n, t in trained_tensors(task.model).items()}
     tensors["rng"] = torch.get_rng_state()
@@ -170,7 +221,7 @@ def _save(
     context.checkpoints.save(step, tensors, meta)
 
 
-def _restore(task: Task, optimizer: torch.optim.Optimizer, context: RunContext) -> int:
+def _restore(task: Task, optimizer: torch.optim.Optimizer, context: Surroundings) -> int:
     saved = context.resume_from
     if saved is None:
         return 0

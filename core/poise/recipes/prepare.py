@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from poise.adapters import save_adapter
+from poise.errors import ConfigError
 from poise.files import save_bundle
-from poise.interfaces import Parts
-from poise.quantizers.whole import dense_state_dict, quantize_model, stored_bytes
+from poise.interfaces import Cached, Drawn, Observed, Parts
+from poise.quantizers.whole import quantize_model, stored_bytes
 from poise.runs.context import RunContext
 from poise.runs.records import read_rows
-from poise.walk import count
+from poise.walk import checkpoint, count
 
 
 def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> tuple[Any, Any]:
@@ -38,13 +41,13 @@ def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> t
 
 
 def evaluating(attached: Any) -> contextlib.AbstractContextManager:
-    """Return the context in which an adapter wants to be evaluated: `cached()`, where it has that."""
-    return getattr(attached, "cached", contextlib.nullcontext)()
+    """Return the context in which an adapter wants to be evaluated: `cached()`."""
+    return attached.cached() if isinstance(attached, Cached) else contextlib.nullcontext()
 
 
 def observed(attached: Any) -> dict[str, float]:
-    """Return what an adapter wants recorded at each evaluation: `metrics()`, where it has that."""
-    return getattr(attached, "metrics", dict)()
+    """Return what an adapter wants recorded at each evaluation: `metrics()`."""
+    return attached.metrics() if isinstance(attached, Observed) else {}
 
 
 def finish(attached: Any, context: RunContext) -> None:
@@ -52,7 +55,7 @@ def finish(attached: Any, context: RunContext) -> None:
     if attached is None:
         return
     context.note("adapter", attached.report())
-    if hasattr(attached, "draw"):
+    if isinstance(attached, Drawn):
         attached.draw(context.directory / "figures", read_rows(context.directory / "metrics.jsonl"))
 
 
@@ -65,11 +68,22 @@ def sizes(model: Any) -> dict[str, float]:
 
 
 def save_final(model: Any, attached: Any, context: RunContext) -> None:
-    """Write the trained model as one plain, folded checkpoint: `final.safetensors`."""
+    """Write the adapter, and the trained model as one plain, folded checkpoint: `final.safetensors`."""
     meta = {"folded": attached is not None}
-    save_bundle(context.directory / "final", folded_tensors(model, attached), meta)
+    save_bundle(context.directory / "final", dict(folded_weights(model, attached)), meta)
+    keep_adapter(attached, context)
 
 
-def folded_tensors(model: Any, attached: Any) -> dict[str, Any]:
-    """Return the plain checkpoint of a model, with its adapter folded in."""
-    return attached.folded_state_dict() if attached is not None else dense_state_dict(model)
+def keep_adapter(attached: Any, context: RunContext) -> None:
+    """Write `adapter/`, which `poise.load_adapter` puts on the base again."""
+    if attached is None:
+        return
+    try:
+        save_adapter(attached, context.directory / "adapter")
+    except ConfigError as error:  # a component of no entry, made by hand: the trained model is kept
+        context.note("adapter_not_kept", str(error))
+
+
+def folded_weights(model: Any, attached: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the plain checkpoint of a model, with its adapter folded in."""
+    return attached.folded_weights() if attached is not None else checkpoint(model)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import ConfigError
+from poise.interfaces import Reported
 from poise.registry import installed
 from poise.runs.records import Run, find_runs, load_run
 from poise.runs.trackers import flat
@@ -75,7 +76,7 @@ def recipe_report(runs: Sequence[Run]) -> tuple[list[Table], list[tuple[str, byt
             component = installed().get("recipe", name).load()
         except ConfigError:  # a plugin that is no longer installed
             continue
-        if hasattr(component, "report"):
+        if isinstance(component, Reported):
             own = [r for r in runs if r.config.get("recipe", {}).get("entry") == name]
             rows, drawn = component.report(own)
             found += [Table(*row) for row in rows]

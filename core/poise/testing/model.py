@@ -9,13 +9,18 @@ import numpy as np
 from poise.testing.faults import expect, expect_methods, expect_refusal
 
 
-def check_model(component: Any, task: str) -> None:
+def check_model(component: Any, task: str) -> list[str]:
     """Run a model component through the contract of its task.
 
     Parameters
     ----------
     component : Model
     task : classification, causal_lm or quantile
+
+    Returns
+    -------
+    list of str
+        The checks that were made, in order.
 
     Raises
     ------
@@ -25,10 +30,10 @@ def check_model(component: Any, task: str) -> None:
     expect_methods(component, ("build",), "the model component")
     kits = {"classification": _classifier, "causal_lm": _causal_lm, "quantile": _quantile}
     expect(task in kits, f"there is no kit for the task {task!r}")
-    kits[task](component)
+    return kits[task](component)
 
 
-def _classifier(component: Any) -> None:
+def _classifier(component: Any) -> list[str]:
     import torch
 
     model = _built_twice(component)
@@ -41,6 +46,7 @@ def _classifier(component: Any) -> None:
     expect(torch.allclose(model(x[2:3]), out[2:3], atol=1e-4), "a row's output depends on the batch")
     _trains(model, out.square().sum())
     _walk_is_whole(model)
+    return ["two builds alike", "logits", "rows apart", "trains", "the walk is whole"]
 
 
 def _input_shape(model: Any) -> tuple[int, ...]:
@@ -55,7 +61,7 @@ def _input_shape(model: Any) -> tuple[int, ...]:
     return (1,)
 
 
-def _causal_lm(component: Any) -> None:
+def _causal_lm(component: Any) -> list[str]:
     import torch
 
     expect_methods(component, ("tokenizer",), "a causal language model component")
@@ -76,6 +82,7 @@ def _causal_lm(component: Any) -> None:
     expect(same, "the model is not causal: a later token changes earlier logits")
     _trains(model, logits.float().logsumexp(-1).sum())
     _walk_is_whole(model)
+    return ["two builds alike", "tokenizer", "logits", "causal", "trains", "the walk is whole"]
 
 
 def _built_twice(component: Any) -> Any:
@@ -109,7 +116,7 @@ def _walk_is_whole(model: Any) -> None:
     expect(met == held, f"the walk meets {met} weights of {held}: some are missed or met twice")
 
 
-def _quantile(component: Any) -> None:
+def _quantile(component: Any) -> list[str]:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(120, 3))
     y = X[:, 0] + 0.3 * rng.normal(size=120)
@@ -130,3 +137,4 @@ def _quantile(component: Any) -> None:
     error = np.abs(out[:, len(levels) // 2] - y).mean() / np.abs(y - np.median(y)).mean()
     expect(error < 1.0, "the median prediction is no better than a constant")
     expect_refusal(lambda: model.predict_quantiles(X[:, :2]), "another number of columns is accepted")
+    return ["levels", "predictions", "level order", "two fits alike", "better than a constant", "refuses columns"]

@@ -26,10 +26,9 @@ class Bone:
 
     r: int = option(64, "block size, which is also the rank of the update", low=1)
     variant: str = option("bone", "form of the update", choices=("bone",))
-    include: list[str] = option(
-        [], "patterns of the layers to adapt (q_proj, mlp.*); empty: every linear but the head"
-    )
-    exclude: list[str] = option([], "patterns of layers to leave alone")
+    target_modules: list[str] | None = option(
+        None, "patterns of the layers to adapt (q_proj, mlp.*); null: all linears but head and routers")
+    exclude_modules: list[str] | None = option(None, "patterns of layers to leave alone")
 
     freezes_base: ClassVar[bool] = True
 
@@ -42,8 +41,10 @@ class Bone:
         Raises
         ------
         ConfigError
-            When no layer matches, r exceeds a layer's inputs, or a weight is tied.
+            When no layer matches, r exceeds a layer's inputs, a weight is tied or held by an adapter that
+            shares it with no other, or the model has an adapter of this name.
         """
-        from poise_bone.attached import attach
+        from poise_bone.attached import adapt
 
-        return attach(self, model, name)
+        return adapt(model, adapter=self, name=name, r=self.r, target_modules=self.target_modules,
+                     exclude_modules=self.exclude_modules)

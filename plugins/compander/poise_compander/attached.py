@@ -76,7 +76,7 @@ def companded_weights(model: nn.Module, include: list[str] | None, exclude: list
     chosen = [
         w for w in select(model, include, exclude or None, (*KINDS, "embedding"))
         if w.numel and (
-            w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
+            w.role in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
     ]
     if not chosen:
         raise ConfigError("compander: the layers that are named are embeddings, or empty; it takes linears "

@@ -6,7 +6,6 @@ here by weight error; by measured loss in a later issue.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def experts(model: nn.Module) -> dict[str, list[Weight]]:
     """
     found: dict[str, list[Weight]] = {}
     for w in weights(model):
-        if w.kind == "expert":
+        if w.role == "expert":
             found.setdefault(w.name.rpartition(".")[0], []).append(w)
     if not found:
         raise ConfigError("the model has no routed experts: use a mixture-of-experts model")
@@ -35,7 +34,7 @@ def experts(model: nn.Module) -> dict[str, list[Weight]]:
 
 def expert_errors(model: nn.Module, quantizer: Any, bits: int) -> dict[str, float]:
     """Return each expert's squared weight error, summed over its matrices, when stored at `bits`."""
-    at = dataclasses.replace(quantizer, bits=bits)
+    at = quantizer.at(bits)
     errors = {}
     for name, matrices in experts(model).items():
         errors[name] = sum(

@@ -15,21 +15,23 @@ from poise.interfaces import Parts
 from poise.quantizers import quantize_model
 from poise.walk import weights
 from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
-from poise_edgemoe.components import EdgeMoEBits
 from poise_edgemoe.plots import loss_against_bytes
 
 HALF = 16  # the bits of an expert as stored unquantized
 
 
-def run(options: EdgeMoEBits, parts: Parts, context: Any) -> dict[str, float]:
+def run(
+    parts: Parts, context: Any, *, bits: list[int], high: int, low: int, random_plans: int, length: int,
+    windows: int,
+) -> dict[str, float]:
     """Measure every plan on the same held-out text; see `EdgeMoEBits`."""
     assert parts.data is not None and parts.model is not None
     splits = parts.data.load(context.seed)
     context.note("data", splits.provenance)
     model = parts.model.build(splits.spec).eval()
     tokens = parts.model.tokenizer()  # type: ignore[attr-defined]
-    batch = windows(splits.test, tokens, options.length, options.windows)
-    named = plans(options, model, parts.quantizer, context)
+    batch = text_windows(splits.test, tokens, length, windows)
+    named = plans(model, parts.quantizer, context, bits=bits, high=high, low=low, random_plans=random_plans)
     rows = []
     with context.progress(len(named), "plans") as bar:
         for step, (name, plan) in enumerate(named.items()):
@@ -42,14 +44,17 @@ def run(options: EdgeMoEBits, parts: Parts, context: Any) -> dict[str, float]:
     return summary(rows)
 
 
-def plans(options: EdgeMoEBits, model: nn.Module, quantizer: Any, context: Any) -> dict[str, dict]:
+def plans(
+    model: nn.Module, quantizer: Any, context: Any, *, bits: list[int], high: int, low: int,
+    random_plans: int,
+) -> dict[str, dict]:
     """Return the plans to measure, by name."""
-    errors = expert_errors(model, quantizer, options.low)
-    found = {f"{b}_bit": uniform_plan(model, b) for b in options.bits}
-    found["half_chosen"] = half_plan(model, errors, options.high, options.low)
-    for i in range(options.random_plans):
+    errors = expert_errors(model, quantizer, low)
+    found = {f"{b}_bit": uniform_plan(model, b) for b in bits}
+    found["half_chosen"] = half_plan(model, errors, high, low)
+    for i in range(random_plans):
         seed = context.seed_for(f"random plan {i}")
-        found[f"half_random_{i}"] = random_plan(model, seed, options.high, options.low)
+        found[f"half_random_{i}"] = random_plan(model, seed, high, low)
     return found
 
 
@@ -59,7 +64,7 @@ def measure(
     """Return loss (nats per byte) and the experts' bytes under one plan."""
     stored = copy.deepcopy(model)
     made = quantize_model(stored, quantizer, plan)
-    sizes = {w.name: w.numel for w in weights(model) if w.kind == "expert"}
+    sizes = {w.name: w.numel for w in weights(model) if w.role == "expert"}
     bits = {n: made["quantized"].get(n, float(HALF)) for n in sizes}
     total = sum(sizes[n] * bits[n] for n in sizes) / 8
     return {
@@ -78,7 +83,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> float:
     return float(sum(losses)) / (batch.shape[0] * (batch.shape[1] - 1))
 
 
-def windows(examples: Any, tokens: Any, length: int, count: int) -> Tensor:
+def text_windows(examples: Any, tokens: Any, length: int, count: int) -> Tensor:
     """Return evenly spread windows of the held-out text, shape (count, length + 1).
 
     Raises

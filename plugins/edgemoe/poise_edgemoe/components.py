@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from poise.errors import ConfigError
 from poise.interfaces import Parts
-from poise.options import check_options, option
+from poise.options import check_options, option, options_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ByteMoE:
         """Return the trained `MixtralForCausalLM`, from the cache when it was built before."""
         from poise_edgemoe.small_moe import build
 
-        return build(self)
+        return build(**options_of(self))
 
     def tokenizer(self) -> Any:
         """Return the byte tokenizer."""
@@ -91,4 +91,4 @@ class EdgeMoEBits:
         """Measure every plan; return loss and bytes by plan."""
         from poise_edgemoe.bits import run
 
-        return run(self, parts, context)
+        return run(parts, context, **options_of(self))

@@ -1,0 +1,165 @@
+"""A layer beside the product of one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import ConfigError
+from poise.quantizers import PackedLinear
+from poise.walk import Product, Weight, held
+
+
+class AdaptedLayer(nn.Module):
+    """Calls the layer that it replaces, its child `base`, and changes the result.
+
+    A subclass has parameters of its own and two methods: `output(x, y)` gives the changed product and
+    `changed(W)` the changed weight (out, in); both say the same. Everything else is here: the walk sees the
+    weight beneath, and adapters on one weight act in the order in which they were attached.
+
+    Parameters
+    ----------
+    base : nn.Module
+        A linear, a packed one, one expert's product, or an earlier adapter's layer (`Weight.layer`).
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter, self.active = "default", True
+        self._before: tuple[Tensor | nn.Module, ...] = ()  # what `unfold` puts back
+
+    # ------------------------------------------------------------ what a method says
+
+    def output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the product with the changed weight, given x (..., in) and that of the weight before."""
+        raise NotImplementedError
+
+    def changed(self, W: Tensor) -> Tensor:
+        """Return the changed weight (out, in), rounded once to the type of W."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ what a model may ask of a linear
+
+    @property
+    def weight(self) -> Product:
+        """Stands for the matrix in its own product; `weight_beneath` and `folded_weight()` hold values."""
+        return Product(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer beneath, which `forward` adds."""
+        return getattr(self.base, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.weight_beneath.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.weight_beneath.shape[0]
+
+    # ------------------------------------------------------------ what follows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product with the weight as it is now, shape (..., out)."""
+        y = self.base(x)
+        return self.output(x, y) if self.acts else y
+
+    @property
+    def folded(self) -> bool:
+        """Whether the weight beneath holds the change already."""
+        return bool(self._before)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the change is made here: it is active, and not in the weight already."""
+        return self.active and not self.folded
+
+    @property
+    def weight_beneath(self) -> Weight:
+        """The weight that all adapters here act on."""
+        return next(held(self.base, ""))
+
+    def beneath(self) -> Tensor:
+        """Return the weight (out, in) as the earlier adapters leave it."""
+        if isinstance(self.base, AdaptedLayer):
+            below = self.base.beneath()
+            return self.base.changed(below) if self.base.acts else below
+        return self.weight_beneath.read()
+
+    def folded_weight(self) -> Tensor:
+        """Return the weight (out, in) with the change in it, as `fold` writes it."""
+        return self.weight_beneath.read() if self.folded else self.changed(self.beneath())
+
+    def chain(self) -> Iterator[AdaptedLayer]:
+        """Yield this layer and the earlier adapters' ones, the last attached first."""
+        layer: nn.Module = self
+        while isinstance(layer, AdaptedLayer):
+            yield layer
+            layer = layer.base
+
+    def held_weights(self, path: str) -> Iterator[Weight]:
+        """Yield the weight beneath, for the walk."""
+        for weight in held(self.base, path):
+            yield replace(weight, adapters=(*weight.adapters, self.adapter))
+
+    def own(self) -> dict[str, Tensor]:
+        """Return the method's own tensors, without those of `base`."""
+        tensors: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        tensors |= dict(self.named_buffers(recurse=False))
+        for name, child in self.named_children():
+            if name != "base":
+                tensors |= {f"{name}.{k}": v for k, v in child.state_dict(keep_vars=True).items()}
+        return tensors
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return what trains of the method."""
+        return [t for t in self.own().values() if isinstance(t, nn.Parameter)]
+
+    @torch.no_grad()
+    def fold(self, keep: bool = True) -> None:
+        """Put the change into the weight beneath; a packed layer makes room for a plain one.
+
+        Parameters
+        ----------
+        keep : bool
+            Keep what `unfold` needs: subtracting the change would not restore the weight bit for bit.
+        """
+        if self.folded:
+            return
+        new = self.changed(self.beneath())
+        *_, first = self.chain()
+        if isinstance(first.base, PackedLinear):
+            self._before = (first.base,)
+            first.base = first.base.dense(new).requires_grad_(False)
+        else:
+            weight = self.weight_beneath
+            self._before = (weight.read().clone() if keep else new,)
+            weight.write(new)
+
+    def unfold(self) -> None:
+        """Restore the weight beneath exactly as it was before `fold`."""
+        if not self.folded:
+            return
+        (before,) = self._before
+        *_, first = self.chain()
+        if isinstance(before, nn.Module):
+            first.base = before
+        else:
+            self.weight_beneath.write(before)
+        self._before = ()
+
+
+def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
+    """Raise `ConfigError` where folding would change what the model computes."""
+    if not layer.active:
+        raise ConfigError(f"{layer.adapter}: it is not active, and {verb} would change the output: set "
+                          f"active = True first")

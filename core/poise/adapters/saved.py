@@ -1,0 +1,82 @@
+"""An adapter in a folder: options, tensors, what it was trained on, checksums."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from poise.errors import ConfigError, FileError
+from poise.files import load_bundle, save_bundle
+from poise.registry import installed
+from poise.walk import weights
+
+STEM = "adapter"
+KIND = "poise adapter"
+FILE_VERSION = 1
+
+
+def save_adapter(attached: Any, folder: Path | str) -> Path:
+    """Write an attached adapter to a folder; `load_adapter` puts it on a model again.
+
+    Raises
+    ------
+    ConfigError
+        When the component's class is no registered entry: nobody could build it again.
+    FileError
+        When the folder cannot be written.
+    """
+    entry = _entry_of(attached.adapter)
+    meta = {
+        "kind": KIND, "version": FILE_VERSION, "entry": entry, "name": attached.name,
+        "options": dataclasses.asdict(attached.adapter), "base": fingerprint(attached.model),
+    }
+    save_bundle(Path(folder) / STEM, attached.state_dict(), meta)
+    return Path(folder)
+
+
+def load_adapter(model: nn.Module, folder: Path | str, name: str | None = None) -> Any:
+    """Attach the adapter that a folder holds, under the name it was saved with or another.
+
+    Raises
+    ------
+    FileError
+        For a folder that is missing, torn, altered, or not an adapter's, or an adapter of another base.
+    ConfigError
+        For an entry that is not installed here, or options that it does not take any more.
+    """
+    tensors, meta = load_bundle(Path(folder) / STEM)
+    if meta.get("kind") != KIND or meta.get("version") != FILE_VERSION:
+        raise FileError(f"{folder} holds no adapter of version {FILE_VERSION} (kind {meta.get('kind')!r}, "
+                        f"version {meta.get('version')!r})")
+    if meta["base"] != (here := fingerprint(model)):
+        raise FileError(f"{folder} was trained on another base: its weights' names and shapes have the "
+                        f"hash {meta['base'][:12]}, this model's {here[:12]}")
+    adapter = installed().build_from("adapter", {"entry": meta["entry"], **meta["options"]})
+    attached = adapter.attach(model, name or meta["name"])
+    try:
+        attached.load_state_dict(tensors)
+    except Exception:
+        attached.detach()
+        raise
+    return attached
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the names and shapes of a model's weights, the same when packed or adapted."""
+    facts = sorted((w.name, *w.shape) for w in weights(model))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _entry_of(adapter: Any) -> str:
+    kind = type(adapter)
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    for entry in installed().entries("adapter"):
+        if entry.component == path:
+            return entry.name
+    raise ConfigError(f"{path} is no registered adapter, so nobody could build it again: add an entry for "
+                      f"it (docs/writing-a-plugin.md)")

@@ -1,0 +1,21 @@
+"""The one walk over a model's weights.
+
+All that quantizes, adapts, plans, converts, counts or selects goes through `weights(model)`: it
+meets every matrix exactly once, whatever module holds it, and gives it a stable, readable name.
+"""
+
+from __future__ import annotations
+
+from poise.walk.checkpoints import checkpoint
+from poise.walk.families import FAMILIES
+from poise.walk.files import open_weights
+from poise.walk.live import choose, count, covered, held, matches, refuse_tied, select, weights
+from poise.walk.modules import path_of, replace_module
+from poise.walk.product import Product
+from poise.walk.replacing import replace
+from poise.walk.weight import ROLES, Expert, Weight
+
+__all__ = [
+    "FAMILIES", "ROLES", "Expert", "Product", "Weight", "checkpoint", "choose", "count", "covered", "held",
+    "matches", "open_weights", "path_of", "refuse_tied", "replace", "replace_module", "select", "weights",
+]

@@ -1,0 +1,159 @@
+"""The walk over a live model, and what is chosen by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from poise.errors import ConfigError, nearest
+from poise.walk.experts import fused_weights
+from poise.walk.families import OTHER, Family, family, holds_experts, placed
+from poise.walk.plain import joined, matrix, own_tensors
+from poise.walk.weight import Child, Weight
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Yield every weight matrix of a model exactly once.
+
+    Covers linears, GPT-2's Conv1D (as its transpose), convolutions, embeddings, each expert of a fused
+    3-D parameter, whatever a module with `held_weights` holds for them, and any other parameter of two or
+    more dimensions that is not a bias. Tied tensors are met under their first name; `tied_with` lists the
+    others.
+    """
+    kind = family(model_type(model))
+    found: dict[tuple[Any, ...], list[Weight]] = {}
+    for weight in placed(held(model, "", kind), kind):
+        found.setdefault(weight.key, []).append(weight)
+    for first, *others in found.values():
+        names = tuple(dict.fromkeys(w.name for w in others if w.name != first.name))
+        yield replace(first, tied_with=names) if names else first
+
+
+def held(module: nn.Module, path: str, kind: Family = OTHER) -> Iterator[Weight]:
+    """Yield every weight below a module, descending each path once.
+
+    A module that packs, adapts or otherwise stands in for layers has a method
+    `held_weights(path) -> Iterator[Weight]`, which speaks for all below it.
+    """
+    if hasattr(module, "held_weights"):
+        yield from module.held_weights(path)  # type: ignore[operator]
+        return
+    for name, tensor in own_tensors(module):
+        if tensor.ndim == 3 and holds_experts(path, kind):
+            yield from fused_weights(module, path, name)
+        else:
+            yield matrix(module, path, name, tensor)
+    for name, child in module._modules.items():
+        if child is None or (name == "parametrizations" and parametrize.is_parametrized(module)):
+            continue
+        for weight in held(child, joined(path, name), kind):
+            # the parent of whatever holds the weight is where another layer would be put
+            yield weight if weight.slot else replace(weight, slot=Child(module, name))
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Return the `model_type` of the first transformers model at or below a module."""
+    kinds = (getattr(getattr(m, "config", None), "model_type", None) for m in model.modules())
+    return next((k for k in kinds if isinstance(k, str)), None)
+
+
+def select(
+    model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None,
+    roles: tuple[str, ...] | None = None,
+) -> list[Weight]:
+    """Return the weights whose names match; see `choose`."""
+    return choose(weights(model), include, exclude, roles)
+
+
+def choose(
+    everything: Iterable[Weight], include: list[str] | None = None, exclude: list[str] | None = None,
+    roles: tuple[str, ...] | None = None, *, replaceable: bool = False,
+) -> list[Weight]:
+    """Return those of some weights whose names match.
+
+    Parameters
+    ----------
+    include, exclude : list of str, optional
+        Shell patterns on whole names or on their last parts (`q_proj`, `experts.*.down`).
+    roles : tuple of str, optional
+        Keep only these roles. A router is kept besides where a pattern names it and nothing else.
+    replaceable : bool
+        Keep what no layer can stand in for only where a pattern names it and nothing else.
+
+    Raises
+    ------
+    ConfigError
+        When a pattern, or the whole selection, matches nothing, with candidates; for an empty list.
+    """
+    everything = list(everything)
+
+    def only_if_named(w: Weight) -> bool:
+        return (roles is not None and w.role not in roles) or (replaceable and not w.replaceable)
+
+    candidates = [w for w in everything if roles is None or w.role in (*roles, "router")]
+    _check_patterns(candidates, include, exclude)
+    unnamed = include is None
+    taken = {id(w) for p in include or ["*"] for w in covered(candidates, p, only_if_named, unnamed)}
+    chosen = [w for w in candidates
+              if id(w) in taken and not any(matches(w.name, p) for p in exclude or [])]
+    if not chosen:
+        have = sorted({w.role for w in everything})
+        raise ConfigError(
+            f"no weight is selected (roles asked for: {roles or 'any'}; the model has: {have})"
+        )
+    return chosen
+
+
+def _check_patterns(
+    candidates: list[Weight], include: list[str] | None, exclude: list[str] | None
+) -> None:
+    for what, patterns in (("included", include), ("excluded", exclude)):
+        if patterns is not None and not patterns:
+            raise ConfigError(f"an empty list of {what} patterns names no weight: leave it out (null), or "
+                              f"give patterns of names")
+    for pattern in [*(include or []), *(exclude or [])]:
+        if not any(matches(w.name, pattern) for w in candidates):
+            endings = sorted({w.name.rsplit(".", 1)[-1] for w in candidates})
+            raise ConfigError(
+                f"pattern {pattern!r} matches no weight{nearest(pattern, endings)} "
+                f"(weights end in: {', '.join(endings[:20])})"
+            )
+
+
+def covered(
+    candidates: Iterable[Weight], pattern: str, only_if_named: Callable[[Weight], bool], never: bool = False
+) -> list[Weight]:
+    """Return the weights that a pattern covers; some only where it names nothing else, or never."""
+    hits = [w for w in candidates if matches(w.name, pattern)]
+    usual = [w for w in hits if not only_if_named(w)]
+    return usual if never or usual else hits
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a pattern covers a whole name or its last parts."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def refuse_tied(chosen: list[Weight], what: str) -> None:
+    """Raise `ConfigError` when a chosen weight is shared, since changing it changes another layer."""
+    for w in chosen:
+        if w.tied_with:
+            raise ConfigError(
+                f"{what}: {w.name} is tied with {', '.join(w.tied_with)}; changing one changes the "
+                f"other: exclude it or untie it first"
+            )
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters: all, trainable, and weights met by the walk."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "weights": sum(w.numel for w in weights(model)),
+    }

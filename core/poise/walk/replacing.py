@@ -1,0 +1,41 @@
+"""Let another layer stand in a weight's product, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from poise.errors import ConfigError
+from poise.walk.weight import Weight
+
+
+def replace(weight: Weight, layer: nn.Module) -> Callable[[], None]:
+    """Route a weight's product through `layer(x)`, a fused expert's too, and return what undoes it.
+
+    The layer is called where the model multiplied by W: it gets x (..., in) and returns (..., out), with
+    the bias where the layer that it replaces added one. `weight.layer` is what it replaces, and usually
+    calls.
+    To be seen by the walk it has `held_weights(path)`; for an adapter, that of what it wraps:
+
+        def held_weights(self, path):
+            yield from poise.walk.held(self.base, path)
+
+    Undone, the model holds the same objects as before: the same layer, the same 3-D parameter.
+
+    Raises
+    ------
+    ConfigError
+        Where the weight takes part in its module's own arithmetic, or the model itself is the layer.
+    """
+    before = weight.layer
+    slot = weight.slot
+    assert slot is not None
+    slot.put(layer)
+
+    def undo() -> None:
+        if slot.get() is not layer:
+            raise ConfigError(f"{weight.name}: another layer has been put over this one: undo that first")
+        slot.put(before)
+
+    return undo
