@@ -106,6 +106,20 @@ def check_groups(groups: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"groups cannot be told apart ({error}): give numbers, or strings") from None
 
 
+def hold_out(
+    n: int, count: int, seed: Any, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` rows drawn at random, or as many whole groups as it takes, and the other rows."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        order = rng.permutation(n)
+        return np.sort(order[:count]), np.sort(order[count:])
+    names, index = check_groups(groups, n)
+    rank = rng.permutation(len(names))[index]
+    last = np.sort(rank)[count - 1]
+    return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
+
+
 def _group_folds(groups: np.ndarray, n: int, folds: int, seed: int) -> np.ndarray:
     """Give whole groups to folds, large ones first, each to the smallest fold so far."""
     names, index = check_groups(groups, n)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ class Work:
     train: list[np.ndarray]
     held: list[np.ndarray]
     extra: np.ndarray | None
-    cache: Path | None
 
 
 @dataclass(frozen=True)
