@@ -180,6 +180,8 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
             return cls.from_tensors(arrays, meta)
         except MissingExtra:
             raise
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from None
         except Exception as error:  # whatever the arrays of another plugin make its code raise
             raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -206,12 +208,22 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
 
     @classmethod
     def from_tensors(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantileStacker:
-        """Rebuild what `tensors` returned, and predict one row, which fails where shapes do not fit."""
+        """Rebuild what `tensors` returned, and predict one row, which fails where shapes do not fit.
+
+        Raises
+        ------
+        FileError
+            For an aggregator that is not installed, or that others have written.
+        """
         stacker = cls(**meta["params"])
         stacker.levels_ = check_levels(stacker.levels)
         stacker.n_models_, stacker.feature_names_ = int(meta["n_models"]), meta.get("feature_names")
         stacker.aggregator_ = meta.get("aggregator", stacker.aggregator)
-        fitted = _component_class(stacker.aggregator_).from_tensors(arrays, meta["fitted"])
+        try:
+            component = _component_class(stacker.aggregator_)
+        except ConfigError as error:
+            raise FileError(f"it was made by an aggregator that is not installed: {error}") from None
+        fitted = component.from_tensors(arrays, meta["fitted"])
         stacker.fitted_, d = fitted, getattr(fitted, "n_features", None)
         if d is not None or not getattr(fitted, "needs_features", False):
             Z = np.zeros((1, stacker.n_models_, len(stacker.levels_)))
