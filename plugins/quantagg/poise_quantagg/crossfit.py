@@ -20,6 +20,7 @@ from poise_quantagg.checks import QuantileWarning, check_levels, finite, row_wei
 from poise_quantagg.folds import make_folds
 from poise_quantagg.grid import interpolate
 from poise_quantagg.jobs import Job, Result, Work, fit, jobs_of, label, quantiles_of
+from poise_quantagg.scores import pinball
 
 REFITS = ("bag", "all")
 
@@ -195,6 +196,17 @@ def pair_predictions(
         ], axis=1)
         for k, pair in enumerate(pairs)
     }
+
+
+def leaderboard(
+    y: np.ndarray, Z: np.ndarray, ensemble: np.ndarray, names: Sequence[str], levels: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the mean pinball loss of every model's Z (n, p, m) and of the ensemble (n, m), best first."""
+    table = [{"model": name, "oof_pinball": pinball(y, np.sort(Z[:, j], axis=1), levels)}
+             for j, name in enumerate(names)]
+    # its weights have seen these rows; for the few numbers that they are, that flatters little
+    table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y, ensemble, levels)})
+    return sorted(table, key=lambda row: row["oof_pinball"])
 
 
 def _run(

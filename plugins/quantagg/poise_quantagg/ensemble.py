@@ -13,7 +13,7 @@ holds the checksums of all the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from poise.errors import FileError, MissingExtra
 from poise.files import checksum, load_arrays, remove_bundle, save_arrays
 from poise_quantagg.calibration import Calibration
+from poise_quantagg.checks import is_number
 from poise_quantagg.crossfit import CrossFit
 from poise_quantagg.stacker import QuantileStacker
 from poise_quantagg.storage import dump, undump
@@ -136,6 +137,17 @@ class Ensemble:
             calibration=Calibration.from_tensors(arrays, levels) if "calibration.y" in arrays else None,
             leaderboard=meta["leaderboard"],
         )
+
+
+def plain_params(params: Mapping[str, Any], levels: np.ndarray) -> dict[str, Any]:
+    """Return an estimator's parameters as plain values; what is none (models, splitters) as the default."""
+    plain = {**params, "cache": None, "levels": levels.tolist()}
+    names = [params["estimators"]] if isinstance(params["estimators"], str) else params["estimators"]
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        plain["estimators"] = "auto"
+    if not is_number(params["cv"]):
+        plain["cv"] = 5
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in plain.items()}
 
 
 def _forget_others(folder: Path, parts: Iterable[str]) -> None:

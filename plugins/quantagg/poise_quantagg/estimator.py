@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 
 from poise.errors import ConfigError, FileError, require
 from poise_quantagg.calibration import Calibration
-from poise_quantagg.checks import QuantileWarning, check_levels, finite, is_number, open_unit
+from poise_quantagg.checks import QuantileWarning, check_levels, is_number, open_unit, refuse_not_finite
+from poise_quantagg.components.checked import LEVELS
 from poise_quantagg.conformal import nested_fold_arrays
-from poise_quantagg.crossfit import cross_fit, pair_predictions
+from poise_quantagg.crossfit import cross_fit, leaderboard, pair_predictions
 from poise_quantagg.defaults import choose_models
-from poise_quantagg.ensemble import Ensemble
-from poise_quantagg.folds import bound_to_rows, hold_out
+from poise_quantagg.ensemble import Ensemble, plain_params
+from poise_quantagg.folds import bound_to_rows, check_cv, hold_out
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -26,22 +27,6 @@ _base = require("sklearn.base", "quantagg")
 CONFORMAL = ("cv+", "nested", "split")
 FITTED = ("stacker_", "cross_fit_", "oof_quantiles_", "model_names_", "leaderboard_", "nested_",
           "calibration_", "conformal_")
-
-
-LEVELS = [k / 100 for k in range(1, 100)]
-
-
-def _refuse_not_finite(**arrays: Any) -> None:
-    """Raise `DataError` with the rows that hold NaN or Inf; all else is for scikit-learn's checks."""
-    for name, given in arrays.items():
-        array = np.asarray(given)
-        if array.dtype.kind == "O":  # frames of several types
-            try:
-                array = array.astype(float)
-            except (TypeError, ValueError):
-                continue
-        if array.dtype.kind == "f" and array.size and array.ndim:
-            finite(name, array, None, keep_float32=True)
 
 
 class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
@@ -150,7 +135,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         validation = require("sklearn.utils.validation", "quantagg")
         for name in FITTED:  # a fit that fails leaves nothing of the one before
             self.__dict__.pop(name, None)
-        _refuse_not_finite(X=X, y=y)
+        refuse_not_finite(X=X, y=y)
         X, y = validation.validate_data(self, X, y, y_numeric=True, dtype=np.float64, ensure_min_samples=2)
         if sample_weight is not None:
             sample_weight = validation._check_sample_weight(sample_weight, X, dtype=np.float64,
@@ -174,10 +159,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
-        if not is_number(self.cv) and (isinstance(self.cv, (str, float, bool)) or not (
-                hasattr(self.cv, "split") or isinstance(self.cv, Iterable))):
-            raise ConfigError(f"cv={self.cv!r}: allowed is a number of folds, a splitter with "
-                              f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+        check_cv(self.cv, n)
         if self.conformal == "split" and not is_number(self.cv) and bound_to_rows(self.cv):
             raise ConfigError(f"conformal='split' keeps rows drawn at random away from all fitting, and "
                               f"cv={type(self.cv).__name__} names rows by their place: use "
@@ -193,9 +175,6 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         self._stacker().component()  # before hours of base models
         if self.conformal == "nested" and is_number(self.cv) and self.cv < 3:
             raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
-        if is_number(self.cv) and not 2 <= self.cv <= n:
-            raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
-                              f"give more rows or fewer folds")
 
     def _fit_rows(self, X, y, sample_weight, groups) -> None:
         models = choose_models(self.estimators, len(X), X.shape[1], self.random_state)
@@ -206,7 +185,10 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         )
         self.oof_quantiles_, self.model_names_ = self.cross_fit_.Z, list(self.cross_fit_.models)
         self.stacker_ = self._stack(self.cross_fit_.Z, y, X, sample_weight, self.cross_fit_.covered)
-        self.leaderboard_ = self._leaderboard(X, y)
+        rows = self.cross_fit_.covered
+        Z = self.cross_fit_.Z[rows]
+        self.leaderboard_ = leaderboard(y[rows], Z, self.stacker_.predict(Z, X[rows]), self.model_names_,
+                                        self.levels_)
 
     def _stacker(self) -> QuantileStacker:
         return QuantileStacker(
@@ -224,16 +206,6 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
                         sample_weight=None if sample_weight is None else sample_weight[rows])
         warn_crossing(Z, self.model_names_, stacklevel=5, mended=self.isotonize is not None)
         return stacker
-
-    def _leaderboard(self, X, y) -> list[dict[str, Any]]:
-        rows = self.cross_fit_.covered
-        Z = self.cross_fit_.Z[rows]
-        own = self.stacker_.predict(Z, X[rows])
-        table = [{"model": name, "oof_pinball": pinball(y[rows], np.sort(Z[:, j], axis=1), self.levels_)}
-                 for j, name in enumerate(self.model_names_)]
-        # its weights have seen these rows; for the few numbers that they are, that flatters little
-        table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y[rows], own, self.levels_)})
-        return sorted(table, key=lambda row: row["oof_pinball"])
 
     # -------------------------------------------------------------- calibration
 
@@ -364,7 +336,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     def _validated(self, X: Any) -> np.ndarray:
         validation = require("sklearn.utils.validation", "quantagg")
         validation.check_is_fitted(self, "stacker_")
-        _refuse_not_finite(X=X)
+        refuse_not_finite(X=X)
         return validation.validate_data(self, X, reset=False, dtype=np.float64)
 
     def _framed(self, q: np.ndarray, X: Any, levels: np.ndarray) -> Any:
@@ -389,22 +361,12 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         """
         if not hasattr(self, "stacker_"):
             raise ConfigError("QuantileAggregatorRegressor is not fitted: call fit(X, y) first")
+        names = list(getattr(self, "feature_names_in_", []))
         Ensemble(
-            self._plain_params(), int(self.n_features_in_), list(getattr(self, "feature_names_in_", [])),
+            plain_params(self.get_params(deep=False), self.levels_), int(self.n_features_in_), names,
             self.cross_fit_, self.stacker_, getattr(self, "nested_", []),
             getattr(self, "calibration_", None), self.leaderboard_,
         ).save(path)
-
-    def _plain_params(self) -> dict[str, Any]:
-        """Return the parameters as plain values; what is none (models, splitters) as the default."""
-        params = self.get_params(deep=False) | {"cache": None, "levels": self.levels_.tolist()}
-        given = params["estimators"]
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-            params["estimators"] = "auto"
-        if not is_number(params["cv"]):
-            params["cv"] = 5
-        return {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> QuantileAggregatorRegressor:

@@ -51,6 +51,17 @@ def make_folds(
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
 
 
+def check_cv(cv: Any, n: int) -> None:
+    """Raise `ConfigError` for what makes no folds of n rows."""
+    if not is_number(cv):
+        if isinstance(cv, (str, float, bool)) or not (hasattr(cv, "split") or isinstance(cv, Iterable)):
+            raise ConfigError(f"cv={cv!r}: allowed is a number of folds, a splitter with "
+                              f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+    elif not 2 <= cv <= n:
+        raise ConfigError(f"cv={cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
+                          f"give more rows or fewer folds")
+
+
 def bound_to_rows(splitter: Any) -> bool:
     """Return whether a splitter, or list of splits, names rows by their place: then none may be missing."""
     selection = require("sklearn.model_selection", "quantagg")
