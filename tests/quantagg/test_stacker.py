@@ -389,6 +389,15 @@ def rewritten(path, change):
     save_arrays(path, *(changed if isinstance(changed, tuple) else (arrays, meta)))
 
 
+def test_files_that_do_not_name_their_aggregator_are_read_by_their_parameters(tmp_path):
+    """Those of versions before the registry was asked."""
+    Z, y, _ = problem()
+    stacker = made("median").fit(Z, y)
+    stacker.save(tmp_path / "it")
+    rewritten(tmp_path / "it", lambda arrays, meta: meta.pop("aggregator") and None)
+    assert np.array_equal(QuantileStacker.load(tmp_path / "it").predict(Z), stacker.predict(Z))
+
+
 @pytest.mark.parametrize("change", [
     lambda arrays, meta: meta.update(kind="other"),
     lambda arrays, meta: meta["fitted"].update(kind="code"),

@@ -94,8 +94,20 @@ def run(parts: Parts, context: Any, settings: Settings) -> dict[str, float]:
         For data that is not a table of finite numbers, or a constant target.
     """
     check(parts, settings)
-    folder = Path(context.directory)
-    rows: list[dict[str, Any]] = []
+    rows, last = _all_splits(settings, parts, context)
+    table = _averaged(rows)
+    context.note("scores", table)
+    context.note("by_split", {"rows": rows, "data": last["data"], "levels": last["levels"]})
+    context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
+                          "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
+    return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
+
+
+def _all_splits(
+    settings: Settings, parts: Parts, context: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Carry out the splits that are not kept from before; return all rows, and what the last one said."""
+    folder, rows, done = Path(context.directory), [], {}
     jobs = len(_models(settings, parts, 0)) + len(_aggregators(settings, parts, 0))
     with context.progress(settings.splits * jobs, "models and aggregators") as bar:
         for number in range(settings.splits):
@@ -113,12 +125,7 @@ def run(parts: Parts, context: Any, settings: Settings) -> dict[str, float]:
             _log(context, number, done["rows"])
     for left in (CROSSFIT, SPLITS):
         shutil.rmtree(folder / left, ignore_errors=True)
-    table = _averaged(rows)
-    context.note("scores", table)
-    context.note("by_split", {"rows": rows, "data": done["data"], "levels": done["levels"]})
-    context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
-                          "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
-    return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
+    return rows, done
 
 
 def _split(

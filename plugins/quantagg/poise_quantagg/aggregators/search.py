@@ -142,32 +142,42 @@ def _parts(rows: _Rows, validation, seed: int) -> tuple[_Rows, _Rows]:
 
 
 def _best_of(
-    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Any,
+    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Features | None,
     levels: np.ndarray, progress: Any,
 ) -> tuple[float, dict[str, np.ndarray], tuple[dict[str, Any], ...]]:
     """Return the best validation score, its parameters, and all configurations, best first."""
+    unit = _spread(train)
+    found = [one for one in _tried(options, train, held, weights, features, levels, progress)
+             if np.isfinite(one[0])]
+    if not found:
+        raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
+                       f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
+                       f"{train.y.min():g} to {train.y.max():g}")
+    found.sort(key=lambda one: one[0])
+    board = tuple({**vars(config), "validation_pinball": score * unit, "step": step}
+                  for score, step, config, _ in found)
+    return found[0][0] * unit, {k: v.double().numpy() for k, v in found[0][3].items()}, board
+
+
+def _tried(
+    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Features | None,
+    levels: np.ndarray, progress: Any,
+) -> list[tuple[float, int, Any, dict[str, Any]]]:
+    """Return (score, step, configuration, parameters) of all configurations, in units of the spread."""
     import torch
 
-    from poise_quantagg.aggregators.gates import GateTask, Rows, start_logits
+    from poise_quantagg.aggregators.gates import GateTask, start_logits
     from poise_quantagg.penalties import adaptive_margins
 
-    center, unit = float(np.average(train.y, weights=train.s)), _spread(train)
     # a small output layer of a fine gate lies in the cache: there doubled precision costs little
-    small = _axis(options) == 1 and weights.size <= SMALL_HEAD
-    dtype, numbers = (torch.float64, np.float64) if small else (torch.float32, np.float32)
-
-    def scaled(part: _Rows) -> Rows:
-        wide = window(part.Z, options.band)
-        Z = np.subtract(wide, center, out=np.empty(wide.shape, numbers), casting="same_kind")
-        Z /= numbers(unit)
-        return Rows(Z, (part.y - center) / unit, features(part.X) if features else None,
-                    None if np.all(part.s == part.s[0]) else part.s)
-
+    dtype = torch.float64 if _axis(options) == 1 and weights.size <= SMALL_HEAD else torch.float32
+    double = dtype == torch.float64
+    rows = _scaled(train, train, options.band, features, double)
+    validation = _scaled(held, train, options.band, features, double)
     profile = None
     if options.penalty == "adaptive":
-        profile = adaptive_margins(train.Z, train.y, levels) / unit
+        profile = adaptive_margins(train.Z, train.y, levels) / _spread(train)
     start = start_logits(weights, _axis(options)) if options.start == "exact" else np.zeros(weights.shape)
-    data = scaled(train), scaled(held)
     configs = draw(options)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, config in enumerate(configs):
@@ -176,21 +186,26 @@ def _best_of(
     for members in groups.values():
         members.sort(key=lambda i: configs[i].lr)  # equal ones side by side: fewer pieces to optimize
         chosen = [configs[i] for i in members]
-        task = GateTask("medium" if options.band is not None else options.resolution, *data, levels, chosen,
-                        start, dtype, penalty=options.penalty, profile=profile,
+        task = GateTask("medium" if options.band is not None else options.resolution, rows, validation,
+                        levels, chosen, start, dtype, penalty=options.penalty, profile=profile,
                         isotonize=options.loss_isotonize, rank=options.rank)
         trained = _train(options, task, chosen, members, len(train.y), dtype, progress)
-        found += [(float(trained.score[c]) * unit, int(trained.step[c]), config, trained.params[c])
+        found += [(float(trained.score[c]), int(trained.step[c]), config, trained.params[c])
                   for c, config in enumerate(chosen)]
-    found = sorted((one for one in found if np.isfinite(one[0])), key=lambda one: one[0])
-    if not found:
-        raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
-                       f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
-                       f"{train.y.min():g} to {train.y.max():g}")
-    board = tuple({**vars(config), "validation_pinball": score, "step": step}
-                  for score, step, config, _ in found)
-    score, _, _, params = found[0]
-    return score, {k: v.double().numpy() for k, v in params.items()}, board
+    return found
+
+
+def _scaled(part: _Rows, train: _Rows, band: int | None, features: Features | None, double: bool) -> Any:
+    """Return rows for the gates, on the scale of the training rows."""
+    from poise_quantagg.aggregators.gates import Rows
+
+    numbers = np.float64 if double else np.float32
+    center, unit = float(np.average(train.y, weights=train.s)), _spread(train)
+    wide = window(part.Z, band)
+    Z = np.subtract(wide, center, out=np.empty(wide.shape, numbers), casting="same_kind")
+    Z /= numbers(unit)
+    return Rows(Z, (part.y - center) / unit, features(part.X) if features and part.X is not None else None,
+                None if np.all(part.s == part.s[0]) else part.s)
 
 
 def _spread(rows: _Rows) -> float:
