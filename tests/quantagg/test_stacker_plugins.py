@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import pytest
 from poise import registry
 from poise.errors import ConfigError, FileError
 from poise.files import load_arrays, save_arrays
+from poise.interfaces import Arrays, Parts, Splits
+from poise.runs.context import RunContext
 from poise.testing import check_aggregator
 from poise_quantagg import QuantileAggregatorRegressor, QuantileStacker
+from poise_quantagg.components import QuantileEnsemble
 
 LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]
 pytestmark = pytest.mark.filterwarnings("ignore:base predictions cross")
@@ -80,13 +84,15 @@ class Unsaved(Softened):
 
 
 class ByFeatures(Fit):
-    needs_features = True
     linear = False
 
     def predict(self, Z, X=None):
         if X is None:
             raise TypeError("features are needed")
-        return super().predict(Z) + 0 * np.asarray(X)[:, :1]
+        return super().predict(Z)
+
+    def weights(self, X=None):
+        return np.broadcast_to(self.w, (len(X), len(self.w)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def test_a_file_of_an_aggregator_that_is_not_installed_says_so(tmp_path, install
     Z, y, _ = problem()
     QuantileStacker("softened", LEVELS).fit(Z, y).save(tmp_path / "it")
     installed()
-    with pytest.raises(FileError, match=r"it: it was made by .* not installed: aggregator='softened'"):
+    with pytest.raises(FileError, match=r"it: it was made by .* not there: aggregator='softened'"):
         QuantileStacker.load(tmp_path / "it")
 
 
@@ -227,11 +233,22 @@ def made(aggregator):
 def test_the_whole_ensemble_takes_it_by_its_name(aggregator, tmp_path):
     _, y, X = problem()
     ensemble = made(aggregator).fit(X, y)
-    assert ensemble.weights_(X) == pytest.approx([1.0])
+    assert (ensemble.weights_(X) == 1).all()
     ensemble.save(tmp_path / "it")
     back = QuantileAggregatorRegressor.load(tmp_path / "it")
     assert np.array_equal(back.predict_quantiles(X), ensemble.predict_quantiles(X))
     assert np.array_equal(back.predict_interval(X), ensemble.predict_interval(X))
+
+
+def test_the_recipe_takes_it_by_its_name_and_draws_its_weights(tmp_path):
+    _, y, X = problem(100)
+    splits = Splits(Arrays(X[:60], y[:60]), Arrays(X[60:80], y[60:80]), Arrays(X[80:], y[80:]), {})
+    recipe = QuantileEnsemble(base=["linear"], aggregators=["softened", "theirs_local"], folds=2,
+                              levels=LEVELS)
+    context = RunContext(tmp_path, 0, quiet=True)
+    scores = recipe.run(Parts(data=SimpleNamespace(load=lambda seed: splits)), context)
+    assert {"wis_hub/softened", "wis_hub/theirs_local"} <= set(scores)
+    assert (tmp_path / "figures/weights_theirs_local.png").is_file()
 
 
 def test_an_ensemble_that_cannot_be_saved_leaves_the_one_before_it(tmp_path):

@@ -251,7 +251,8 @@ def _fit(
         fitted = aggregator.fit(found.oof, split.train.y, split.train.x, levels=found.levels)
         raw = fitted.predict(found.test, split.test.x)
         seconds = time.process_time() - began
-        outcomes[name] = Outcome("aggregator", raw, _interval(found, fitted, split), seconds, fitted)
+        outcomes[name] = Outcome("aggregator", raw, _interval(found, fitted, split), seconds, fitted,
+                                 getattr(aggregator, "needs_features", False))
         bar.advance(note=f"split {seed}: {name}")
     return found, outcomes
 
@@ -306,7 +307,7 @@ def _weights(outcomes: Mapping[str, Outcome], models: list[str]) -> dict[str, An
     """Return the weights over models of those aggregators that have one number per model."""
     found = {}
     for name, outcome in outcomes.items():
-        if outcome.fitted is None or getattr(outcome.fitted, "needs_features", False):
+        if outcome.fitted is None or outcome.local:
             continue
         w = np.asarray(outcome.fitted.weights())
         if w.ndim == 1:

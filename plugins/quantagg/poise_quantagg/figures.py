@@ -34,7 +34,7 @@ def draw(
     for name, outcome in outcomes.items():
         if outcome.fitted is None:
             continue
-        if getattr(outcome.fitted, "needs_features", False):
+        if outcome.local:
             rows = np.linspace(0, len(y) - 1, min(len(y), WEIGHT_ROWS)).astype(int)
             x = split.test.x[rows]
             files.append(plots.weights_by_feature(

@@ -64,13 +64,15 @@ class Predicted:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One method on one split: test quantiles as they came, the CV+ interval, seconds, the fit."""
+    """One method on one split: test quantiles as they came, the CV+ interval, seconds, the fit, and whether
+    its weights depend on the features."""
 
     kind: str
     raw: np.ndarray
     interval: np.ndarray
     seconds: float
     fitted: Any = None
+    local: bool = False
 
 
 def standardised(splits: Splits) -> Split:

@@ -124,7 +124,7 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         Z = np.asarray(Z)
         warn_crossing(Z, mended=self.isotonize is not None)
         self.fitted_, self.aggregator_, self.n_models_ = fitted, self.aggregator, Z.shape[1]
-        self.feature_names_ = _names(X) if getattr(fitted, "needs_features", False) else None
+        self.feature_names_ = _names(X) if getattr(component, "needs_features", False) else None
         self.levels_ = check_levels(self.levels, Z.shape[2])
         return self
 
@@ -222,10 +222,10 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         try:
             component = _component_class(stacker.aggregator_)
         except ConfigError as error:
-            raise FileError(f"it was made by an aggregator that is not installed: {error}") from None
+            raise FileError(f"it was made by an aggregator that is not there: {error}") from None
         fitted = component.from_tensors(arrays, meta["fitted"])
         stacker.fitted_, d = fitted, getattr(fitted, "n_features", None)
-        if d is not None or not getattr(fitted, "needs_features", False):
+        if d is not None or not getattr(component, "needs_features", False):
             Z = np.zeros((1, stacker.n_models_, len(stacker.levels_)))
             stacker.predict(Z, None if d is None else np.zeros((1, d)))
         return stacker
