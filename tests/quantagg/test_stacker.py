@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from poise.errors import ConfigError, DataError, FileError
+from poise.registry import entries
 from poise_quantagg.checks import QuantileWarning
 from poise_quantagg.scores import pinball, wis
-from poise_quantagg.stacker import AGGREGATORS, QuantileStacker
+from poise_quantagg.stacker import QuantileStacker
 
 LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]
 GATE = {"max_steps": 60, "patience": 60, "width": 8, "depth": 2}
@@ -49,7 +50,7 @@ def made(aggregator, **options):
 
 
 def test_the_aggregators_are_those_that_were_promised():
-    assert list(AGGREGATORS) == list(SHAPES)
+    assert set(SHAPES) == {e.name for e in entries("aggregator") if e.plugin == "quantagg"}
     with pytest.raises(ConfigError, match="did you mean 'global_fine'"):
         QuantileStacker("global_fin").fit(*problem())
 
@@ -386,6 +387,15 @@ def rewritten(path, change):
     arrays, meta = load_arrays(path)
     changed = change(arrays, meta)
     save_arrays(path, *(changed if isinstance(changed, tuple) else (arrays, meta)))
+
+
+def test_files_that_do_not_name_their_aggregator_are_read_by_their_parameters(tmp_path):
+    """Those of versions before the registry was asked."""
+    Z, y, _ = problem()
+    stacker = made("median").fit(Z, y)
+    stacker.save(tmp_path / "it")
+    rewritten(tmp_path / "it", lambda arrays, meta: meta.pop("aggregator") and None)
+    assert np.array_equal(QuantileStacker.load(tmp_path / "it").predict(Z), stacker.predict(Z))
 
 
 @pytest.mark.parametrize("change", [

@@ -24,7 +24,7 @@ _HOW = ("allowed are components, and estimators with fit(X, y) and one of predic
         "regressor of one level write poise_quantagg.adapters.per_level(estimator, 'quantile')")
 
 
-def wrap(model: Any, levels: np.ndarray | None = None) -> Any:
+def wrap(model: Any) -> Any:
     """Return a component for anything that predicts quantiles.
 
     Raises

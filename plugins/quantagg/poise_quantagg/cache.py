@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from poise.errors import PoiseError, RunError
 from poise.files import load_arrays, plain, save_arrays
 from poise.version import __version__
 from poise_quantagg.jobs import Job, Result, Work, fit
+from poise_quantagg.storage import dump, storable, undump
 
 CACHE_VERSION = 1
 TRAINERS = ("scikit-learn", "quantile-forest", "lightgbm", "catboost", "xgboost-cpu", "xgboost", "torch")
@@ -28,12 +30,12 @@ TRAINERS = ("scikit-learn", "quantile-forest", "lightgbm", "catboost", "xgboost-
 class Again:
     """The models of a job whose predictions came from the cache: read, or fitted again, when asked for."""
 
-    def __init__(self, job: Job, work: Work, key: str) -> None:
-        self.job, self.work, self.key = job, work, key
+    def __init__(self, job: Job, work: Work, folder: Path, key: str) -> None:
+        self.job, self.work, self.folder, self.key = job, work, folder, key
         self.found: list[Any] = []
 
-    def models(self) -> list[Any]:
-        """Return the models, one per fold of the job.
+    def model(self, position: int) -> Any:
+        """Return the model of one of the job's folds.
 
         Raises
         ------
@@ -42,14 +44,11 @@ class Again:
         """
         if not self.found:
             self.found = self._read() or self._fitted()
-        return self.found
+        return self.found[position]
 
     def _read(self) -> list[Any]:
-        from poise_quantagg.storage import undump
-
-        assert self.work.cache is not None
         try:
-            return [undump(*load_arrays(self.work.cache / f"{self.key}_{i}"))
+            return [undump(*load_arrays(self.folder / f"{self.key}_{i}"))
                     for i in range(len(self.job.folds))]
         except PoiseError:  # not there, or damaged
             return []
@@ -60,29 +59,6 @@ class Again:
         if result.error:
             raise RunError(f"{self.job.name} failed when fitted again: {result.error}")
         return result.fitted
-
-
-class Later:
-    """One of the models of `Again`; pickles as the model itself, without the data."""
-
-    def __init__(self, again: Again, position: int) -> None:
-        self.again, self.position = again, position
-        self.levels_ = again.job.levels
-
-    def model(self) -> Any:
-        """Return the fitted model."""
-        return self.again.models()[self.position]
-
-    def predict_quantiles(self, X: np.ndarray, levels: Sequence[float] | None = None) -> np.ndarray:
-        """Return quantiles, shape (n, m)."""
-        return self.model().predict_quantiles(X, self.levels_ if levels is None else levels)
-
-    def __reduce__(self):
-        return _itself, (self.model(),)
-
-
-def _itself(model: Any) -> Any:
-    return model
 
 
 def key_of(job: Job, work: Work) -> str:
@@ -131,28 +107,26 @@ def _described(value: Any) -> Any:
     return value
 
 
-def save(work: Work, key: str, result: Result) -> None:
+def save(folder: Path, key: str, result: Result) -> None:
     """Write a finished job: its models first, so that one whose key is there is whole."""
-    from poise_quantagg.storage import dump, storable
-
-    assert work.cache is not None
     for i, model in enumerate(result.fitted):
         if storable(model):
-            save_arrays(work.cache / f"{key}_{i}", *dump(key, model))
+            save_arrays(folder / f"{key}_{i}", *dump(key, model))
     arrays = {f"held_{i}": a for i, a in enumerate(result.held) if a is not None}
     arrays |= {f"extra_{i}": a for i, a in enumerate(result.extra) if a is not None}
-    save_arrays(work.cache / key, arrays, {"parts": len(result.held)})
+    save_arrays(folder / key, arrays, {"parts": len(result.held)})
 
 
-def load(work: Work, job: Job, key: str) -> Result | None:
+def load(folder: Path, key: str, job: Job, work: Work) -> Result | None:
     """Return a finished job, or None when it is not there or damaged (then it is done again)."""
-    assert work.cache is not None
-    if not (work.cache / f"{key}.json").exists():
+    from poise_quantagg.base.regressor import Later
+
+    if not (folder / f"{key}.json").exists():
         return None
     try:
-        arrays, meta = load_arrays(work.cache / key)
+        arrays, meta = load_arrays(folder / key)
     except PoiseError:
         return None
-    parts, again = range(meta["parts"]), Again(job, work, key)
+    parts, again = range(meta["parts"]), Again(job, work, folder, key)
     return Result([arrays.get(f"held_{i}") for i in parts], [arrays.get(f"extra_{i}") for i in parts],
-                   [Later(again, i) for i in parts])
+                   [Later(functools.partial(again.model, i), job.levels) for i in parts])

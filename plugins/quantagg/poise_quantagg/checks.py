@@ -144,6 +144,19 @@ def finite_where_numbers(name: str, array: Any) -> None:
         finite(name, given, None, keep_float32=True)
 
 
+def refuse_not_finite(**arrays: Any) -> None:
+    """Raise `DataError` with the rows that hold NaN or Inf; all else is for scikit-learn's checks."""
+    for name, given in arrays.items():
+        array = np.asarray(given)
+        if array.dtype.kind == "O":  # frames of several types
+            try:
+                array = array.astype(float)
+            except (TypeError, ValueError):
+                continue
+        if array.dtype.kind == "f" and array.size and array.ndim:
+            finite(name, array, None, keep_float32=True)
+
+
 def _numbers(name: str, array: np.ndarray | Sequence, keep_float32: bool) -> np.ndarray:
     try:
         if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
@@ -190,7 +203,7 @@ def same_rows(name: str, array: np.ndarray, n: int, of: str = "y") -> None:
         raise DataError(f"{name} has {len(array)} rows and {of} has {n}: they must be equal")
 
 
-def row_weights(sample_weight: np.ndarray | None, n: int) -> np.ndarray:
+def row_weights(sample_weight: np.ndarray | Sequence | None, n: int) -> np.ndarray:
     """Return non-negative row weights, shape (n,), with mean 1.
 
     Raises

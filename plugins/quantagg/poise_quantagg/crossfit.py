@@ -20,6 +20,7 @@ from poise_quantagg.checks import QuantileWarning, check_levels, finite, row_wei
 from poise_quantagg.folds import make_folds
 from poise_quantagg.grid import interpolate
 from poise_quantagg.jobs import Job, Result, Work, fit, jobs_of, label, quantiles_of
+from poise_quantagg.scores import pinball
 
 REFITS = ("bag", "all")
 
@@ -150,9 +151,8 @@ def cross_fit(
     held = [np.asarray(rows) for _, rows in parts]
     if extra is not None:
         extra = finite("extra", extra, 2)
-    work = Work(X, y, weight, tau, train, held, extra, None if cache is None else Path(cache))
-    results = _run([job for name, model in models.items() for job in jobs_of(name, model, work)],
-                   work, n_jobs, progress)
+    work = Work(X, y, weight, tau, train, held, extra)
+    results = _run(models, work, n_jobs, cache, progress)
     return _gathered(models, results, work, refit)
 
 
@@ -185,9 +185,8 @@ def pair_predictions(
     pairs = nested_pairs(int(fold.max()) + 1)
     held = [np.flatnonzero(np.isin(fold, pair)) for pair in pairs]
     train = [np.flatnonzero(~np.isin(fold, pair)) for pair in pairs]
-    work = Work(X, y, sample_weight, levels, train, held, None, None if cache is None else Path(cache))
-    results = _run([job for name, model in models.items() for job in jobs_of(name, model, work)], work,
-                   n_jobs, progress)
+    work = Work(X, y, sample_weight, levels, train, held, None)
+    results = _run(models, work, n_jobs, cache, progress)
     if failures := _failures(results, work):
         raise RunError("a model failed on a pair of folds: "
                        + "; ".join(f"{name} ({why})" for name, why in failures.items()))
@@ -199,16 +198,31 @@ def pair_predictions(
     }
 
 
-def _run(jobs: list[Job], work: Work, n_jobs: int, progress) -> list[tuple[Job, Result]]:
+def leaderboard(
+    y: np.ndarray, Z: np.ndarray, ensemble: np.ndarray, names: Sequence[str], levels: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the mean pinball loss of every model's Z (n, p, m) and of the ensemble (n, m), best first."""
+    table = [{"model": name, "oof_pinball": pinball(y, np.sort(Z[:, j], axis=1), levels)}
+             for j, name in enumerate(names)]
+    # its weights have seen these rows; for the few numbers that they are, that flatters little
+    table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y, ensemble, levels)})
+    return sorted(table, key=lambda row: row["oof_pinball"])
+
+
+def _run(
+    models: Mapping[str, Any], work: Work, n_jobs: int, cache: str | Path | None, progress: Any
+) -> list[tuple[Job, Result]]:
     """Run the jobs that are not cached; failures come back as results."""
-    keys = [key_of(job, work) for job in jobs] if work.cache else [""] * len(jobs)
+    jobs = [job for name, model in models.items() for job in jobs_of(name, model, work)]
+    folder = None if cache is None else Path(cache)
+    keys = [key_of(job, work) if folder else "" for job in jobs]
     found: dict[int, Result] = {}
-    for i, key in enumerate(keys):
-        cached = load(work, jobs[i], key) if work.cache else None
+    for i, job in enumerate(jobs):
+        cached = load(folder, keys[i], job, work) if folder else None
         if cached is not None:
             found[i] = cached
             if progress:
-                progress(f"{label(jobs[i], work)} (cached)")
+                progress(f"{label(job, work)} (cached)")
     joblib = require("joblib", "quantagg")
     missing = [i for i in range(len(jobs)) if i not in found]
     results = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
@@ -217,8 +231,8 @@ def _run(jobs: list[Job], work: Work, n_jobs: int, progress) -> list[tuple[Job, 
     )
     for i, result in zip(missing, results):
         found[i] = result
-        if work.cache and not result.error:
-            save(work, keys[i], result)
+        if folder and not result.error:
+            save(folder, keys[i], result)
         if progress:
             progress(label(jobs[i], work))
     return [(jobs[i], found[i]) for i in range(len(jobs))]

@@ -1,14 +1,56 @@
-"""The base models of the default ensemble, by the number of rows."""
+"""The base models of an ensemble: those that are asked for, or the default ones by the number of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from poise.errors import ConfigError
 from poise_quantagg import components as c
 
 SMALL = 120
 WIDE = 50  # features above which a linear model of few rows takes longer than it is worth
+
+
+def choose_models(given: Any, n: int, d: int, random_state: int = 0) -> dict[str, Any]:
+    """Return base models by name: "auto", names, (name, model) pairs, or a mapping of name to model.
+
+    Raises
+    ------
+    ConfigError
+        For anything else, unknown names, a name given twice, and nothing at all.
+    """
+    from poise_quantagg.adapters import wrap
+
+    if isinstance(given, str) and given == "auto":
+        return default_models(n, d, random_state)
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, Mapping):
+        models = {str(name): wrap(model) for name, model in given.items()}
+    elif isinstance(given, Sequence):
+        models = {name: wrap(model) for name, model in _named(given).items()}
+    else:
+        raise ConfigError(f"estimators={given!r}: allowed is 'auto', names, or a mapping of name to model")
+    if not models:
+        raise ConfigError("estimators is empty: name at least one model, or write 'auto'")
+    return models
+
+
+def _named(given: Sequence[Any]) -> dict[str, Any]:
+    from poise.registry import build
+
+    models: dict[str, Any] = {}
+    for item in given:
+        if not isinstance(item, (str, tuple)):
+            raise ConfigError(f"estimators={given!r}: {item!r} is neither the name of a model nor "
+                              f"(name, model)")
+        name, model = item if isinstance(item, tuple) else (item, build("model", item))
+        if name in models:
+            raise ConfigError(f"estimators: {name!r} is given twice; name them apart by a mapping")
+        models[name] = model
+    return models
 
 
 def default_models(n: int, d: int, random_state: int = 0) -> dict[str, Any]:

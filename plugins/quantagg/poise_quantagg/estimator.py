@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, require
-from poise_quantagg.checks import (
-    LEVEL_TOLERANCE,
-    QuantileWarning,
-    check_levels,
-    finite,
-    is_number,
-    open_unit,
-)
-from poise_quantagg.folds import bound_to_rows
+from poise.errors import ConfigError, FileError, require
+from poise_quantagg.calibration import Calibration
+from poise_quantagg.checks import QuantileWarning, check_levels, is_number, open_unit, refuse_not_finite
+from poise_quantagg.components.checked import LEVELS
+from poise_quantagg.conformal import nested_fold_arrays
+from poise_quantagg.crossfit import cross_fit, leaderboard, pair_predictions
+from poise_quantagg.defaults import choose_models
+from poise_quantagg.ensemble import Ensemble, plain_params
+from poise_quantagg.folds import bound_to_rows, check_cv, hold_out
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -29,32 +27,6 @@ _base = require("sklearn.base", "quantagg")
 CONFORMAL = ("cv+", "nested", "split")
 FITTED = ("stacker_", "cross_fit_", "oof_quantiles_", "model_names_", "leaderboard_", "nested_",
           "calibration_", "conformal_")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Rows that calibrate: targets (n,), the ensemble's quantiles (n, m) that have not seen them, and
-    their fold (n,), None for rows held out of all fitting."""
-
-    y: np.ndarray
-    q: np.ndarray
-    fold: np.ndarray | None
-
-
-LEVELS = [k / 100 for k in range(1, 100)]
-
-
-def _refuse_not_finite(**arrays: Any) -> None:
-    """Raise `DataError` with the rows that hold NaN or Inf; all else is for scikit-learn's checks."""
-    for name, given in arrays.items():
-        array = np.asarray(given)
-        if array.dtype.kind == "O":  # frames of several types
-            try:
-                array = array.astype(float)
-            except (TypeError, ValueError):
-                continue
-        if array.dtype.kind == "f" and array.size and array.ndim:
-            finite(name, array, None, keep_float32=True)
 
 
 class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
@@ -163,7 +135,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         validation = require("sklearn.utils.validation", "quantagg")
         for name in FITTED:  # a fit that fails leaves nothing of the one before
             self.__dict__.pop(name, None)
-        _refuse_not_finite(X=X, y=y)
+        refuse_not_finite(X=X, y=y)
         X, y = validation.validate_data(self, X, y, y_numeric=True, dtype=np.float64, ensure_min_samples=2)
         if sample_weight is not None:
             sample_weight = validation._check_sample_weight(sample_weight, X, dtype=np.float64,
@@ -175,21 +147,19 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             held, rest = self._held_out(len(y), groups)
             self._fit_rows(*(None if part is None else np.asarray(part)[rest]
                              for part in (X, y, sample_weight, groups)))
-            self._keep_calibration(Calibration(y[held], self._quantiles(X[held]), None))
+            self._calibrate(y[held], self._quantiles(X[held]), None)
             return self
         self._fit_rows(X, y, sample_weight, groups)
         if self.conformal is not None:
-            self._calibrate(X, y, sample_weight)
+            rows = self.cross_fit_.covered
+            self._calibrate(y[rows], self._unseen(X, y, sample_weight), self.cross_fit_.fold[rows])
         return self
 
     def _check_options(self, n: int) -> None:
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
-        if not is_number(self.cv) and (isinstance(self.cv, (str, float, bool)) or not (
-                hasattr(self.cv, "split") or isinstance(self.cv, Iterable))):
-            raise ConfigError(f"cv={self.cv!r}: allowed is a number of folds, a splitter with "
-                              f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+        check_cv(self.cv, n)
         if self.conformal == "split" and not is_number(self.cv) and bound_to_rows(self.cv):
             raise ConfigError(f"conformal='split' keeps rows drawn at random away from all fitting, and "
                               f"cv={type(self.cv).__name__} names rows by their place: use "
@@ -205,14 +175,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         self._stacker().component()  # before hours of base models
         if self.conformal == "nested" and is_number(self.cv) and self.cv < 3:
             raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
-        if is_number(self.cv) and not 2 <= self.cv <= n:
-            raise ConfigError(f"cv={self.cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
-                              f"give more rows or fewer folds")
 
     def _fit_rows(self, X, y, sample_weight, groups) -> None:
-        from poise_quantagg.crossfit import cross_fit
-
-        models = self._models(len(y), X.shape[1])
+        models = choose_models(self.estimators, len(X), X.shape[1], self.random_state)
         say = (lambda what: print(f"[quantagg] {what}", flush=True)) if self.verbose else None
         self.cross_fit_ = cross_fit(
             models, X, y, self.levels_, folds=self.cv, seed=self.random_state, n_jobs=self.n_jobs,
@@ -220,7 +185,10 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         )
         self.oof_quantiles_, self.model_names_ = self.cross_fit_.Z, list(self.cross_fit_.models)
         self.stacker_ = self._stack(self.cross_fit_.Z, y, X, sample_weight, self.cross_fit_.covered)
-        self.leaderboard_ = self._leaderboard(X, y)
+        rows = self.cross_fit_.covered
+        Z = self.cross_fit_.Z[rows]
+        self.leaderboard_ = leaderboard(y[rows], Z, self.stacker_.predict(Z, X[rows]), self.model_names_,
+                                        self.levels_)
 
     def _stacker(self) -> QuantileStacker:
         return QuantileStacker(
@@ -239,83 +207,27 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         warn_crossing(Z, self.model_names_, stacklevel=5, mended=self.isotonize is not None)
         return stacker
 
-    def _models(self, n: int, d: int) -> dict[str, Any]:
-        from poise.registry import build
-        from poise_quantagg.adapters import wrap
-        from poise_quantagg.defaults import default_models
-
-        given = self.estimators
-        if isinstance(given, str) and given == "auto":
-            return default_models(n, d, self.random_state)
-        if isinstance(given, str):
-            given = [given]
-        if isinstance(given, Mapping):
-            models = {str(name): wrap(model, self.levels_) for name, model in given.items()}
-        elif not isinstance(given, Sequence):
-            raise ConfigError(f"estimators={given!r}: allowed is 'auto', names, or a mapping of name to "
-                              f"model")
-        else:
-            models = {}
-            for item in given:
-                if not isinstance(item, (str, tuple)):
-                    raise ConfigError(f"estimators={given!r}: {item!r} is neither the name of a model nor "
-                                      f"(name, model)")
-                name, model = item if isinstance(item, tuple) else (item, build("model", item))
-                if name in models:
-                    raise ConfigError(f"estimators: {name!r} is given twice; name them apart by a mapping")
-                models[name] = wrap(model, self.levels_)
-        if not models:
-            raise ConfigError("estimators is empty: name at least one model, or write 'auto'")
-        return models
-
-    def _leaderboard(self, X, y) -> list[dict[str, Any]]:
-        rows = self.cross_fit_.covered
-        Z = self.cross_fit_.Z[rows]
-        own = self.stacker_.predict(Z, X[rows])
-        table = [{"model": name, "oof_pinball": pinball(y[rows], np.sort(Z[:, j], axis=1), self.levels_)}
-                 for j, name in enumerate(self.model_names_)]
-        # its weights have seen these rows; for the few numbers that they are, that flatters little
-        table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y[rows], own, self.levels_)})
-        return sorted(table, key=lambda row: row["oof_pinball"])
-
     # -------------------------------------------------------------- calibration
 
-    def _calibrate(self, X, y, sample_weight) -> None:
-        """Keep what CV+ needs: the ensemble's out-of-fold quantiles."""
-        rows = self.cross_fit_.covered
+    def _calibrate(self, y: np.ndarray, q: np.ndarray, fold: np.ndarray | None) -> None:
+        self.calibration_ = Calibration(y, q, fold, self.levels_)
+        self.conformal_ = self.calibration_.pairs
+
+    def _unseen(self, X, y, sample_weight) -> np.ndarray:
+        """Return the ensemble's out-of-fold quantiles, which CV+ needs; keeps the weights of nested CV+."""
         if self.conformal == "nested":
             oof, self.nested_ = self._nested(X, y, sample_weight)
-        else:
-            oof = self.stacker_.predict(self.cross_fit_.Z[rows], X[rows])
-        self._keep_calibration(Calibration(y[rows], oof, self.cross_fit_.fold[rows]))
-
-    def _keep_calibration(self, calibration: Calibration) -> None:
-        self.calibration_ = calibration
-        pairs = self._mirrored()
-        self.conformal_ = self._calibrated(self.levels_[pairs]) if len(pairs) else None
-
-    def _calibrated(self, levels: np.ndarray) -> Any:
-        """Return the fitted calibration of mirrored levels."""
-        from poise_quantagg.conformal import CVPlus, SplitCQR
-
-        rows = self.calibration_
-        with warnings.catch_warnings():
-            # 49 pairs with few rows: what is infinite is said when an interval is asked for
-            warnings.simplefilter("ignore", QuantileWarning)
-            q = interpolate(rows.q, self.levels_, levels)
-            if rows.fold is None:
-                return SplitCQR().fit(rows.y, q, levels)
-            return CVPlus().fit(rows.y, q, rows.fold, levels)
+            return oof
+        rows = self.cross_fit_.covered
+        return self.stacker_.predict(self.cross_fit_.Z[rows], X[rows])
 
     def _nested(self, X, y, sample_weight):
         """Return out-of-fold quantiles by weights that saw no row of the fold, and those weights."""
-        from poise_quantagg.conformal import nested_fold_arrays
-        from poise_quantagg.crossfit import pair_predictions
-
         fold = self.cross_fit_.fold
         if (fold < 0).any() or fold.max() < 2:
             raise ConfigError("conformal='nested' needs at least 3 folds that hold out every row")
-        models = {n: m for n, m in self._models(len(y), X.shape[1]).items() if n in self.model_names_}
+        models = choose_models(self.estimators, len(X), X.shape[1], self.random_state)
+        models = {n: m for n, m in models.items() if n in self.model_names_}
         pairs = pair_predictions(models, X, y, self.levels_, fold, n_jobs=self.n_jobs,
                                  sample_weight=sample_weight, cache=self.cache)
         oof, stackers = np.empty((len(y), len(self.levels_))), []
@@ -336,17 +248,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         ConfigError
             When too little is left to fit.
         """
-        from poise_quantagg.folds import check_groups
-
-        rng, count = np.random.default_rng([self.random_state, 3]), max(1, n // 5)
-        if groups is None:
-            order = rng.permutation(n)
-            held, rest = np.sort(order[:count]), np.sort(order[count:])
-        else:
-            names, index = check_groups(groups, n)
-            rank = rng.permutation(len(names))[index]
-            last = np.sort(rank)[count - 1]
-            held, rest = np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
+        held, rest = hold_out(n, max(1, n // 5), [self.random_state, 3], groups)
         if not len(rest):
             raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
                               "nothing is left to fit: give more groups, or groups=None")
@@ -354,12 +256,6 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
                               f"more rows or fewer folds")
         return held, rest
-
-    def _mirrored(self) -> np.ndarray:
-        """Return the positions of levels whose mirror image is a level too."""
-        there = np.abs(self.levels_[:, None] + self.levels_[None] - 1).min(axis=1) < 1e-9
-        keep = np.flatnonzero(there)
-        return keep if len(keep) > 1 else keep[:0]
 
     # -------------------------------------------------------------- predicting
 
@@ -403,26 +299,8 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if not hasattr(self, "calibration_"):
             raise ConfigError(f"conformal={self.conformal!r} was chosen after a fit with conformal=None, "
                               f"which keeps no rows to calibrate with: fit again")
-        return self._framed(self._interval(rows, alpha, ends), X, ends)
-
-    def _interval(self, rows, alpha: float, ends: np.ndarray) -> np.ndarray:
-        """Return calibrated intervals: swept with all pairs at fitted levels, else this pair alone."""
-        levels = self.levels_[self._mirrored()]
-        known = len(levels) and all(np.abs(levels - end).min() < LEVEL_TOLERANCE for end in ends)
-        levels = levels if known else ends
-        calibrated: Any = self.conformal_ if known else self._calibrated(ends)
-        if self.calibration_.fold is None:
-            q = interpolate(self._quantiles(rows), self.levels_, levels, stacklevel=4)
-        else:
-            folds = self._fold_quantiles(rows)
-            flat = interpolate(folds.reshape(-1, folds.shape[2]), self.levels_, levels, stacklevel=4)
-            q = flat.reshape(len(folds), len(rows), len(levels))
-        out = calibrated.predict_interval(q, alpha)
-        if np.isinf(out).any():
-            warnings.warn(
-                f"{calibrated.n_} calibration rows are too few for alpha={alpha:g}: the interval is "
-                f"infinite; give more rows or a larger alpha", QuantileWarning, stacklevel=3)
-        return out
+        q = self._quantiles(rows) if self.calibration_.fold is None else self._fold_quantiles(rows)
+        return self._framed(self.calibration_.interval(q, alpha), X, ends)
 
     def _quantiles(self, X: np.ndarray) -> np.ndarray:
         return self.stacker_.predict(self.cross_fit_.predict(X), X)
@@ -458,7 +336,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     def _validated(self, X: Any) -> np.ndarray:
         validation = require("sklearn.utils.validation", "quantagg")
         validation.check_is_fitted(self, "stacker_")
-        _refuse_not_finite(X=X)
+        refuse_not_finite(X=X)
         return validation.validate_data(self, X, reset=False, dtype=np.float64)
 
     def _framed(self, q: np.ndarray, X: Any, levels: np.ndarray) -> Any:
@@ -481,9 +359,14 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             Naming the base models that have no form without pickle (scikit-learn's boosting, models of
             your own): leave them out, or keep the whole estimator with joblib.
         """
-        from poise_quantagg.storage import save_ensemble
-
-        save_ensemble(self, path)
+        if not hasattr(self, "stacker_"):
+            raise ConfigError("QuantileAggregatorRegressor is not fitted: call fit(X, y) first")
+        names = list(getattr(self, "feature_names_in_", []))
+        Ensemble(
+            plain_params(self.get_params(deep=False), self.levels_), int(self.n_features_in_), names,
+            self.cross_fit_, self.stacker_, getattr(self, "nested_", []),
+            getattr(self, "calibration_", None), self.leaderboard_,
+        ).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> QuantileAggregatorRegressor:
@@ -494,7 +377,21 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         FileError
             For files that are missing, torn, altered, or of something else.
         """
-        from poise_quantagg.storage import load_ensemble
+        saved = Ensemble.load(path)
+        try:
+            estimator = cls(**saved.params)
+        except TypeError as error:
+            raise FileError(f"{path} is damaged: {error}") from None
+        estimator._restore(saved)
+        return estimator
 
-        return load_ensemble(cls, path)
-
+    def _restore(self, saved: Ensemble) -> None:
+        self.levels_, self.n_features_in_ = saved.cross_fit.levels, saved.n_features
+        if saved.feature_names:
+            self.feature_names_in_ = np.array(saved.feature_names, dtype=object)
+        self.cross_fit_, self.stacker_ = saved.cross_fit, saved.stacker
+        self.model_names_, self.leaderboard_ = list(saved.cross_fit.models), saved.leaderboard
+        if saved.nested:
+            self.nested_ = saved.nested
+        if saved.calibration is not None:
+            self.calibration_, self.conformal_ = saved.calibration, saved.calibration.pairs

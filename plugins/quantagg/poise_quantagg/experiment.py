@@ -8,92 +8,43 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, DataError, nearest
+from poise.errors import ConfigError, nearest
 from poise.files import read_json, write_json
-from poise.interfaces import Arrays, Parts, Splits
+from poise.interfaces import Parts, Splits
 from poise.registry import build, entries
 from poise_quantagg import scores
-from poise_quantagg.checks import QuantileWarning, finite, level_index
+from poise_quantagg.checks import QuantileWarning, level_index
 from poise_quantagg.conformal import CVPlus
 from poise_quantagg.crossfit import cross_fit
-from poise_quantagg.monotone import isotonize, sort
-
-if TYPE_CHECKING:
-    from poise_quantagg.components import QuantileEnsemble
+from poise_quantagg.monotone import OPERATORS, isotonize, sort
+from poise_quantagg.splits import Outcome, Predicted, Split, standardised
 
 NOMINAL = 0.8
-ISOTONIZERS = ("sort", "pava", "minmax")
 METRICS = ("wis_paper", "wis_hub", "coverage_80", "length_80", "crossing_raw")
 CROSSFIT, SPLITS = "crossfit", "splits"  # folders of an unfinished run: fitted models, finished splits
-WEIGHT_ROWS = 400  # test rows whose local weights are drawn
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """One split on the scale of its training rows.
+class Settings:
+    """What the recipe needs beside its parts; the component `QuantileEnsemble` says what each option is."""
 
-    Parameters
-    ----------
-    train, test : Arrays
-        Training and validation rows together; test rows.
-    scale : (mean, standard deviation) of the target
-    columns : names of the features
-    """
-
-    train: Arrays
-    test: Arrays
-    scale: tuple[float, float]
-    columns: list[str]
+    base: list[str]
+    base_options: dict[str, Any]
+    aggregators: list[str]
+    aggregator_options: dict[str, Any]
+    levels: list[float]
+    splits: int
+    folds: int
+    refit: str
+    n_jobs: int
+    figures: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """What base models predict, without the models: forests on ten thousand rows take gigabytes.
-
-    Parameters
-    ----------
-    models : list of str
-    oof : array, shape (n, p, m)
-        Out-of-fold, for the training rows.
-    fold : array, shape (n,)
-    test : array, shape (n_test, p, m)
-    folds : array, shape (K, n_test, p, m)
-        The test rows by each fold's models.
-    levels : array, shape (m,)
-    """
-
-    models: list[str]
-    oof: np.ndarray
-    fold: np.ndarray
-    test: np.ndarray
-    folds: np.ndarray
-    levels: np.ndarray
-
-    @staticmethod
-    def joined(parts: list[Predicted]) -> Predicted:
-        """Put the models of several side by side."""
-        axes = {"oof": 1, "test": 1, "folds": 2}
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=axis)
-                  for name, axis in axes.items()}
-        return dataclasses.replace(parts[0], models=[m for part in parts for m in part.models], **arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One method on one split: test quantiles as they came, the CV+ interval, seconds, the fit."""
-
-    kind: str
-    raw: np.ndarray
-    interval: np.ndarray
-    seconds: float
-    fitted: Any = None
-
-
-def check(recipe: QuantileEnsemble, parts: Parts) -> None:
+def check(parts: Parts, settings: Settings) -> None:
     """Refuse what cannot be run, before data is loaded.
 
     Raises
@@ -105,15 +56,15 @@ def check(recipe: QuantileEnsemble, parts: Parts) -> None:
         raise ConfigError("recipe=quantile takes no quantizer: leave it at none")
     if parts.data is None:
         raise ConfigError("recipe=quantile needs data: choose data=tabular")
-    models = _models(recipe, parts, 0)
+    models = _models(settings, parts, 0)
     if parts.adapter is not None and not any(_takes_adapter(m) for m in models.values()):
         raise ConfigError(f"adapter={parts.names.get('adapter')}: no base model is a network; add "
                           f"multi_quantile_net to recipe.base, or leave adapter at none")
-    _aggregators(recipe, parts, 0)
-    level_index(np.asarray(recipe.levels), [(1 - NOMINAL) / 2, 0.5, (1 + NOMINAL) / 2])
+    _aggregators(settings, parts, 0)
+    level_index(np.asarray(settings.levels), [(1 - NOMINAL) / 2, 0.5, (1 + NOMINAL) / 2])
 
 
-def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float]:
+def run(parts: Parts, context: Any, settings: Settings) -> dict[str, float]:
     """Run all splits and return scores averaged over them.
 
     Features and target are standardised with the statistics of the training and validation rows
@@ -123,10 +74,10 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
 
     Parameters
     ----------
-    recipe : QuantileEnsemble
     parts : Parts
         `data` is needed; `model`, `aggregator` and `adapter` are optional.
     context : Context
+    settings : Settings
 
     Returns
     -------
@@ -142,19 +93,31 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
     DataError
         For data that is not a table of finite numbers, or a constant target.
     """
-    check(recipe, parts)
-    folder = Path(context.directory)
-    rows: list[dict[str, Any]] = []
-    jobs = len(_models(recipe, parts, 0)) + len(_aggregators(recipe, parts, 0))
-    with context.progress(recipe.splits * jobs, "models and aggregators") as bar:
-        for number in range(recipe.splits):
+    check(parts, settings)
+    rows, last = _all_splits(settings, parts, context)
+    table = _averaged(rows)
+    context.note("scores", table)
+    context.note("by_split", {"rows": rows, "data": last["data"], "levels": last["levels"]})
+    context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
+                          "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
+    return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
+
+
+def _all_splits(
+    settings: Settings, parts: Parts, context: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Carry out the splits that are not kept from before; return all rows, and what the last one said."""
+    folder, rows, done = Path(context.directory), [], {}
+    jobs = len(_models(settings, parts, 0)) + len(_aggregators(settings, parts, 0))
+    with context.progress(settings.splits * jobs, "models and aggregators") as bar:
+        for number in range(settings.splits):
             seed = context.seed + number
             kept = folder / SPLITS / f"{seed}.json"
             if kept.is_file():  # finished before the run was interrupted
                 done = _read_split(kept)
                 bar.advance(jobs, note=f"split {seed}: kept from before")
             else:
-                done = _split(recipe, parts, seed, folder, bar, first=number == 0)
+                done = _split(settings, parts, seed, folder, bar, first=number == 0)
                 write_json(kept, done)
             rows += done["rows"]
             for key, value in done["notes"].items():
@@ -162,26 +125,25 @@ def run(recipe: QuantileEnsemble, parts: Parts, context: Any) -> dict[str, float
             _log(context, number, done["rows"])
     for left in (CROSSFIT, SPLITS):
         shutil.rmtree(folder / left, ignore_errors=True)
-    table = _averaged(rows)
-    context.note("scores", table)
-    context.note("by_split", {"rows": rows, "data": done["data"], "levels": done["levels"]})
-    context.note("units", "WIS (paper: 2 sum, hub: 2/m sum of pinball) and length in standard deviations "
-                          "of the target; coverage, crossing: shares; after sorting but for crossing_raw")
-    return {f"{key}/{row['name']}": row[key] for row in table for key in METRICS}
+    return rows, done
 
 
 def _split(
-    recipe: QuantileEnsemble, parts: Parts, seed: int, folder: Path, bar: Any, *, first: bool
+    settings: Settings, parts: Parts, seed: int, folder: Path, bar: Any, *, first: bool
 ) -> dict[str, Any]:
     """Carry out one split; returns plain values: its rows, the data's name, notes (of the first one)."""
-    splits = parts.data.load(seed)  # type: ignore[union-attr]
-    split = _standardised(splits)
-    found, outcomes = _fit(recipe, parts, seed, split, folder, bar)
+    assert parts.data is not None
+    splits = parts.data.load(seed)
+    split = standardised(splits)
+    found, outcomes = _fit(settings, parts, seed, split, folder, bar)
     notes: dict[str, Any] = {}
     if first:
         notes = {"provenance": splits.provenance, "weights": _weights(outcomes, found.models)}
-        if recipe.figures:
-            notes["figures"] = _draw(outcomes, split, found, splits.spec, folder)
+        if settings.figures:
+            from poise_quantagg.figures import draw
+
+            target = str(splits.spec.get("target", "target"))
+            notes["figures"] = draw(outcomes, split, found, target, folder)
     rows = [{"split": seed, **_row(name, outcome, split.test.y, found.levels)}
             for name, outcome in outcomes.items()]
     return {"rows": rows, "data": _data_name(parts, splits), "levels": len(found.levels), "notes": notes}
@@ -209,17 +171,17 @@ def _log(context: Any, number: int, rows: list[dict[str, Any]]) -> None:
 # ------------------------------------------------------------------ parts
 
 
-def _models(recipe: QuantileEnsemble, parts: Parts, seed: int) -> dict[str, Any]:
+def _models(settings: Settings, parts: Parts, seed: int) -> dict[str, Any]:
     """Build the base models; each gets its own seed unless the options name one."""
-    _known("base_options", recipe.base_options, "model")
-    models = {name: build("model", name, **recipe.base_options.get(name, {})) for name in recipe.base}
+    _known("base_options", settings.base_options, "model")
+    models = {name: build("model", name, **settings.base_options.get(name, {})) for name in settings.base}
     if parts.model is not None:
         models[parts.names.get("model", "model")] = parts.model
     if not models:
         raise ConfigError("base=[]: name at least one model")
     made = {}
     for name, model in models.items():
-        one = _seeded(model, recipe.base_options.get(name, {}), seed, f"model/{name}")
+        one = _seeded(model, settings.base_options.get(name, {}), seed, f"model/{name}")
         if parts.adapter is not None and _takes_adapter(one):
             one = dataclasses.replace(one, adapter=parts.adapter)
         made[name] = one
@@ -248,52 +210,34 @@ def _seeded(component: Any, options: Mapping[str, Any], seed: int, purpose: str)
     return component
 
 
-def _aggregators(recipe: QuantileEnsemble, parts: Parts, seed: int) -> dict[str, Any]:
-    _known("aggregator_options", recipe.aggregator_options, "aggregator")
+def _aggregators(settings: Settings, parts: Parts, seed: int) -> dict[str, Any]:
+    _known("aggregator_options", settings.aggregator_options, "aggregator")
     made = {}
-    for name in recipe.aggregators:
-        options = recipe.aggregator_options.get(name, {})
+    for name in settings.aggregators:
+        options = settings.aggregator_options.get(name, {})
         made[name] = _seeded(build("aggregator", name, **options), options, seed, f"aggregator/{name}")
     if parts.aggregator is not None:
         made[parts.names.get("aggregator", "aggregator")] = parts.aggregator
     return made
 
 
-def _standardised(splits: Splits) -> Split:
-    """Put training and validation rows together, and everything on their scale."""
-    x, y = (
-        finite(f"train and validation {part}", np.concatenate(
-            [getattr(splits.train, part), getattr(splits.validation, part)]), axes)
-        for part, axes in (("x", 2), ("y", 1))
-    )
-    if y.std() == 0:
-        raise DataError("the target is constant on the training rows: nothing to predict")
-    width = np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)  # a constant column stays zero
-    test = Arrays(finite("test x", splits.test.x, 2), finite("test y", splits.test.y, 1))
-    train, test = (
-        Arrays((a.x - x.mean(axis=0)) / width, (a.y - y.mean()) / y.std())
-        for a in (Arrays(x, y), test)
-    )
-    columns = [str(c) for c in splits.spec.get("columns", [f"x{i}" for i in range(x.shape[1])])]
-    return Split(train, test, (float(y.mean()), float(y.std())), columns)
-
-
 # ------------------------------------------------------------------ one split
 
 
 def _fit(
-    recipe: QuantileEnsemble, parts: Parts, seed: int, split: Split, folder: Path, bar: Any
+    settings: Settings, parts: Parts, seed: int, split: Split, folder: Path, bar: Any
 ) -> tuple[Predicted, dict[str, Outcome]]:
     """Cross-fit the base models one after the other, then fit every aggregator on them."""
     outcomes: dict[str, Outcome] = {}
     parts_of: list[Predicted] = []
-    for name, model in _models(recipe, parts, seed).items():
+    for name, model in _models(settings, parts, seed).items():
         began = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", QuantileWarning)
             one = cross_fit(
-                {name: model}, split.train.x, split.train.y, recipe.levels, folds=recipe.folds, seed=seed,
-                n_jobs=recipe.n_jobs, refit=recipe.refit, extra=split.test.x, cache=folder / CROSSFIT,
+                {name: model}, split.train.x, split.train.y, settings.levels, folds=settings.folds,
+                seed=seed, n_jobs=settings.n_jobs, refit=settings.refit, extra=split.test.x,
+                cache=folder / CROSSFIT,
             )
         seconds = time.process_time() - began
         assert one.extra is not None
@@ -302,12 +246,13 @@ def _fit(
         outcomes[name] = Outcome("model", one.extra[:, 0], _interval(parts_of[-1], None, split), seconds)
         bar.advance(note=f"split {seed}: {name}")
     found = Predicted.joined(parts_of)
-    for name, aggregator in _aggregators(recipe, parts, seed).items():
+    for name, aggregator in _aggregators(settings, parts, seed).items():
         began = time.process_time()
         fitted = aggregator.fit(found.oof, split.train.y, split.train.x, levels=found.levels)
         raw = fitted.predict(found.test, split.test.x)
         seconds = time.process_time() - began
-        outcomes[name] = Outcome("aggregator", raw, _interval(found, fitted, split), seconds, fitted)
+        outcomes[name] = Outcome("aggregator", raw, _interval(found, fitted, split), seconds, fitted,
+                                 getattr(aggregator, "needs_features", False))
         bar.advance(note=f"split {seed}: {name}")
     return found, outcomes
 
@@ -341,7 +286,7 @@ def _row(name: str, outcome: Outcome, y: np.ndarray, levels: np.ndarray) -> dict
         "cpu_seconds": round(outcome.seconds, 2),
         "wis_none": scores.wis(y, outcome.raw, levels, "paper"),
     }
-    for how in ISOTONIZERS:
+    for how in OPERATORS:
         row[f"wis_{how}"] = scores.wis(y, isotonize(outcome.raw, how, levels), levels, "paper")
     return row
 
@@ -352,7 +297,7 @@ def _averaged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         keys = [k for k in own[0] if k not in ("split", "name", "kind") and k != "wis_none"
-                and k not in {f"wis_{how}" for how in ISOTONIZERS}]
+                and k not in {f"wis_{how}" for how in OPERATORS}]
         table.append({"name": name, "kind": own[0]["kind"],
                       **{k: float(np.mean([row[k] for row in own])) for k in keys}})
     return table
@@ -362,51 +307,9 @@ def _weights(outcomes: Mapping[str, Outcome], models: list[str]) -> dict[str, An
     """Return the weights over models of those aggregators that have one number per model."""
     found = {}
     for name, outcome in outcomes.items():
-        if outcome.fitted is None or getattr(outcome.fitted, "needs_features", False):
+        if outcome.fitted is None or outcome.local:
             continue
         w = np.asarray(outcome.fitted.weights())
         if w.ndim == 1:
             found[name] = dict(zip(models, w.tolist()))
     return found
-
-
-def _draw(outcomes, split: Split, found: Predicted, spec: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw the figures of one split; the fan is that of the best aggregator, in the target's unit."""
-    from poise_quantagg import plots
-
-    mean, std = split.scale
-    y, levels, models = split.test.y, found.levels, found.models
-    target = str(spec.get("target", "target"))
-    panels: dict[str, dict[str, np.ndarray]] = {}
-    for name, outcome in outcomes.items():
-        panels.setdefault({"model": "base models", "aggregator": "aggregators"}[outcome.kind],
-                          {})[name] = sort(outcome.raw)
-    aggregated = panels.get("aggregators") or panels["base models"]
-    last = min(aggregated, key=lambda name: scores.wis(y, aggregated[name], levels, "hub"))
-    files = [plots.reliability(folder / "figures/reliability.png", y, panels, levels,
-                               title=f"Calibration on {len(y)} test rows, after sorting"),
-             plots.fan(folder / "figures/fan.png", mean + std * y, mean + std * aggregated[last], levels,
-                       title=f"Predictions of {last}", unit=target)]
-    for name, outcome in outcomes.items():
-        if outcome.fitted is None:
-            continue
-        if getattr(outcome.fitted, "needs_features", False):
-            rows = np.linspace(0, len(y) - 1, min(len(y), WEIGHT_ROWS)).astype(int)
-            x = split.test.x[rows]
-            files.append(plots.weights_by_feature(
-                folder / f"figures/weights_{name}.png", x, _per_model(outcome.fitted, x), models,
-                split.columns, title=f"Weights of {name}"))
-        elif np.asarray(outcome.fitted.weights()).ndim == 2:
-            files.append(plots.weights_by_level(folder / f"figures/weights_{name}.png",
-                                                outcome.fitted.weights(), models, levels,
-                                                title=f"Weights of {name}"))
-    return [f"figures/{Path(file).name}" for file in files]
-
-
-def _per_model(fitted: Any, X: np.ndarray) -> np.ndarray:
-    """Return the total weight of each model at rows X, averaged over output levels, (n, p)."""
-    parts = []
-    for block in np.array_split(np.arange(len(X)), max(1, len(X) // 50)):
-        w = fitted.weights(X[block])
-        parts.append(w if w.ndim == 2 else w.mean(axis=2) if w.ndim == 3 else w.sum(axis=2).mean(axis=2))
-    return np.concatenate(parts)

@@ -51,6 +51,17 @@ def make_folds(
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
 
 
+def check_cv(cv: Any, n: int) -> None:
+    """Raise `ConfigError` for what makes no folds of n rows."""
+    if not is_number(cv):
+        if isinstance(cv, (str, float, bool)) or not (hasattr(cv, "split") or isinstance(cv, Iterable)):
+            raise ConfigError(f"cv={cv!r}: allowed is a number of folds, a splitter with "
+                              f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+    elif not 2 <= cv <= n:
+        raise ConfigError(f"cv={cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
+                          f"give more rows or fewer folds")
+
+
 def bound_to_rows(splitter: Any) -> bool:
     """Return whether a splitter, or list of splits, names rows by their place: then none may be missing."""
     selection = require("sklearn.model_selection", "quantagg")
@@ -104,6 +115,20 @@ def check_groups(groups: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
         return np.unique(given, return_inverse=True)
     except TypeError as error:
         raise DataError(f"groups cannot be told apart ({error}): give numbers, or strings") from None
+
+
+def hold_out(
+    n: int, count: int, seed: Any, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` rows drawn at random, or as many whole groups as it takes, and the other rows."""
+    rng = np.random.default_rng(seed)
+    if groups is None:
+        order = rng.permutation(n)
+        return np.sort(order[:count]), np.sort(order[count:])
+    names, index = check_groups(groups, n)
+    rank = rng.permutation(len(names))[index]
+    last = np.sort(rank)[count - 1]
+    return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
 
 
 def _group_folds(groups: np.ndarray, n: int, folds: int, seed: int) -> np.ndarray:

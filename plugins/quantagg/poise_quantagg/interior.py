@@ -96,7 +96,7 @@ def solve(
     Parameters
     ----------
     A : array, shape (b, q, N)
-        Free columns are orthonormal within each problem (see `programs.basis`), or zero.
+        Free columns are orthonormal within each problem (see `orthonormal.basis`), or zero.
     y, s, tau : arrays that broadcast to (b, N)
         s > 0 weights of rows; tau in (0, 1).
     simplex : array of bool, shape (q,)

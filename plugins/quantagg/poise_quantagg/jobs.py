@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ class Work:
     train: list[np.ndarray]
     held: list[np.ndarray]
     extra: np.ndarray | None
-    cache: Path | None
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ def jobs_of(name: str, model: Any, work: Work) -> list[Job]:
 
 def _with(model: Any, **options: Any) -> Any:
     """Return a component with some options changed, those it has."""
-    if not dataclasses.is_dataclass(model):
+    if not dataclasses.is_dataclass(model) or isinstance(model, type):
         return model
     have = {f.name for f in dataclasses.fields(model)}
-    return dataclasses.replace(model, **{k: v for k, v in options.items() if k in have})  # type: ignore
+    return dataclasses.replace(model, **{k: v for k, v in options.items() if k in have})
 
 
 def label(job: Job, work: Work) -> str:

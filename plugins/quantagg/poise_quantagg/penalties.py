@@ -57,7 +57,7 @@ def constant(g: Tensor, delta: float | Tensor, *, reduction: str = "mean") -> Te
     _check(g, reduction)
     if isinstance(delta, (int, float)) and delta == 0:
         return _reduce(_ranked(g), reduction)
-    return _Hinge.apply(g, _margin(delta, g), reduction == "mean")  # type: ignore[return-value]
+    return _Hinge.apply(g, _margin(delta, g), reduction == "mean")
 
 
 def adaptive(g: Tensor, margins: Tensor | np.ndarray, *, reduction: str = "mean") -> Tensor:

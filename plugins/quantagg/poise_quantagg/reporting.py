@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from poise_quantagg.scores import relative_bootstrap
+from poise_quantagg.comparison import relative_bootstrap
 
 TIE = 0.01  # ratios within 1 % of one count as ties
 REFERENCES = ("best", "local_fine")

@@ -6,12 +6,11 @@ otherwise. Equation numbers refer to arXiv 2103.00083.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
-from poise.errors import ConfigError, DataError
+from poise.errors import ConfigError
 from poise_quantagg.checks import (
     LEVEL_TOLERANCE,
     check_levels,
@@ -22,18 +21,11 @@ from poise_quantagg.checks import (
     row_weights,
     same_rows,
 )
+from poise_quantagg.comparison import Relative, relative_bootstrap  # noqa: F401 - scores have them too
 
 Array = np.ndarray | Sequence
 
 CONVENTIONS = ("paper", "hub", "mean")
-
-
-class Relative(NamedTuple):
-    """A ratio of scores (below 1: better than the reference) and its confidence interval."""
-
-    ratio: float
-    lower: float
-    upper: float
 
 
 # ------------------------------------------------------------------ pinball
@@ -57,7 +49,7 @@ def pinball(
         As for `pinball_loss`, and for ill-formed weights.
     """
     y, q, tau = _checked(y, q, levels)
-    weight = row_weights(sample_weight, len(y))  # type: ignore[arg-type]
+    weight = row_weights(sample_weight, len(y))
     return float(np.mean(weight * _row_sums(y, q, tau, _width(huber)))) / tau.size
 
 
@@ -405,68 +397,3 @@ def _pair_mean(q: Array, value) -> float:
         return 0.0
     total = sum(float(value(np.diff(q[b], axis=1)).sum()) for b in row_blocks(n, m))
     return total / (n * (m - 1))
-
-
-# ------------------------------------------------------------------ comparisons over splits
-
-
-def relative_bootstrap(
-    scores: Array | Mapping[str, Array],
-    reference: Array | Mapping[str, Array],
-    *,
-    n_boot: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Relative:
-    """Return how `scores` compare with `reference` over repeated splits, with a percentile interval.
-
-    On each data set the ratio is mean(scores) / mean(reference) over splits; over sets it is the
-    geometric mean. A bootstrap sample draws splits with replacement within each set, keeping the two
-    scores of a split together. It covers the choice of splits, not that of data sets; with few
-    splits the interval is too narrow, and with one it is a point.
-
-    Parameters
-    ----------
-    scores, reference : array, shape (n_splits,), or dict of name -> such an array
-        Positive, smaller is better; the same splits in the same order.
-    n_boot : int
-    level : float
-        Of the interval, in (0, 1).
-    seed : int
-
-    Raises
-    ------
-    ConfigError
-        For n_boot < 1 or a level out of range.
-    DataError
-        For different sets or lengths, or scores that are not positive and finite.
-    """
-    if n_boot < 1 or not 0 < level < 1:
-        raise ConfigError(f"n_boot={n_boot!r}, level={level!r}: allowed are n_boot >= 1, 0 < level < 1")
-    rng = np.random.default_rng(seed)
-    logs, draws = [], []
-    for own, base in _paired(scores, reference):
-        pick = rng.integers(len(own), size=(n_boot, len(own)))
-        logs.append(np.log(own.mean() / base.mean()))
-        draws.append(np.log(own[pick].mean(axis=1) / base[pick].mean(axis=1)))
-    lower, upper = np.quantile(np.mean(draws, axis=0), [(1 - level) / 2, (1 + level) / 2])
-    return Relative(*(float(np.exp(v)) for v in (np.mean(logs), lower, upper)))
-
-
-def _paired(scores, reference) -> list[tuple[np.ndarray, np.ndarray]]:
-    if isinstance(scores, Mapping) != isinstance(reference, Mapping):
-        raise DataError("scores and reference: both must be arrays, or both dicts of arrays")
-    own = scores if isinstance(scores, Mapping) else {"the set": scores}
-    base = reference if isinstance(reference, Mapping) else {"the set": reference}
-    if not own or set(own) != set(base):
-        raise DataError(f"sets {sorted(own)} against {sorted(base)}: they must be the same, at least one")
-    return [_pair(name, own[name], base[name]) for name in own]
-
-
-def _pair(name: str, own: Array, base: Array) -> tuple[np.ndarray, np.ndarray]:
-    a, b = finite(f"scores of {name}", own, 1), finite(f"reference of {name}", base, 1)
-    if len(a) != len(b):
-        raise DataError(f"{name}: {len(a)} splits have scores and {len(b)} a reference: pair them")
-    if min(a.min(), b.min()) <= 0:
-        raise DataError(f"{name} holds the score {min(a.min(), b.min()):g}: allowed are scores > 0")
-    return a, b

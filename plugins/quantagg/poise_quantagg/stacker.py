@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, DataError, FileError, nearest, require
+from poise.errors import ConfigError, DataError, FileError, MissingExtra, nearest, require
+from poise.options import make, option_fields
+from poise.registry import entries
 from poise_quantagg.checks import (
     QuantileWarning,
     check_levels,
@@ -19,15 +20,8 @@ from poise_quantagg.checks import (
     row_blocks,
     same_rows,
 )
-from poise_quantagg.monotone import isotonize
+from poise_quantagg.monotone import OPERATORS, isotonize
 
-AGGREGATORS = {
-    "average": "Average", "median": "Median", "best": "Best", "greedy": "Greedy", "qra": "QRA",
-    "fqra": "FQRA", "global_coarse": "GlobalCoarse", "global_medium": "GlobalMedium",
-    "global_fine": "GlobalFine", "local_coarse": "LocalCoarse", "local_medium": "LocalMedium",
-    "local_fine": "LocalFine",
-}
-ISOTONIZERS = ("sort", "pava", "minmax")
 SOLVERS = ("auto", "exact", "gradient")
 FILE_KIND = "quantile_stacker"
 CROSSING = "base predictions cross"
@@ -40,12 +34,13 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
     Parameters
     ----------
     aggregator : str
-        average, median, best, greedy, qra, fqra, global_coarse, global_medium, global_fine,
-        local_coarse, local_medium or local_fine (the paper's DQA).
+        Any that is registered, as `poise list aggregator` shows them: average, median, best, greedy, qra,
+        fqra, global_coarse, global_medium, global_fine, local_coarse, local_medium, local_fine (the
+        paper's DQA), and those of other plugins.
     levels : sequence of float, shape (m,), optional
         Increasing, in (0, 1); without them k / (m + 1), which is the paper's grid for m = 99.
     solver : {"auto", "exact", "gradient"}
-        For global weights. auto: exact where there is no penalty.
+        For global weights. auto: as the aggregator chooses, exact where there is no penalty.
     isotonize : None, "sort", "pava" or "minmax"
         Applied to predictions, row by row. Sorting and PAVA never raise the weighted interval score
         (Prop 2); the min-max sweep may.
@@ -57,9 +52,13 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         Further options of the aggregator, as `poise describe aggregator NAME` lists them.
     random_state : int
 
+    `solver`, `penalty`, `n_iter` and `random_state` go to aggregators that have options of these names.
+
     Attributes
     ----------
     fitted_ : the fitted aggregator
+    aggregator_ : str
+        What it was fitted by.
     levels_ : array, shape (m,)
     n_models_ : int
     feature_names_ : list of str, or None
@@ -124,8 +123,8 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
                                sample_weight=sample_weight)
         Z = np.asarray(Z)
         warn_crossing(Z, mended=self.isotonize is not None)
-        self.fitted_, self.n_models_ = fitted, Z.shape[1]
-        self.feature_names_ = _names(X) if getattr(fitted, "needs_features", False) else None
+        self.fitted_, self.aggregator_, self.n_models_ = fitted, self.aggregator, Z.shape[1]
+        self.feature_names_ = _names(X) if getattr(component, "needs_features", False) else None
         self.levels_ = check_levels(self.levels, Z.shape[2])
         return self
 
@@ -151,14 +150,16 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         return self._fitted(X).weights(X)
 
     def save(self, path: str | Path) -> None:
-        """Write `path.safetensors` and `path.json`; `load` reads them. No pickle."""
+        """Write `path.safetensors` and `path.json`; `load` reads them. No pickle.
+
+        Raises
+        ------
+        ConfigError
+            For an aggregator of another plugin that has no form without pickle; see `tensors`.
+        """
         from poise.files import save_arrays
 
-        arrays, meta = dump_fitted(self._fitted())
-        options = self.get_params(deep=False)
-        options["levels"] = self.levels_.tolist()
-        save_arrays(path, arrays, {"kind": FILE_KIND, "params": options, "fitted": meta,
-                                   "n_models": self.n_models_, "feature_names": self.feature_names_})
+        save_arrays(path, *self.tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> QuantileStacker:
@@ -167,7 +168,8 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         Raises
         ------
         FileError
-            For files that are missing, torn, altered, or of something else.
+            For files that are missing, torn, altered, or of something else, and for an aggregator that is
+            not installed.
         """
         from poise.files import load_arrays
 
@@ -175,20 +177,58 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         if meta.get("kind") != FILE_KIND:
             raise FileError(f"{path} holds {meta.get('kind')!r}, not a {FILE_KIND}")
         try:
-            stacker = cls(**meta["params"])
-            stacker.levels_ = check_levels(stacker.levels)
-            stacker.n_models_, stacker.feature_names_ = int(meta["n_models"]), meta.get("feature_names")
-            stacker.fitted_ = load_fitted(arrays, meta["fitted"])
-            stacker._try()
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            return cls.from_tensors(arrays, meta)
+        except MissingExtra:
+            raise
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from None
+        except Exception as error:  # whatever the arrays of another plugin make its code raise
             raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-        return stacker
 
-    def _try(self) -> None:
-        """Predict one row, which fails when shapes do not fit."""
-        features = getattr(self.fitted_, "features", None)
-        X = None if features is None else np.zeros((1, len(features.mean)))
-        self.predict(np.zeros((1, self.n_models_, len(self.levels_))), X)
+    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return what `from_tensors` needs: arrays, and plain values.
+
+        What the aggregator's `fit` returned must have `tensors()`, which gives the same two, and its
+        component a class method `from_tensors(arrays, values)` that rebuilds it.
+
+        Raises
+        ------
+        ConfigError
+            Before `fit`; for an aggregator without these two.
+        """
+        fitted, component = self._fitted(), _component_class(self.aggregator_)
+        if not hasattr(fitted, "tensors") or not hasattr(component, "from_tensors"):
+            raise ConfigError(
+                f"aggregator={self.aggregator_} has no form without pickle: give {type(fitted).__name__} "
+                f"tensors() and its component from_tensors(arrays, values), or use joblib.dump")
+        arrays, values = fitted.tensors()
+        params = self.get_params(deep=False) | {"levels": self.levels_.tolist()}
+        return arrays, {"kind": FILE_KIND, "params": params, "aggregator": self.aggregator_,
+                        "fitted": values, "n_models": self.n_models_, "feature_names": self.feature_names_}
+
+    @classmethod
+    def from_tensors(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantileStacker:
+        """Rebuild what `tensors` returned, and predict one row, which fails where shapes do not fit.
+
+        Raises
+        ------
+        FileError
+            For an aggregator that is not installed, or that others have written.
+        """
+        stacker = cls(**meta["params"])
+        stacker.levels_ = check_levels(stacker.levels)
+        stacker.n_models_, stacker.feature_names_ = int(meta["n_models"]), meta.get("feature_names")
+        stacker.aggregator_ = meta.get("aggregator", stacker.aggregator)
+        try:
+            component = _component_class(stacker.aggregator_)
+        except ConfigError as error:
+            raise FileError(f"it was made by an aggregator that is not there: {error}") from None
+        fitted = component.from_tensors(arrays, meta["fitted"])
+        stacker.fitted_, d = fitted, getattr(fitted, "n_features", None)
+        if d is not None or not getattr(component, "needs_features", False):
+            Z = np.zeros((1, stacker.n_models_, len(stacker.levels_)))
+            stacker.predict(Z, None if d is None else np.zeros((1, d)))
+        return stacker
 
     def _fitted(self, X: Any = None) -> Any:
         if not hasattr(self, "fitted_"):
@@ -208,34 +248,47 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         ConfigError
             As for `fit`.
         """
-        from poise.options import make
-        from poise_quantagg import components
-
-        known = list(AGGREGATORS)
-        if self.aggregator not in known:
-            raise ConfigError(f"aggregator={self.aggregator!r}{nearest(self.aggregator, known)} "
-                              f"(have: {', '.join(known)})")
-        cls = getattr(components, AGGREGATORS[self.aggregator])
-        have = {f.name for f in dataclasses.fields(cls)}
-        given = {"solver": self.solver, "penalty": self.penalty, "n_iter": self.n_iter,
-                 "random_state": self.random_state}
-        if self.solver not in list(SOLVERS):
-            raise ConfigError(f"solver={self.solver!r}: allowed is auto, exact, gradient")
-        if self.isotonize is not None and self.isotonize not in list(ISOTONIZERS):
-            raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
-                              f"{', '.join(ISOTONIZERS)} or None")
-        if not is_number(self.n_iter) or self.n_iter < 1:
-            raise ConfigError(f"n_iter={self.n_iter!r}: allowed is a whole number >= 1")
+        self._check_options()
+        cls = _component_class(self.aggregator)
+        have = {f.name for f in option_fields(cls)}
         if self.penalty is not None and "penalty" not in have:
             raise ConfigError(f"aggregator={self.aggregator} takes no penalty: use a global or local one")
-        if self.solver == "exact" and "solver" not in have and self.aggregator.startswith("local"):
+        if self.solver == "exact" and "solver" not in have and getattr(cls, "needs_features", False):
             raise ConfigError(f"aggregator={self.aggregator} has no exact solver: use solver='auto'")
-        if not isinstance(self.options, (Mapping, type(None))):
-            raise ConfigError(f"options={self.options!r}: allowed is a mapping of option to value, or None")
+        given: dict[str, Any] = {"n_iter": self.n_iter, "random_state": self.random_state}
+        if self.solver != "auto":
+            given["solver"] = self.solver
+        if self.penalty is not None:
+            given["penalty"] = self.penalty
         options = {k: v for k, v in given.items() if k in have} | dict(self.options or {})
         # grid searches draw NumPy's numbers
         options = {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
         return make(cls, options, f"aggregator={self.aggregator}")
+
+    def _check_options(self) -> None:
+        if self.solver not in list(SOLVERS):
+            raise ConfigError(f"solver={self.solver!r}: allowed is auto, exact, gradient")
+        if self.isotonize is not None and self.isotonize not in list(OPERATORS):
+            raise ConfigError(f"isotonize={self.isotonize!r}: allowed is one of "
+                              f"{', '.join(OPERATORS)} or None")
+        if not is_number(self.n_iter) or self.n_iter < 1:
+            raise ConfigError(f"n_iter={self.n_iter!r}: allowed is a whole number >= 1")
+        if not isinstance(self.options, (Mapping, type(None))):
+            raise ConfigError(f"options={self.options!r}: allowed is a mapping of option to value, or None")
+
+
+def _component_class(name: Any) -> Any:
+    """Return the registered component of an aggregator; the registry knows those of all plugins.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, with the nearest one.
+    """
+    found = {entry.name: entry for entry in entries("aggregator")}
+    if name not in list(found):
+        raise ConfigError(f"aggregator={name!r}{nearest(name, list(found))} (have: {', '.join(found)})")
+    return found[name].load()
 
 
 def _names(X: Any) -> list[str] | None:
@@ -263,54 +316,3 @@ def warn_crossing(
             "isotonize='sort' mends the result and never raises its score"
         warnings.warn(f"{CROSSING}, this share of neighbouring levels: {named}; {how}",
                       QuantileWarning, stacklevel=stacklevel)
-
-
-def dump_fitted(fitted: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return a fitted aggregator as arrays and plain values."""
-    from poise_quantagg.aggregators.fitted import FittedMedian, LinearFit
-    from poise_quantagg.aggregators.search import GateFit
-
-    if isinstance(fitted, FittedMedian):
-        return {"none": np.zeros(0)}, {"kind": "median", "p": fitted.p, "m": fitted.m}
-    if isinstance(fitted, LinearFit):
-        arrays = {"w": fitted.w}
-        if fitted.intercept is not None:
-            arrays["intercept"] = np.asarray(fitted.intercept)
-        return arrays, {"kind": "linear", "m": fitted.m, "objective": fitted.objective, "gap": fitted.gap}
-    if isinstance(fitted, GateFit):
-        arrays = {f"gate.{k}": v for k, v in fitted.params.items()}
-        arrays |= {"features.mean": fitted.features.mean, "features.scale": fitted.features.scale}
-        meta = {k: getattr(fitted, k) for k in ("resolution", "p", "m", "band", "score")}
-        return arrays, {"kind": "gate", **meta, "leaderboard": list(fitted.leaderboard)}
-    raise ConfigError(f"a fitted {type(fitted).__name__} cannot be saved without pickle")
-
-
-def load_fitted(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Any:
-    """Rebuild what `dump_fitted` returned.
-
-    Raises
-    ------
-    FileError
-        For an unknown kind.
-    """
-    from poise_quantagg.aggregators.fitted import FittedMedian, LinearFit
-    from poise_quantagg.aggregators.search import Features, GateFit
-
-    kind = meta.get("kind")
-    try:
-        if kind == "median":
-            return FittedMedian(int(meta["p"]), int(meta["m"]))
-        if kind == "linear":
-            return LinearFit(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"],
-                             meta["gap"])
-        if kind == "gate":
-            params = {k.removeprefix("gate."): v for k, v in arrays.items() if k.startswith("gate.")}
-            features = Features(arrays["features.mean"], arrays["features.scale"])
-            return GateFit(params, meta["resolution"], int(meta["p"]), int(meta["m"]), features,
-                           meta["band"], meta["score"], tuple(meta["leaderboard"]))
-    except (KeyError, TypeError) as error:
-        raise FileError(f"a saved aggregator is damaged: {error}") from None
-    raise FileError(f"unknown kind of saved aggregator: {kind!r}")
-
-
-

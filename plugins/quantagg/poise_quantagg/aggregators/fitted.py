@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from poise.errors import DataError
+from poise.errors import DataError, FileError
 from poise_quantagg.checks import finite, row_blocks
 
 
@@ -24,6 +26,12 @@ def check_predictions(Z: np.ndarray, p: int, m: int) -> np.ndarray:
             f"Z has {Z.shape[1]} models and {Z.shape[2]} levels; fitted on {p} and {m}"
         )
     return Z
+
+
+def check_kind(meta: Mapping[str, Any], kind: str) -> None:
+    """Raise `FileError` unless saved values say that they are of this kind."""
+    if meta.get("kind") != kind:
+        raise FileError(f"a saved aggregator is of the kind {meta.get('kind')!r}, not {kind!r}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,25 @@ class LinearFit:
         """Return the weights as a copy, shape (p,), (p, m) or (p, m_in, m_out)."""
         return self.w.copy()
 
+    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return what `from_tensors` needs: arrays, and plain values."""
+        arrays = {"w": self.w}
+        if self.intercept is not None:
+            arrays["intercept"] = np.asarray(self.intercept)
+        return arrays, {"kind": "linear", "m": self.m, "objective": self.objective, "gap": self.gap}
+
+    @classmethod
+    def from_tensors(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> LinearFit:
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError
+            For what is saved of another kind.
+        """
+        check_kind(meta, "linear")
+        return cls(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"], meta["gap"])
+
 
 @dataclass(frozen=True)
 class FittedMedian:
@@ -111,3 +138,19 @@ class FittedMedian:
         These are not coefficients of a sum (see the class).
         """
         return np.full(self.p, 1 / self.p)
+
+    def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return what `from_tensors` needs: an array, since a file holds one at least, and plain values."""
+        return {"none": np.zeros(0)}, {"kind": "median", "p": self.p, "m": self.m}
+
+    @classmethod
+    def from_tensors(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> FittedMedian:
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError
+            For what is saved of another kind.
+        """
+        check_kind(meta, "median")
+        return cls(int(meta["p"]), int(meta["m"]))

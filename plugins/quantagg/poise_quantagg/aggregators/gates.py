@@ -156,8 +156,8 @@ class GateTask:
     def combine(self, params, Z: Tensor, X: Tensor | None, masks: Tensor | None) -> Tensor:
         """Return predictions (C, B, m) from Z (C, B, p, m)."""
         if self.local:
-            logits = mlp(params, X, masks)  # type: ignore[arg-type]
-            return weigh(self.resolution, logits, Z)
+            assert X is not None
+            return weigh(self.resolution, mlp(params, X, masks), Z)
         logits = params["logits"]
         if self.resolution == "fine":
             w = torch.softmax(logits.view(-1, self.m, self.p * self.m), dim=2)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import DataError, RunError, require
-from poise_quantagg.aggregators.fitted import LinearFit, check_predictions
+from poise.errors import RunError, require
+from poise_quantagg.aggregators.fitted import LinearFit
+from poise_quantagg.aggregators.fitted_gate import Features, GateFit, softmax
 from poise_quantagg.aggregators.global_ import exact
-from poise_quantagg.checks import finite, row_blocks
 from poise_quantagg.scores import pinball
 
 WIDTHS, DEPTHS, DROPOUTS = (64, 128), (2, 3), (0.0, 0.05, 0.1)
@@ -30,7 +30,7 @@ HELD_OUT = 0.2  # of the rows, when no validation rows are given
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search needs beside the rows; see `components.py` for each option."""
+    """What a search needs beside the rows; the components say what each option is."""
 
     resolution: str
     local: bool
@@ -99,8 +99,9 @@ def search(
     p, m = Z.shape[1:]
     if not options.local:
         resolution = "medium" if options.band is not None else options.resolution
-        w = _softmax(params["logits"].reshape(weights.shape), resolution, p, m)
+        w = softmax(params["logits"].reshape(weights.shape), resolution, p, m)
         return LinearFit(w, m, objective=score)
+    assert features is not None
     gate = GateFit(params, options.resolution, p, m, features, options.band, score, board)
     if options.start == "uniform" or options.penalty is not None or options.loss_isotonize is not None:
         return gate
@@ -141,32 +142,42 @@ def _parts(rows: _Rows, validation, seed: int) -> tuple[_Rows, _Rows]:
 
 
 def _best_of(
-    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Any,
+    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Features | None,
     levels: np.ndarray, progress: Any,
 ) -> tuple[float, dict[str, np.ndarray], tuple[dict[str, Any], ...]]:
     """Return the best validation score, its parameters, and all configurations, best first."""
+    unit = _spread(train)
+    found = [one for one in _tried(options, train, held, weights, features, levels, progress)
+             if np.isfinite(one[0])]
+    if not found:
+        raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
+                       f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
+                       f"{train.y.min():g} to {train.y.max():g}")
+    found.sort(key=lambda one: one[0])
+    board = tuple({**vars(config), "validation_pinball": score * unit, "step": step}
+                  for score, step, config, _ in found)
+    return found[0][0] * unit, {k: v.double().numpy() for k, v in found[0][3].items()}, board
+
+
+def _tried(
+    options: SearchOptions, train: _Rows, held: _Rows, weights: np.ndarray, features: Features | None,
+    levels: np.ndarray, progress: Any,
+) -> list[tuple[float, int, Any, dict[str, Any]]]:
+    """Return (score, step, configuration, parameters) of all configurations, in units of the spread."""
     import torch
 
-    from poise_quantagg.aggregators.gates import GateTask, Rows, start_logits
+    from poise_quantagg.aggregators.gates import GateTask, start_logits
     from poise_quantagg.penalties import adaptive_margins
 
-    center, unit = float(np.average(train.y, weights=train.s)), _spread(train)
     # a small output layer of a fine gate lies in the cache: there doubled precision costs little
-    small = _axis(options) == 1 and weights.size <= SMALL_HEAD
-    dtype, numbers = (torch.float64, np.float64) if small else (torch.float32, np.float32)
-
-    def scaled(part: _Rows) -> Rows:
-        wide = window(part.Z, options.band)
-        Z = np.subtract(wide, center, out=np.empty(wide.shape, numbers), casting="same_kind")
-        Z /= numbers(unit)
-        return Rows(Z, (part.y - center) / unit, features(part.X) if features else None,
-                    None if np.all(part.s == part.s[0]) else part.s)
-
+    dtype = torch.float64 if _axis(options) == 1 and weights.size <= SMALL_HEAD else torch.float32
+    double = dtype == torch.float64
+    rows = _scaled(train, train, options.band, features, double)
+    validation = _scaled(held, train, options.band, features, double)
     profile = None
     if options.penalty == "adaptive":
-        profile = adaptive_margins(train.Z, train.y, levels) / unit
+        profile = adaptive_margins(train.Z, train.y, levels) / _spread(train)
     start = start_logits(weights, _axis(options)) if options.start == "exact" else np.zeros(weights.shape)
-    data = scaled(train), scaled(held)
     configs = draw(options)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, config in enumerate(configs):
@@ -175,21 +186,26 @@ def _best_of(
     for members in groups.values():
         members.sort(key=lambda i: configs[i].lr)  # equal ones side by side: fewer pieces to optimize
         chosen = [configs[i] for i in members]
-        task = GateTask("medium" if options.band is not None else options.resolution, *data, levels, chosen,
-                        start, dtype, penalty=options.penalty, profile=profile,
+        task = GateTask("medium" if options.band is not None else options.resolution, rows, validation,
+                        levels, chosen, start, dtype, penalty=options.penalty, profile=profile,
                         isotonize=options.loss_isotonize, rank=options.rank)
         trained = _train(options, task, chosen, members, len(train.y), dtype, progress)
-        found += [(float(trained.score[c]) * unit, int(trained.step[c]), config, trained.params[c])
+        found += [(float(trained.score[c]), int(trained.step[c]), config, trained.params[c])
                   for c, config in enumerate(chosen)]
-    found = sorted((one for one in found if np.isfinite(one[0])), key=lambda one: one[0])
-    if not found:
-        raise RunError(f"no configuration of {'local' if options.local else 'global'}_"
-                       f"{options.resolution} has a finite validation loss: look for outliers, y goes from "
-                       f"{train.y.min():g} to {train.y.max():g}")
-    board = tuple({**vars(config), "validation_pinball": score, "step": step}
-                  for score, step, config, _ in found)
-    score, _, _, params = found[0]
-    return score, {k: v.double().numpy() for k, v in params.items()}, board
+    return found
+
+
+def _scaled(part: _Rows, train: _Rows, band: int | None, features: Features | None, double: bool) -> Any:
+    """Return rows for the gates, on the scale of the training rows."""
+    from poise_quantagg.aggregators.gates import Rows
+
+    numbers = np.float64 if double else np.float32
+    center, unit = float(np.average(train.y, weights=train.s)), _spread(train)
+    wide = window(part.Z, band)
+    Z = np.subtract(wide, center, out=np.empty(wide.shape, numbers), casting="same_kind")
+    Z /= numbers(unit)
+    return Rows(Z, (part.y - center) / unit, features(part.X) if features and part.X is not None else None,
+                None if np.all(part.s == part.s[0]) else part.s)
 
 
 def _spread(rows: _Rows) -> float:
@@ -257,16 +273,6 @@ def _axis(options: SearchOptions) -> int:
     return 1 if options.resolution == "fine" and options.band is None else 0
 
 
-def _softmax(logits: np.ndarray, resolution: str, p: int, m: int) -> np.ndarray:
-    """Return weights (..., p), (..., p, m) or (..., p, m_in, m_out) from logits (..., K)."""
-    axis = -1 if resolution != "medium" else -2
-    w = np.exp(logits - logits.max(axis=axis, keepdims=True))
-    w /= w.sum(axis=axis, keepdims=True)
-    if resolution != "fine":
-        return w
-    return np.moveaxis(w.reshape(*w.shape[:-1], p, m), -3, -1)
-
-
 def window(Z: np.ndarray, band: int | None) -> np.ndarray:
     """Return (n, p (2 band + 1), m): at level k, the predictions at levels k - band to k + band; Z as it
     is without a band."""
@@ -275,115 +281,3 @@ def window(Z: np.ndarray, band: int | None) -> np.ndarray:
     m = Z.shape[2]
     near = np.clip(np.arange(m)[None] + np.arange(-band, band + 1)[:, None], 0, m - 1)
     return Z[:, :, near].reshape(len(Z), -1, m)
-
-
-@dataclass(frozen=True)
-class Features:
-    """The units of the gate's inputs."""
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    @staticmethod
-    def of(X: np.ndarray) -> Features:
-        """Learn means and scales from rows (n, d); a constant column has scale 1."""
-        scale = X.std(axis=0)
-        return Features(X.mean(axis=0), np.where(scale > 0, scale, 1.0))
-
-    def __call__(self, X: np.ndarray) -> np.ndarray:
-        return (X - self.mean) / self.scale
-
-
-@dataclass(frozen=True)
-class GateFit:
-    """Weights that are a function of the features.
-
-    Parameters
-    ----------
-    params : dict of arrays W0, b0, ...
-    resolution : {"coarse", "medium", "fine"}
-    p, m : int
-    features : Features
-    band : int or None
-        For banded fine gates.
-    score : float
-        Mean pinball loss on the validation rows, sorted, in the unit of y.
-    leaderboard : tuple of dict
-        All configurations tried, best first.
-    """
-
-    params: dict[str, np.ndarray]
-    resolution: str
-    p: int
-    m: int
-    features: Any
-    band: int | None = None
-    score: float | None = None
-    leaderboard: tuple[dict[str, Any], ...] = ()
-    linear = False
-    needs_features = True
-
-    def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
-        """Return the weighted sums, shape (n, m).
-
-        Raises
-        ------
-        DataError
-            Without features, for shapes that differ from the fit, or values that are not finite.
-        """
-        Z, X = check_predictions(Z, self.p, self.m), self._checked(X, len(Z))
-        out = np.empty((len(Z), self.m))
-        for block in row_blocks(len(Z), self.params[f"b{len(self.params) // 2 - 1}"].size):
-            w = self._weights(X[block])
-            if w.ndim == 2:
-                out[block] = np.einsum("np,npm->nm", w, Z[block])
-            elif w.ndim == 3:
-                out[block] = np.einsum("npm,npm->nm", w, Z[block])
-            else:
-                out[block] = np.einsum("npvm,npv->nm", w, Z[block], optimize=True)
-        return out
-
-    def weights(self, X: np.ndarray | None = None) -> np.ndarray:
-        """Return the weights at rows X: (n, p), (n, p, m) or (n, p, m_in, m_out).
-
-        Fine weights of n rows take 8 n p m^2 bytes: 470 MB for 1,000 rows, 6 models and 99 levels.
-        """
-        return self._weights(self._checked(X, None))
-
-    def _checked(self, X: np.ndarray | None, n: int | None) -> np.ndarray:
-        if X is None:
-            raise DataError("these weights depend on the features: give X")
-        X = finite("X", X, 2)
-        if n is not None and len(X) != n:
-            raise DataError(f"X has {len(X)} rows and Z has {n}: they must be equal")
-        if X.shape[1] != len(self.features.mean):
-            raise DataError(f"X has {X.shape[1]} features; fitted on {len(self.features.mean)}")
-        return X
-
-    def _weights(self, X: np.ndarray) -> np.ndarray:
-        x = self.features(X)
-        depth = len(self.params) // 2
-        for k in range(depth):
-            x = x @ self.params[f"W{k}"] + self.params[f"b{k}"]
-            if k < depth - 1:
-                x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-        p, m = self.p, self.m
-        if self.resolution == "coarse":
-            return _softmax(x, "coarse", p, m)
-        if self.band is not None:
-            return self._unwindowed(_softmax(x.reshape(len(x), -1, m), "medium", p, m))
-        if self.resolution == "medium":
-            return _softmax(x.reshape(len(x), p, m), "medium", p, m)
-        return _softmax(x.reshape(len(x), m, p * m), "fine", p, m)
-
-    def _unwindowed(self, w: np.ndarray) -> np.ndarray:
-        """Return banded weights (n, p (2b + 1), m) as fine ones (n, p, m_in, m_out)."""
-        n, band, m = len(w), int(self.band or 0), self.m
-        w = w.reshape(n, self.p, 2 * band + 1, m)
-        full = np.zeros((n, self.p, m, m))
-        for offset in range(2 * band + 1):
-            near = np.clip(np.arange(m) + offset - band, 0, m - 1)
-            for k in range(m):
-                full[:, :, near[k], k] += w[:, :, offset, k]
-        return full
-

@@ -87,8 +87,8 @@ class _LoopTask:
         return {"validation_loss": score}
 
 
-def train_adapted(model: Any, task: Any, members: Members, schedule: Schedule):
-    """Train one network behind `model.adapter`; return (validation score, weights W0, b0, ...).
+def train_adapted(adapter: Any, task: Any, members: Members, schedule: Schedule):
+    """Train one network behind an adapter; return (validation score, weights W0, b0, ...).
 
     Adam with AMSGrad as in the batch; the adapter's own optimizer drives its parameters.
     """
@@ -98,7 +98,7 @@ def train_adapted(model: Any, task: Any, members: Members, schedule: Schedule):
 
     seed = members.seeds[0]
     network = Network(task.init(0, torch.Generator().manual_seed(seed % 2**63)))
-    attached = model.adapter.attach(network)
+    attached = adapter.attach(network)
     optimizer = attached.optimizer(torch.optim.Adam, lr=members.lr[0], weight_decay=members.weight_decay[0],
                                    amsgrad=True)
     loop = _LoopTask(network, attached, task, members, schedule)

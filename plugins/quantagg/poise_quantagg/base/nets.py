@@ -283,7 +283,7 @@ class _Search:
         from poise_quantagg.base.adapted import train_adapted
 
         return {
-            (i, k): train_adapted(self.model, *self.problem([(i, k)]))
+            (i, k): train_adapted(self.model.adapter, *self.problem([(i, k)]))
             for i in configs for k in range(len(self.parts))
         }
 

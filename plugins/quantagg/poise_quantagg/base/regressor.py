@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,3 +100,29 @@ class JoinedLevels:
         """Return quantiles, shape (n, m), at `levels` (default: all that were trained)."""
         q = np.concatenate([part.predict_quantiles(X) for part in self.parts], axis=1)
         return q if levels is None else interpolate(q, self.levels_, check_levels(levels))
+
+
+class Later:
+    """A fitted model that is fetched when it is first asked for; pickles as that model.
+
+    Parameters
+    ----------
+    fetch : callable
+        Returns the model, the same one at every call.
+    levels : array, shape (m,)
+        Those that the model was fitted at.
+    """
+
+    def __init__(self, fetch: Callable[[], Any], levels: np.ndarray) -> None:
+        self.model, self.levels_ = fetch, levels
+
+    def predict_quantiles(self, X: np.ndarray, levels: Sequence[float] | None = None) -> np.ndarray:
+        """Return quantiles, shape (n, m)."""
+        return self.model().predict_quantiles(X, self.levels_ if levels is None else levels)
+
+    def __reduce__(self):
+        return _itself, (self.model(),)
+
+
+def _itself(model: Any) -> Any:
+    return model
