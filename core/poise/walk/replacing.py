@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from poise.errors import ConfigError
+from poise.walk.product import Product
 from poise.walk.weight import Weight
 
 
@@ -32,6 +33,8 @@ def replace(weight: Weight, layer: nn.Module) -> Callable[[], None]:
     slot = weight.slot
     assert slot is not None
     slot.put(layer)
+    if not hasattr(layer, "weight"):  # models look at a linear's weight, torch's fused paths take it
+        layer.weight = Product(layer)  # type: ignore[assignment]
 
     def undo() -> None:
         if slot.get() is not layer:
