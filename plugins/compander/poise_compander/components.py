@@ -224,6 +224,8 @@ class Companded:
     function: str = option("arctan", "what compresses: arctan, erf, arsinh, tanh, or a registered one")
     sharpness: float = option(1.5, "how far into the function the largest weight reaches; near 0: uniform",
                               above=0, high=10)
+    scale_dtype: str = option("float16", "how scales are stored; float32 where float16 does not hold them",
+                              choices=("float16", "float32"))
 
     def __post_init__(self) -> None:
         from poise_compander.names import FUNCTION_NAMES
@@ -234,19 +236,37 @@ class Companded:
 
             named(self.function)
 
+    def at(self, bits: int) -> Companded:
+        """Return the same quantizer at another number of bits; raises `ConfigError` outside 2 to 8."""
+        return replace(self, bits=bits)
+
+    def layout(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return name, shape and dtype of the tensors that a weight of this shape is stored in."""
+        from poise_compander.quantizer import layout
+
+        return layout(self.bits, self.group, self.scale_dtype, shape)
+
     def quantize(self, weight: Tensor) -> CompandedMatrix:
-        """Quantize a matrix (out, in); raises `DataError` for NaN or Inf."""
+        """Quantize a matrix (out, in).
+
+        Raises
+        ------
+        DataError
+            For NaN or Inf, and for a weight whose scales float16 does not hold; give scale_dtype=float32.
+        """
         from poise_compander.quantizer import quantize
 
-        return quantize(weight, self._table, self.bits, self.group)
+        return quantize(weight, self._table, self.bits, self.group, self.scale_dtype)
 
     def from_tensors(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> CompandedMatrix:
-        """Rebuild what `CompandedMatrix.tensors` returned."""
+        """Rebuild what `CompandedMatrix.tensors` returned; raises `FileError` for what does not fit."""
         from poise_compander.quantizer import rebuild
 
-        return rebuild(tensors, self._table, self.bits, self.group, shape, dtype)
+        return rebuild(tensors, self._table, self.bits, self.group, self.scale_dtype, shape, dtype)
 
     @property
     def _table(self) -> Tensor:

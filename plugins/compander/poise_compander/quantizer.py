@@ -15,8 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.quantizers.packing import PackedMatrix, grouped, pack, stored_scale
+from poise.errors import DataError, FileError
+from poise.quantizers.packing import PackedMatrix, grouped, pack, packed_width
 from poise_compander.functions import Function
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_EXACT = 2.0**-9  # share of itself by which a stored scale may be off: the largest of 256 codes still fits
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,12 @@ class CompandedMatrix(PackedMatrix):
 
     levels: Tensor
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that it keeps in memory: those of its tensors. All matrices of a quantizer share one table
+        of levels (2^bits numbers), which is not counted."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
     def values(self, codes: Tensor) -> Tensor:
         return self.levels.to(codes.device)[codes.int()]
 
@@ -43,14 +53,27 @@ def levels(function: Function, sharpness: float, bits: int) -> Tensor:
     return inner.clamp(-1, 1).to(torch.float32)
 
 
-def quantize(weight: Tensor, table: Tensor, bits: int, group: int) -> CompandedMatrix:
+def layout(bits: int, group: int, scale_dtype: str, shape: tuple[int, int]) -> Layout:
+    """Return name, shape and dtype of each tensor that a matrix of this shape is stored in."""
+    rows, columns = shape
+    groups = (1, 1) if group == -1 else (rows, -(-columns // group) if group else 1)
+    return {"codes": ((rows, packed_width(columns, bits)), torch.uint8),
+            "scale": (groups, getattr(torch, scale_dtype))}
+
+
+def quantize(weight: Tensor, table: Tensor, bits: int, group: int, scale_dtype: str) -> CompandedMatrix:
     """Quantize a matrix (out, in), each weight to the level nearest to it.
 
     The error of a weight is at most half the distance between the levels around it, times the scale.
+
+    Raises
+    ------
+    DataError
+        For NaN, Inf or an empty matrix, and for scales that float16 does not hold, where it is to.
     """
     blocks = grouped(weight, group)
     largest = blocks.abs().amax(-1)
-    (scale,) = stored_scale(torch.where(largest > 0, largest, torch.ones_like(largest)))
+    scale = _stored_scale(scale_dtype, torch.where(largest > 0, largest, torch.ones_like(largest)))
     table = table.to(weight.device)
     borders = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(blocks / scale.to(torch.float32).unsqueeze(-1), borders)
@@ -59,10 +82,32 @@ def quantize(weight: Tensor, table: Tensor, bits: int, group: int) -> CompandedM
     return CompandedMatrix(pack(codes, bits), scale, None, bits, group, shape, weight.dtype, table)
 
 
+def _stored_scale(scale_dtype: str, scale: Tensor) -> Tensor:  # core's stored_scale will do this
+    """Return the scale as it is stored; raises `DataError` where float16 would distort it."""
+    stored = scale.to(getattr(torch, scale_dtype))
+    distorted = (stored.to(torch.float32) - scale).abs() > scale.abs() * _EXACT
+    if bool(distorted.any()):
+        worst = float(scale[distorted].max())
+        raise DataError(f"{int(distorted.sum())} scales (the largest is {worst:.3g}) are too large or too "
+                        f"small for {scale_dtype}: give scale_dtype=float32")
+    return stored
+
+
 def rebuild(
-    tensors: Mapping[str, Tensor], table: Tensor, bits: int, group: int, shape: tuple[int, int],
-    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor], table: Tensor, bits: int, group: int, scale_dtype: str,
+    shape: tuple[int, int], dtype: torch.dtype,
 ) -> CompandedMatrix:
-    """Rebuild what `CompandedMatrix.tensors` returned; names and sizes are checked."""
+    """Rebuild what `CompandedMatrix.tensors` returned.
+
+    Raises
+    ------
+    FileError
+        When names, sizes or dtypes are not those of `layout`.
+    """
     plain = PackedMatrix.from_tensors(tensors, bits, group, shape, dtype, with_minimum=False)
+    for name, (_, wanted) in layout(bits, group, scale_dtype, plain.shape).items():
+        if tensors[name].dtype != wanted:
+            said = [str(d).removeprefix("torch.") for d in (tensors[name].dtype, wanted)]
+            mend = f": give scale_dtype={said[0]}" if said[0] in ("float16", "float32") else ""
+            raise FileError(f"packed {name} is {said[0]}, not {said[1]}{mend}")
     return CompandedMatrix(plain.codes, plain.scale, None, bits, group, plain.shape, dtype, table)
