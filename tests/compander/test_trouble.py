@@ -469,7 +469,7 @@ def test_the_matched_control_takes_what_the_compander_takes():
 def test_weight_norm_on_a_companded_model_is_refused():
     model = steady()
     WeightCompander().attach(model)
-    with pytest.raises(ConfigError, match="0 is companded: detach the compander first"):
+    with pytest.raises(ConfigError, match="weight_norm: 0 is companded already: call detach"):
         WeightNorm().attach(model)
 
 

@@ -1,0 +1,83 @@
+"""Which weights a method takes, and which it cannot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from poise.errors import ConfigError
+from poise.walk import Weight, select
+from poise_compander.writers import is_held
+
+KINDS = ("linear", "conv")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def companded_weights(
+    model: nn.Module, target_modules: list[str] | None, exclude_modules: list[str] | None
+) -> list[Weight]:
+    """Return the weights of linears and convolutions, and of embeddings where an output layer shares them.
+
+    Raises
+    ------
+    ConfigError
+        When a pattern, or the whole selection, matches nothing; with candidates.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = [
+        w for w in select(model, target_modules, exclude_modules, (*KINDS, "embedding"))
+        if w.numel and (
+            w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
+    ]
+    if not chosen:
+        raise ConfigError("compander: the layers that are named are embeddings, or empty; it takes linears "
+                          "and convolutions")
+    return chosen
+
+
+def holders_of(model: nn.Module, chosen: list[Weight]) -> dict[str, list[nn.Module]]:
+    """Return the modules that hold each weight: several where it is tied."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {w.name: list({id(m): m for m in (w.module, *(
+        modules[tie] for tie in w.tied_with if tie in modules))}.values()) for w in chosen}
+
+
+def refuse_held(what: str, name: str, holders: list[nn.Module]) -> None:
+    """Raise `ConfigError` for a weight that something reparameterizes already; `what` asks."""
+    for module in holders:
+        if parametrize.is_parametrized(module, "weight"):
+            raise ConfigError(f"{what}: {name} is reparameterized already: detach that first")
+        if is_held(module):
+            raise ConfigError(f"{what}: {name} is companded already: call detach() on what attach returned "
+                              f"before")
+
+
+def refuse_unfit(name: str, weight: nn.Parameter) -> None:
+    """Raise `ConfigError` for a weight that cannot be companded."""
+    if not _dense(local(weight)):
+        raise ConfigError(f"compander: {name} is a part of a larger tensor (strides {weight.stride()}): "
+                          f"give the layer a weight of its own, nn.Parameter(weight.clone())")
+    if not weight.is_floating_point():
+        raise ConfigError(f"compander: {name} is {weight.dtype}: it takes real numbers; exclude it")
+    if weight.dtype in _HALF:
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ConfigError(f"compander: {name} is {kind}: v needs more digits near the bound; keep weights "
+                          f"in float32 (model.float()) and train under autocast")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor; a view without gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill their memory without gaps, in any order of axes."""
+    sizes = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    expected = 1
+    for stride, size in sizes:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
