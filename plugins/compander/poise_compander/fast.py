@@ -185,7 +185,7 @@ class FastCompander(AttachedCompander):
         for own in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
             if (own.dtype, own.device, own.stride()) != (w.dtype, w.device, w.stride()):
                 raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
-                               f"on {w.device}, what the optimizer holds is {own.dtype} with "
+                               f"on {w.device}, its v or a moment is {own.dtype} with "
                                f"{own.stride()} on {own.device}: convert the model before attach, "
                                f"or detach() and attach again")
         if g.dtype != w.dtype or g.stride() != w.stride():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -20,7 +21,7 @@ def folded_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     A computed tensor comes first in its module, where torch's layers have their weight.
     """
     computed = {_prefix(path): list(parts) for path, parts in _parametrizations(model)}
-    inner = {f"{prefix}parametrizations." for prefix in computed}
+    inner = {f"{prefix}parametrizations.{name}." for prefix, names in computed.items() for name in names}
     begun: set[str] = set()
     for key, value in model.state_dict().items():
         above = list(_prefixes(key))
@@ -43,11 +44,14 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(p): n for n, p in model.named_parameters()} | first
 
 
-def _parametrizations(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _parametrizations(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what is computed in each module, by name, under every path of the module."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if parametrize.is_parametrized(module):
-            yield path, module.parametrizations
+        parts: Any = getattr(module, "parametrizations", None)
+        found = {name: one for name, one in parts.items() if isinstance(one, ParametrizationList)} \
+            if isinstance(parts, nn.ModuleDict) else {}
+        if found:
+            yield path, found
 
 
 def _prefix(path: str) -> str:

@@ -134,6 +134,7 @@ class ReferenceCompander(AttachedCompander):
 
     @torch.no_grad()
     def _fold(self) -> None:
+        self.check_untouched()  # before the first weight is made plain
         for name, layer in self.companded.items():
             v = self.parameter(name).detach().clone()
             for holder in layer.holders:
