@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poise.files import copy_checked
 from poise_compander.attached import Attachment
-from poise_compander.selection import companded_weights, holders_of, refuse_held
+from poise_compander.selection import choose_companded, refuse_held
 
 
 def match_rates(
@@ -25,10 +25,11 @@ def match_rates(
     ConfigError
         When no layer matches, or something reparameterizes a weight.
     """
-    chosen = companded_weights(model, target_modules, exclude_modules)
-    for own, holders in holders_of(model, chosen).items():
-        refuse_held("lr_matched", own, holders)
-    return AttachedLrMatched(adapter, model, name, {w.name: w.module for w in chosen}, a, b, decay_on)
+    chosen = choose_companded(model, target_modules, exclude_modules)
+    for one in chosen:
+        refuse_held("lr_matched", one)
+    layers = {one.name: one.holders[0] for one in chosen}
+    return AttachedLrMatched(adapter, model, name, layers, a, b, decay_on)
 
 
 class AttachedLrMatched(Attachment):

@@ -14,7 +14,7 @@ from poise_compander.fast import FastCompander
 from poise_compander.functions import Function, named
 from poise_compander.reference import ReferenceCompander
 from poise_compander.scales import Scales
-from poise_compander.selection import companded_weights, holders_of, local, refuse_held, refuse_unfit
+from poise_compander.selection import choose_companded, local, refuse_held, refuse_unfit
 from poise_compander.settings import Settings
 
 PATHS: dict[str, type[AttachedCompander]] = {"fast": FastCompander, "reference": ReferenceCompander}
@@ -43,20 +43,18 @@ def compand(
         bound (with "raise"). The model is then as it was.
     """
     function = named(settings.function)
-    chosen = companded_weights(model, target_modules, exclude_modules)
-    holders = holders_of(model, chosen)
-    for w in chosen:
-        refuse_held("compander", w.name, holders[w.name])
-        refuse_unfit(w.name, w.module.get_parameter("weight"))
-    plain = {w.name: w.module.get_parameter("weight") for w in chosen}
-    found = {n: look(function, local(weight), settings.a, n) for n, weight in plain.items()}
-    pairs = _pairs(settings, function, found, {n: weight.dtype for n, weight in plain.items()})
+    chosen = choose_companded(model, target_modules, exclude_modules)
+    for one in chosen:
+        refuse_held("compander", one)
+        refuse_unfit(one)
+    found = {one.name: look(function, local(one.weight), settings.a, one.name) for one in chosen}
+    pairs = _pairs(settings, function, found, {one.name: one.weight.dtype for one in chosen})
     with torch.no_grad():  # nothing is changed before every weight is known to fit
-        for n, weight in plain.items():
-            if found[n].over and settings.bound_policy == "clamp":
-                own = local(weight)
+        for one in chosen:
+            if found[one.name].over and settings.bound_policy == "clamp":
+                own = local(one.weight)
                 own.copy_(clamped(function, own, settings.a))
-    layers = [Layer(n, holders[n], pairs[n], found[n]) for n in plain]
+    layers = [Layer(one.name, one.holders, pairs[one.name], found[one.name]) for one in chosen]
     return PATHS[settings.path](adapter, settings, model, name, layers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -10,13 +12,27 @@ from poise.errors import ConfigError
 from poise.walk import Weight, select
 from poise_compander.writers import is_held
 
-KINDS = ("linear", "conv")
+_KINDS = ("linear", "conv")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def companded_weights(
+@dataclass(frozen=True)
+class Chosen:
+    """A weight that a method takes, while it is plain; several modules hold one that is tied."""
+
+    name: str
+    holders: list[nn.Module]
+    tied_with: tuple[str, ...]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that all holders share."""
+        return self.holders[0].get_parameter("weight")
+
+
+def choose_companded(
     model: nn.Module, target_modules: list[str] | None, exclude_modules: list[str] | None
-) -> list[Weight]:
+) -> list[Chosen]:
     """Return the weights of linears and convolutions, and of embeddings where an output layer shares them.
 
     Raises
@@ -26,35 +42,42 @@ def companded_weights(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = [
-        w for w in select(model, target_modules, exclude_modules, (*KINDS, "embedding"))
+        w for w in select(model, target_modules, exclude_modules, (*_KINDS, "embedding"))
         if w.numel and (
-            w.kind in KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
+            w.kind in _KINDS or any(isinstance(modules.get(tie), nn.Linear) for tie in w.tied_with))
     ]
     if not chosen:
         raise ConfigError("compander: the layers that are named are embeddings, or empty; it takes linears "
                           "and convolutions")
-    return chosen
+    return [_with_holders(w, modules) for w in chosen]
 
 
-def holders_of(model: nn.Module, chosen: list[Weight]) -> dict[str, list[nn.Module]]:
-    """Return the modules that hold each weight: several where it is tied."""
+def choose_layers(
+    model: nn.Module, target_modules: list[str] | None, exclude_modules: list[str] | None
+) -> list[Chosen]:
+    """Return the weights of linears and convolutions; raises `ConfigError` as `choose_companded` does."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    return {w.name: list({id(m): m for m in (w.module, *(
-        modules[tie] for tie in w.tied_with if tie in modules))}.values()) for w in chosen}
+    return [_with_holders(w, modules) for w in select(model, target_modules, exclude_modules, _KINDS)]
 
 
-def refuse_held(what: str, name: str, holders: list[nn.Module]) -> None:
+def _with_holders(w: Weight, modules: dict[str, nn.Module]) -> Chosen:
+    holders = [w.module, *(modules[tie] for tie in w.tied_with if tie in modules)]
+    return Chosen(w.name, list({id(m): m for m in holders}.values()), w.tied_with)
+
+
+def refuse_held(what: str, one: Chosen) -> None:
     """Raise `ConfigError` for a weight that something reparameterizes already; `what` asks."""
-    for module in holders:
+    for module in one.holders:
         if parametrize.is_parametrized(module, "weight"):
-            raise ConfigError(f"{what}: {name} is reparameterized already: detach that first")
+            raise ConfigError(f"{what}: {one.name} is reparameterized already: detach that first")
         if is_held(module):
-            raise ConfigError(f"{what}: {name} is companded already: call detach() on what attach returned "
-                              f"before")
+            raise ConfigError(f"{what}: {one.name} is companded already: call detach() on what attach "
+                              f"returned before")
 
 
-def refuse_unfit(name: str, weight: nn.Parameter) -> None:
+def refuse_unfit(one: Chosen) -> None:
     """Raise `ConfigError` for a weight that cannot be companded."""
+    name, weight = one.name, one.weight
     if not _dense(local(weight)):
         raise ConfigError(f"compander: {name} is a part of a larger tensor (strides {weight.stride()}): "
                           f"give the layer a weight of its own, nn.Parameter(weight.clone())")

@@ -11,9 +11,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from poise.errors import ConfigError
 from poise.files import copy_checked
-from poise.walk import select
 from poise_compander.attached import Attachment
-from poise_compander.selection import KINDS, refuse_held
+from poise_compander.selection import choose_layers, refuse_held
 
 
 def normalize_rows(
@@ -27,16 +26,17 @@ def normalize_rows(
     ConfigError
         When no layer matches, a weight is reparameterized or tied, or one of its rows is zero.
     """
-    chosen = select(model, target_modules, exclude_modules, KINDS)
-    for w in chosen:
-        refuse_held("weight_norm", w.name, [w.module])
-        if w.tied_with:
-            raise ConfigError(f"weight_norm: {w.name} shares its weight with {w.tied_with[0]}: exclude it")
-        zero = int((w.read().norm(dim=1) == 0).sum())
+    chosen = choose_layers(model, target_modules, exclude_modules)
+    for one in chosen:
+        refuse_held("weight_norm", one)
+        if one.tied_with:
+            raise ConfigError(f"weight_norm: {one.name} shares its weight with {one.tied_with[0]}: exclude "
+                              f"it")
+        zero = int((one.weight.detach().flatten(1).norm(dim=1) == 0).sum())  # as torch norms them
         if zero:
-            raise ConfigError(f"weight_norm: {w.name} has {zero} rows of zeros, which have no direction: "
+            raise ConfigError(f"weight_norm: {one.name} has {zero} rows of zeros, which have no direction: "
                               f"initialise it, or exclude it")
-    return AttachedWeightNorm(adapter, model, name, {w.name: w.module for w in chosen})
+    return AttachedWeightNorm(adapter, model, name, {one.name: one.holders[0] for one in chosen})
 
 
 class AttachedWeightNorm(Attachment):
