@@ -61,7 +61,9 @@ class FastCompander(AttachedCompander):
         ]
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self.companded[name].module.get_parameter("weight")
+        parameter = self.companded[name].module._parameters["weight"]  # get_parameter costs a step too much
+        assert parameter is not None
+        return parameter
 
     def v(self, name: str) -> Tensor:
         return self._v[name]
