@@ -53,10 +53,10 @@ def test_attaching_keeps_the_output_and_takes_linears_and_convolutions(path):
 @paths
 def test_layers_are_chosen_by_patterns(path):
     model = network()
-    assert list(WeightCompander(exclude=["3"], path=path).attach(model).layers) == ["0"]
+    assert list(WeightCompander(exclude_modules=["3"], path=path).attach(model).layers) == ["0"]
     assert isinstance(model[3].weight, nn.Parameter)
     assert list(WeightCompander(target_modules=["3"], path=path).attach(network()).layers) == ["3"]
-    for options in ({"exclude": ["4"]}, {"target_modules": ["4"]}):
+    for options in ({"exclude_modules": ["4"]}, {"target_modules": ["4"]}):
         with pytest.raises(ConfigError, match=r"pattern '4' matches no weight .*weights end in: 0, 3"):
             WeightCompander(path=path, **options).attach(network())
 

@@ -101,7 +101,7 @@ def test_the_papers_pairs():
     assert factor["resnet18", "cifar10"] == 2.78 and factor["resnet50", "imagenet"] == 0.73
     learned = PaperCompander(learned=True).options
     assert learned == WeightCompander(a=0.5, b=1.0, learn="layer", guard="none")
-    assert learned.decays_v and not PaperCompander().options.decays_v
+    assert learned.settings.decays_v and not PaperCompander().options.settings.decays_v
 
 
 @pytest.mark.parametrize(("model", "data", "words"), [

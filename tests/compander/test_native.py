@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from networks import randn, steady, train
 from poise.errors import ConfigError, RunError
 from poise_compander import WeightCompander, native, update
 from poise_compander.functions import FUNCTIONS
+from poise_compander.names import FUNCTION_NAMES
 from poise_compander.update import Step, Work
 
 LIMITS = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -33,6 +35,25 @@ def fresh(monkeypatch, tmp_path):
 def needs_compiler():
     if native.kernel() is None:
         pytest.skip(f"no C kernel here: {native.why_not()}")
+
+
+def enum_of(first):
+    """Return an enum of kernel.c by its first name: names and numbers, in order."""
+    (body,) = re.findall(rf"enum {{ ({first}\b[^}}]*) }}", native.SOURCE.read_text())
+    names = [entry.strip().partition(" = ") for entry in body.split(",")]
+    return {name: int(value) if value else i for i, (name, _, value) in enumerate(names)}
+
+
+def test_what_python_says_of_the_kernel_is_what_the_kernel_says():
+    """Functions and flags are passed by number, and a step's numbers by their place."""
+    functions = enum_of("ARCTAN")
+    assert tuple(name.lower() for name in functions) == FUNCTION_NAMES
+    assert list(functions.values()) == list(range(len(FUNCTION_NAMES)))
+    assert enum_of("ADAPTIVE") == {name.lstrip("_"): value for name, value in vars(native).items()
+                                   if name.isupper() and name.startswith("_") and isinstance(value, int)}
+    (fields,) = re.findall(r"double (a, b, [^;]*);\n} numbers;", native.SOURCE.read_text())
+    assert ["weight_decay" if f == "decay" else f for f in fields.split(", ")] == list(native._NUMBERS)
+    assert set(FUNCTION_NAMES) <= set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

@@ -62,7 +62,7 @@ def test_a_function_that_is_hardly_bent_gives_uniform_levels(function):
        group=st.sampled_from([-1, 0, 1, 3, 16]), seed=st.integers(0, 999), power=st.integers(-6, 4))
 def test_each_weight_goes_to_its_nearest_level(bits, name, k, group, seed, power):
     w = heavy(5, 21, seed=seed) * 10.0**power
-    quantizer = Companded(bits=bits, group=group, function=name, sharpness=k)
+    quantizer = Companded(bits=bits, group=group, function=name, sharpness=k, scale_dtype="float32")
     stored = quantizer.quantize(w)
     table = stored.levels
     codes = unpack(stored.codes, bits, 21).long()
@@ -101,6 +101,8 @@ def test_a_group_of_zeros_stays_small_and_a_row_of_one_value_is_kept():
 @pytest.mark.parametrize(("tensors", "error"), [
     ({"codes": torch.zeros(4, 3, dtype=torch.uint8), "scale": torch.ones(4, 1)}, FileError),
     ({"codes": torch.zeros(4, 4, dtype=torch.uint8)}, FileError),
+    ({"codes": torch.zeros(4, 4, dtype=torch.uint8), "scale": torch.ones(4, 1)}, FileError),  # float32
+    ({"codes": torch.zeros(4, 4), "scale": torch.ones(4, 1, dtype=torch.float16)}, FileError),
 ])
 def test_tensors_of_another_size_are_refused(tensors, error):
     with pytest.raises(error):
@@ -109,6 +111,7 @@ def test_tensors_of_another_size_are_refused(tensors, error):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"bits": 1}, "bits"), ({"bits": 9}, "bits"), ({"group": -2}, "group"), ({"sharpness": 0.0}, "sharp"),
+    ({"scale_dtype": "bfloat16"}, "one of float16, float32"),
     ({"sharpness": float("nan")}, "sharpness"), ({"function": "arctanh"}, "did you mean 'arctan'"),
 ])
 def test_bad_options_are_refused(options, words):
@@ -119,6 +122,68 @@ def test_bad_options_are_refused(options, words):
 def test_weights_that_are_no_numbers_are_refused():
     with pytest.raises(DataError, match="1 values that are NaN"):
         Companded().quantize(torch.tensor([[1.0, float("nan")]]))
+
+
+# ------------------------------------------------------------------ what is known before data
+
+
+@settings(max_examples=80, deadline=None)
+@given(bits=st.sampled_from(BITS), group=st.sampled_from([-1, 0, 1, 3, 16, 64]), rows=st.integers(1, 9),
+       columns=st.integers(1, 70), scale_dtype=st.sampled_from(["float16", "float32"]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_the_layout_is_what_is_really_made(bits, group, rows, columns, scale_dtype, dtype):
+    quantizer = Companded(bits=bits, group=group, scale_dtype=scale_dtype)
+    stored = quantizer.quantize(heavy(rows, columns).to(dtype))
+    made = stored.tensors()
+    assert quantizer.layout((rows, columns), dtype) == {n: (tuple(t.shape), t.dtype)
+                                                        for n, t in made.items()}
+    assert stored.resident_bytes == stored.nbytes == sum(t.nbytes for t in made.values())
+    again = quantizer.from_tensors(made, (rows, columns), dtype)
+    assert torch.equal(again.dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_at_changes_the_bits_and_nothing_else(bits):
+    start = Companded(bits=4, group=16, function="tanh", sharpness=2.0, scale_dtype="float32")
+    assert start.at(bits) == Companded(bits, 16, "tanh", 2.0, "float32") and start.at(4) == start
+    assert start.at(bits).quantize(heavy(4, 16)).bits == bits
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.5, "4", True])
+def test_at_other_numbers_of_bits_is_refused(bits):
+    with pytest.raises(ConfigError, match=r"Companded\.bits="):
+        Companded().at(bits)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-9, 1e5, 3e38])
+def test_scales_that_float16_does_not_hold_are_refused_with_the_option_that_does(size):
+    weight = torch.ones(2, 8)
+    weight[1] *= size
+    with pytest.raises(DataError, match=r"^has scales .* not hold: give scale_dtype='float32'$"):
+        Companded(group=8).quantize(weight)
+    stored = Companded(group=8, scale_dtype="float32").quantize(weight)
+    assert stored.scale.dtype == torch.float32
+    assert torch.allclose(stored.dequantize(), weight, rtol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.floats(1e-9, 1e6))
+def test_a_scale_is_stored_within_a_512th_of_itself_or_refused(size):
+    weight = torch.full((1, 4), size)
+    try:
+        stored = Companded(group=0).quantize(weight)
+    except DataError:
+        held = float(weight[0, 0].half())
+        assert abs(held - float(weight[0, 0])) > float(weight[0, 0]) * 2**-9
+    else:
+        assert abs(float(stored.scale) - float(weight[0, 0])) <= float(weight[0, 0]) * 2**-9
+
+
+def test_tensors_of_the_other_scale_dtype_are_refused_with_the_option_that_fits():
+    for made, asked in (("float32", "float16"), ("float16", "float32")):
+        tensors = Companded(scale_dtype=made).quantize(heavy(4, 8)).tensors()
+        with pytest.raises(FileError, match=f"scale is {made}, not {asked}: give scale_dtype={made}"):
+            Companded(scale_dtype=asked).from_tensors(tensors, (4, 8), torch.float32)
 
 
 def mixture():

@@ -230,7 +230,7 @@ def test_moments_of_another_memory_format_are_refused():
     twin, other = start(torch.channels_last)
     twin.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(RunError, match=r"weight of 0 is .* with strides .* what the optimizer holds is"):
+    with pytest.raises(RunError, match=r"weight of 0 is .* with strides .* its v or a moment is"):
         step(twin, other)
 
 
@@ -460,7 +460,12 @@ def test_the_matched_control_takes_what_the_compander_takes():
         rate = torch.tensor(0.1)
         groups = control.optimizer(SGD, lr=rate, foreach=False).param_groups
         assert [float(g["lr"]) for g in groups] == pytest.approx([0.4, 0.1][: len(groups)]) and rate == 0.1
-        LrMatched(decay_on="v").attach(model).optimizer(torch.optim.Rprop)  # has no decay
+        with pytest.raises(ConfigError, match="held by lr_matched already"):
+            LrMatched(decay_on="v").attach(model)
+        control.detach()
+        by_v = LrMatched(decay_on="v").attach(model)
+        by_v.optimizer(torch.optim.Rprop)  # has no decay
+        by_v.detach()
         own = {id(p) for p in optimizer.param_groups[0]["params"]}
         attached = WeightCompander().attach(model)
         assert own == {id(attached.parameter(name)) for name in attached.companded}
@@ -469,7 +474,7 @@ def test_the_matched_control_takes_what_the_compander_takes():
 def test_weight_norm_on_a_companded_model_is_refused():
     model = steady()
     WeightCompander().attach(model)
-    with pytest.raises(ConfigError, match="0 is companded: detach the compander first"):
+    with pytest.raises(ConfigError, match="weight_norm: 0 is companded already: call detach"):
         WeightNorm().attach(model)
 
 

@@ -50,7 +50,7 @@ def check(kind: str, path: str, learn: str) -> None:
         if path == "reference":  # parametrizations are made before sharding, v is what is sharded
             attached = options.attach(model)
             fully_shard(model)
-        else:  # the optimizer's v follows the shards of w
+        else:  # v follows the shards of w
             fully_shard(model)
             attached = options.attach(model)
         fit(model, attached, X[rows], Y[rows])

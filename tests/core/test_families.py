@@ -92,7 +92,7 @@ def test_an_adapters_change_reaches_every_experts_product(family, packed):
     model, reference = tiny(family), tiny(family)
     if packed:
         quantize_model(model, AbsMax(8, 8))
-    objects = {n: p for n, p in model.named_parameters()}
+    objects = dict(model.named_parameters())
     untouched = logits(model)
     attached = LowRank(r=3).attach(model)
     assert torch.allclose(logits(model), untouched, atol=1e-6)
@@ -165,8 +165,8 @@ def test_routers_are_left_alone_unless_they_are_named(family):
     report = quantize_model(tiny(family), AbsMax(8, 8), {"*": 8})
     assert not routers & set(report["quantized"])
     assert not routers & set(Bone(r=2).attach(tiny(family)).layers)
-    assert not routers & set(Bone(r=2, target_modules=["mlp.*", "q_proj", "q"]).attach(tiny(family)).layers) \
-        if family == "mixtral" else True
+    wide = Bone(r=2, target_modules=["*"]).attach(tiny(family))
+    assert not routers & set(wide.layers) and len(wide.layers) > 8
     name = next(iter(routers))
     if family == "switch_transformers":
         assert set(quantize_model(model, AbsMax(8, 8), {name: 8})["quantized"]) == {name}

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from poise.errors import ConfigError
 from poise.walk import Weight
+from poise.walk.plain import computed
 
 _frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> [requires_grad before, holders]
 _alone: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> who has it to itself
@@ -54,6 +55,9 @@ def who_holds(tensor: Tensor | None) -> str | None:
 def refuse_held(chosen: Iterable[Weight], what: str) -> None:
     """Raise `ConfigError` for a weight that another adapter has to itself."""
     for w in chosen:
+        if w.module is not None and w.parameter in computed(w.module):
+            raise ConfigError(f"{what}: {w.name} is reparameterized (torch's parametrize): merge or remove "
+                              f"that first, or exclude it")
         tensor = getattr(w.module, w.parameter, None)
         if isinstance(tensor, Tensor) and (who := who_holds(tensor)):
             raise ConfigError(f"{what}: {w.name} is held by {who!r}, which reparameterizes it and shares "

@@ -109,9 +109,13 @@ class PackedMatrix:
             raise FileError(f"packed tensors should be {sorted(expected)}; {odd[0]} is missing or extra")
         for name, (size, kind) in expected.items():
             got = tensors[name]
-            if tuple(got.shape) != size or got.dtype != kind:
-                raise FileError(f"packed {name} {tuple(got.shape)} {got.dtype} do not fit a matrix {shape} "
-                                f"at {bits} bits, which has {size} {kind}")
+            if tuple(got.shape) != size:
+                raise FileError(f"packed {name} {tuple(got.shape)} do not fit a matrix {shape} at {bits} "
+                                f"bits, which has {size}")
+            if got.dtype != kind:
+                said = [str(d).removeprefix("torch.") for d in (got.dtype, kind)]
+                mend = f": give scale_dtype={said[0]}" if said[0] in ("float16", "float32") else ""
+                raise FileError(f"packed {name} is {said[0]}, not {said[1]}{mend}")
         return cls(tensors["codes"], tensors["scale"], tensors.get("minimum"), bits, group, shape, dtype)
 
     def dequantize(self, rows: slice | None = None) -> Tensor:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, DataError, nearest
 from poise.quantizers.layers import PackedLinear
 from poise.walk import Weight, covered, weights
 from poise.walk.experts import ExpertSlot, PlainExpert
+from poise.walk.plain import computed
 
 ROLES = ("linear", "expert")  # what is packed without being named
 FULL = (16, 32)  # bits in a plan that mean: leave it as it is
@@ -50,7 +50,7 @@ def quantize_model(
         if w.adapters:
             raise ConfigError(f"{w.name} is adapted by {w.adapters[0]!r}: quantize the model before "
                               f"attach, or after merge()")
-        if parametrize.is_parametrized(w.layer):
+        if computed(w.layer):
             raise ConfigError(f"{w.name} is reparameterized: quantize the model before attach, or after "
                               f"merge()")
     packed = [(w, _quantize(w, q), q) for w, q in chosen]

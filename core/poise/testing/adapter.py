@@ -16,7 +16,8 @@ from poise.walk import checkpoint, weights
 
 ULPS = 4
 _METHODS = ("model", "name", "adapter", "active", "disable", "trainable", "optimizer", "fold", "unfold",
-            "merge", "folded_weights", "folded_state_dict", "state_dict", "load_state_dict", "detach", "report")
+            "merge", "folded_weights", "folded_state_dict", "state_dict", "load_state_dict", "detach",
+            "report")
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:

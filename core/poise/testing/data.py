@@ -81,7 +81,7 @@ def _lengths(splits: Splits, again: Splits) -> None:
         expect(len(part.x) == len(part.y),
                f"the {name} split has {len(part.x)} rows of features and {len(part.y)} targets")
         expect(part.x.shape[1:] == splits.train.x.shape[1:],
-               f"rows of the {name} split have shape {part.x.shape[1:]}, train's {splits.train.x.shape[1:]}")
+               f"rows of the {name} split have shape {part.x.shape[1:]}, not {splits.train.x.shape[1:]}")
 
 
 def _finite(splits: Splits, again: Splits) -> None:
@@ -92,11 +92,13 @@ def _finite(splits: Splits, again: Splits) -> None:
 
 
 def _labels(splits: Splits, again: Splits) -> None:
-    classes = splits.spec.get("n_classes")
+    classes: Any = splits.spec.get("n_classes")
     whole = np.issubdtype(splits.train.y.dtype, np.integer)
     expect(whole == (classes is not None),
            "spec has n_classes exactly where targets are class numbers (int64)")
-    for name, part in _parts(splits).items() if classes is not None else ():
+    if classes is None:
+        return
+    for name, part in _parts(splits).items():
         low, high = int(part.y.min()), int(part.y.max())
         expect(low >= 0 and high < classes,
                f"the {name} split has labels {low} to {high}, but n_classes is {classes}")

@@ -18,7 +18,7 @@ class LowRank:
 
     r: int = option(2, "rank of the update", low=1)
     multiply: bool = option(False, "act on the output rows instead of adding to the weight")
-    target_modules: list[str] | None = option(None, "patterns of weights; null: linears and experts, no head")
+    target_modules: list[str] | None = option(None, "patterns of weights; null: linears, experts, no head")
     exclude_modules: list[str] | None = option(None, "patterns of weights to leave alone")
 
     freezes_base: ClassVar[bool] = True

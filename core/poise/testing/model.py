@@ -137,4 +137,5 @@ def _quantile(component: Any) -> list[str]:
     error = np.abs(out[:, len(levels) // 2] - y).mean() / np.abs(y - np.median(y)).mean()
     expect(error < 1.0, "the median prediction is no better than a constant")
     expect_refusal(lambda: model.predict_quantiles(X[:, :2]), "another number of columns is accepted")
-    return ["levels", "predictions", "level order", "two fits alike", "better than a constant", "refuses columns"]
+    return ["levels", "predictions", "level order", "two fits alike", "better than a constant",
+            "refuses other columns"]

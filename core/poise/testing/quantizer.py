@@ -154,7 +154,8 @@ def _refusals(case: _Case) -> None:
     for bad in (float("nan"), float("inf")):
         broken = case.weight.clone()
         broken.view(-1)[-1] = bad
-        expect_refusal(lambda b=broken: case.quantizer.quantize(b), f"a weight that holds {bad} is accepted")
+        expect_refusal(lambda b=broken: case.quantizer.quantize(b),
+                       f"a weight that holds {bad} is accepted")
 
 
 CHECKS: dict[str, Callable[[_Case], None]] = {

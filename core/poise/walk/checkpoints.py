@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from poise.walk.live import weights
-from poise.walk.plain import joined, own_state
+from poise.walk.plain import children, joined, own_state
 from poise.walk.weight import Weight
 
 Changed = Iterable[tuple[str, Callable[[], Tensor]]]
@@ -46,9 +45,8 @@ def _entries(
     for key, tensor in own_state(module, path):
         found = by_key.get(key, [])
         yield key, _plain(found, changed) if any(w.name in changed for w in found) else tensor
-    for name, child in module._modules.items():
-        if child is not None and not (name == "parametrizations" and parametrize.is_parametrized(module)):
-            yield from _entries(child, joined(path, name), by_key, changed)
+    for name, child in children(module):
+        yield from _entries(child, joined(path, name), by_key, changed)
 
 
 def _plain(found: list[Weight], changed: dict[str, Callable[[], Tensor]]) -> Tensor:

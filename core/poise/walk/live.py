@@ -8,12 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, nearest
 from poise.walk.experts import fused_weights
 from poise.walk.families import OTHER, Family, family, holds_experts, placed
-from poise.walk.plain import joined, matrix, own_tensors
+from poise.walk.plain import children, joined, matrix, own_tensors
 from poise.walk.weight import Child, Weight
 
 
@@ -48,9 +47,7 @@ def held(module: nn.Module, path: str, kind: Family = OTHER) -> Iterator[Weight]
             yield from fused_weights(module, path, name)
         else:
             yield matrix(module, path, name, tensor)
-    for name, child in module._modules.items():
-        if child is None or (name == "parametrizations" and parametrize.is_parametrized(module)):
-            continue
+    for name, child in children(module):
         for weight in held(child, joined(path, name), kind):
             # the parent of whatever holds the weight is where another layer would be put
             yield weight if weight.slot else replace(weight, slot=Child(module, name))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from poise.walk.weight import Weight
 
@@ -21,13 +21,27 @@ def joined(*parts: str) -> str:
     return ".".join(p for p in parts if p)
 
 
+def computed(module: nn.Module) -> dict[str, ParametrizationList]:
+    """Return what torch's parametrize computes in a module, by name; a child of one's own may be called
+    `parametrizations` too."""
+    parts = module._modules.get("parametrizations")
+    if not isinstance(parts, nn.ModuleDict):
+        return {}
+    return {name: one for name, one in parts.items() if isinstance(one, ParametrizationList)}
+
+
+def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children that are the model's own, by name."""
+    for name, child in module._modules.items():
+        if child is not None and not (name == "parametrizations" and computed(module)):
+            yield name, child
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a module's own parameters of two or more dimensions that are no biases, as the model sees them:
     parametrized ones under their public name."""
     names = [n for n, p in module._parameters.items() if p is not None]
-    if parametrize.is_parametrized(module):
-        names += list(module.parametrizations)  # type: ignore[arg-type]
-    for name in names:
+    for name in [*names, *computed(module)]:
         tensor = getattr(module, name)
         if isinstance(tensor, Tensor) and tensor.ndim > 1 and not name.endswith("bias"):
             yield name, tensor
@@ -50,9 +64,8 @@ def matrix(module: nn.Module, path: str, name: str, tensor: Tensor) -> Weight:
 def own_state(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
     """Yield what a module itself adds to a plain `state_dict`; a parametrized tensor counts as itself."""
     prefix = f"{path}." if path else ""
-    if parametrize.is_parametrized(module):
-        for name in module.parametrizations:  # type: ignore[union-attr]
-            yield f"{prefix}{name}", getattr(module, name).detach()
+    for name in computed(module):
+        yield f"{prefix}{name}", getattr(module, name).detach()
     kept: dict[str, Tensor] = {}
     module._save_to_state_dict(kept, prefix, keep_vars=False)
     yield from kept.items()
@@ -71,9 +84,8 @@ def reader(get: Callable[[], Tensor]) -> Callable[[slice | None], Tensor]:
 
 def tensor_key(module: nn.Module, name: str) -> tuple[Any, ...]:
     """Return what is the same for two names of one tensor."""
-    if parametrize.is_parametrized(module, name):
-        inner = module.parametrizations[name]  # type: ignore[index]
-        return (id(inner.original if hasattr(inner, "original") else inner.original0),)
+    if (inner := computed(module).get(name)) is not None:
+        return (id(inner.original if inner.is_tensor else inner.original0),)
     return (id(getattr(module, name)),)
 
 
@@ -115,7 +127,7 @@ def _role(module: nn.Module, name: str) -> tuple[str, bool]:
 
 @torch.no_grad()
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    if parametrize.is_parametrized(module, name):
+    if name in computed(module):
         setattr(module, name, tensor)  # goes through right_inverse
     else:
         getattr(module, name).copy_(tensor)  # not through .data: adapters see writes by the version counter

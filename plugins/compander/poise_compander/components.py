@@ -6,10 +6,13 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from poise.errors import ConfigError
 from poise.options import check_options, option
+from poise_compander.names import FUNCTION_NAMES
+from poise_compander.presets import LEARNED, pair
+from poise_compander.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +23,25 @@ if TYPE_CHECKING:
     from poise_compander.quantizer import CompandedMatrix
     from poise_compander.weight_norm import AttachedWeightNorm
 
-
+_TARGETS = "patterns of layers to take; null: all linears and convolutions"
+_EXCLUDED = "patterns of layers to leave alone; null: none"
 _EXTREME = 1e6  # of a and b: beyond it float32 has no digits left for v, or for its square
+
+
+def _check_patterns(component: Any) -> None:
+    """Raise `ConfigError` for a list of patterns that names nothing, which is not the same as none."""
+    for name, none in (("target_modules", "take all"), ("exclude_modules", "leave none alone")):
+        if getattr(component, name) == []:
+            raise ConfigError(f"{type(component).__name__}.{name}=[]: it names no layer; leave it out "
+                              f"(null) to {none}, or give patterns of names")
+
+
+def _check_function(name: str) -> None:
+    """Raise `ConfigError` for an unknown function, with those there are."""
+    if name not in FUNCTION_NAMES:
+        from poise_compander.functions import named
+
+        named(name)  # registered, or refused with the names there are
 
 
 @dataclass(frozen=True)
@@ -29,8 +49,8 @@ class WeightCompander:
     """w = Psi(v) = a psi(v / b) on every weight of linears and convolutions; v is what trains.
 
     The network's output does not change at attach: v = Psi^-1(w). On the fast path the model keeps plain
-    weights w and the optimizer owns v; on the reference path torch's parametrize computes w from v at every
-    use. Both train the same numbers.
+    weights w, and what attach returns owns v; on the reference path the model owns v, and torch's
+    parametrize computes w from it at every use. Both train the same numbers.
 
     Source: arXiv 2306.16993 sections III-A to III-D; the default pair leaves the learning rate near zero
     unchanged, (a / b)^2 = 1.
@@ -49,34 +69,27 @@ class WeightCompander:
         choices=("raise", "clamp", "grow"))
     guard: str = option("softplus", "what keeps learned a and b positive; none: the paper",
                         choices=("softplus", "exp", "none"))
-    path: str = option("fast", "who computes w: the optimizer (fast), or torch's parametrize (reference)",
+    path: str = option("fast", "who computes w: a step (fast), or torch's parametrize (reference)",
                        choices=("fast", "reference"))
-    target_modules: list[str] | None = option(None, "patterns of layers to take; null: all linears and "
-                                              "convolutions")
-    exclude: list[str] = option([], "patterns of layers to leave alone")
+    target_modules: list[str] | None = option(None, _TARGETS)
+    exclude_modules: list[str] | None = option(None, _EXCLUDED)
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        from poise_compander.names import FUNCTION_NAMES
-
         check_options(self)
+        _check_patterns(self)
         for name, value in (("a", self.a), ("b", self.b)):
             if not 1 / _EXTREME <= value <= _EXTREME:  # nor is NaN
                 raise ConfigError(f"WeightCompander.{name}={value!r}: allowed is a number > 0, from "
                                   f"{1 / _EXTREME:g} to {_EXTREME:g}")
-        if self.target_modules is not None and not self.target_modules:
-            raise ConfigError("WeightCompander.target_modules=[]: it names no layer; leave it out (null) "
-                              "to take all, or give patterns of names")
-        if self.function not in FUNCTION_NAMES:
-            from poise_compander.functions import named
-
-            named(self.function)  # registered, or refused with the names there are
+        _check_function(self.function)
 
     @property
-    def decays_v(self) -> bool:
-        """Whether weight decay acts on v."""
-        return (self.decay_on or ("w" if self.learn == "none" else "v")) == "v"
+    def settings(self) -> Settings:
+        """The options as the method takes them, without those that choose layers."""
+        return Settings(self.function, self.a, self.b, self.learn, self.decay_on, self.bound_policy,
+                        self.guard, self.path)
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
         """Reparameterize the model, in place.
@@ -87,9 +100,15 @@ class WeightCompander:
             When no layer matches, a weight is attached already, is of half precision, is not finite, or
             reaches the bound (with "raise"). The model is then as it was.
         """
-        from poise_compander.attached import attach
+        return _compand(model, self, self, name)
 
-        return attach(self, model, name)
+
+def _compand(model: nn.Module, options: WeightCompander, adapter: Any, name: str) -> AttachedCompander:
+    """Compand by some options on behalf of the component whose `attach` was called."""
+    from poise_compander.paths import compand
+
+    return compand(model, options.settings, adapter=adapter, name=name,
+                   target_modules=options.target_modules, exclude_modules=options.exclude_modules)
 
 
 @dataclass(frozen=True)
@@ -105,29 +124,28 @@ class PaperCompander:
     learned: bool = option(False, "train the pairs, one for each layer; model and data do not matter then")
     bound_policy: str = option("raise", "what to do with weights at or over the bound at attach",
                                choices=("raise", "clamp", "grow"))
-    path: str = option("fast", "who computes w: the optimizer (fast), or torch's parametrize (reference)",
+    path: str = option("fast", "who computes w: a step (fast), or torch's parametrize (reference)",
                        choices=("fast", "reference"))
+    target_modules: list[str] | None = option(None, _TARGETS)
+    exclude_modules: list[str] | None = option(None, _EXCLUDED)
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
+        _check_patterns(self)
         self.options  # noqa: B018 - refuses what the paper did not train
 
     @property
     def options(self) -> WeightCompander:
         """The compander that this stands for."""
-        from poise_compander.presets import LEARNED, pair
-
-        chosen = LEARNED
-        if not self.learned:
-            a, b = pair(self.model, self.data)
-            chosen = WeightCompander(a=a, b=b)
-        return replace(chosen, bound_policy=self.bound_policy, path=self.path)
+        chosen: dict[str, Any] = LEARNED if self.learned else dict(zip("ab", pair(self.model, self.data)))
+        return WeightCompander(**chosen, bound_policy=self.bound_policy, path=self.path,
+                               target_modules=self.target_modules, exclude_modules=self.exclude_modules)
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedCompander:
         """Reparameterize the model, in place; see `WeightCompander.attach`."""
-        return self.options.attach(model, name)
+        return _compand(model, self.options, self, name)
 
 
 @dataclass(frozen=True)
@@ -142,18 +160,21 @@ class LrMatched:
     b: float = option(0.7, "the compander's b", above=0)
     decay_on: str = option("w", "what the compander's decay acts on; v: these weights' is divided by "
                            "(a / b)^2, since that of v is not slowed", choices=("w", "v"))
-    exclude: list[str] = option([], "patterns of layers to leave alone")
+    target_modules: list[str] | None = option(None, _TARGETS)
+    exclude_modules: list[str] | None = option(None, _EXCLUDED)
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
+        _check_patterns(self)
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedLrMatched:
         """Choose the same weights as the compander would; the model is not changed."""
-        from poise_compander.controls import attach
+        from poise_compander.controls import match_rates
 
-        return attach(self, model, name)
+        return match_rates(model, self.a, self.b, decay_on=self.decay_on, adapter=self, name=name,
+                           target_modules=self.target_modules, exclude_modules=self.exclude_modules)
 
 
 @dataclass(frozen=True)
@@ -166,12 +187,14 @@ class PowerPropagation:
 
     alpha: float = option(2.0, "the power; 1: plain training", low=1.0)
     decay_on: str = option("v", "what weight decay acts on", choices=("w", "v"))
-    exclude: list[str] = option([], "patterns of layers to leave alone")
+    target_modules: list[str] | None = option(None, _TARGETS)
+    exclude_modules: list[str] | None = option(None, _EXCLUDED)
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
+        _check_patterns(self)
         if not math.isfinite(self.alpha):
             raise ConfigError(f"PowerPropagation.alpha={self.alpha!r}: allowed is a finite number >= 1")
 
@@ -180,8 +203,8 @@ class PowerPropagation:
         from poise_compander.functions import power
 
         options = WeightCompander(power(self.alpha).name, a=1.0, b=1.0, decay_on=self.decay_on,
-                                  exclude=self.exclude)
-        return options.attach(model, name)
+                                  target_modules=self.target_modules, exclude_modules=self.exclude_modules)
+        return _compand(model, options, self, name)
 
 
 @dataclass(frozen=True)
@@ -191,12 +214,14 @@ class WeightNorm:
     Source: weight normalization (arXiv 1602.07868), which the compander's paper compares with.
     """
 
-    exclude: list[str] = option([], "patterns of layers to leave alone")
+    target_modules: list[str] | None = option(None, _TARGETS)
+    exclude_modules: list[str] | None = option(None, _EXCLUDED)
 
     freezes_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)
+        _check_patterns(self)
 
     def attach(self, model: nn.Module, name: str = "default") -> AttachedWeightNorm:
         """Reparameterize linears and convolutions, in place.
@@ -206,9 +231,10 @@ class WeightNorm:
         ConfigError
             When no layer matches, a weight is reparameterized or tied, or one of its rows is zero.
         """
-        from poise_compander.weight_norm import attach
+        from poise_compander.weight_norm import normalize_rows
 
-        return attach(self, model)
+        return normalize_rows(model, adapter=self, name=name, target_modules=self.target_modules,
+                              exclude_modules=self.exclude_modules)
 
 
 @dataclass(frozen=True)
@@ -224,29 +250,44 @@ class Companded:
     function: str = option("arctan", "what compresses: arctan, erf, arsinh, tanh, or a registered one")
     sharpness: float = option(1.5, "how far into the function the largest weight reaches; near 0: uniform",
                               above=0, high=10)
+    scale_dtype: str = option("float16", "how scales are stored; float32 where float16 does not hold them",
+                              choices=("float16", "float32"))
 
     def __post_init__(self) -> None:
-        from poise_compander.names import FUNCTION_NAMES
-
         check_options(self)
-        if self.function not in FUNCTION_NAMES:
-            from poise_compander.functions import named
+        _check_function(self.function)
 
-            named(self.function)
+    def at(self, bits: int) -> Companded:
+        """Return the same quantizer at another number of bits; raises `ConfigError` outside 2 to 8."""
+        return replace(self, bits=bits)
+
+    def layout(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return name, shape and dtype of the tensors that a weight of this shape is stored in."""
+        from poise.quantizers.packing import layout
+
+        return layout(self.bits, self.group, shape, self.scale_dtype, with_minimum=False)
 
     def quantize(self, weight: Tensor) -> CompandedMatrix:
-        """Quantize a matrix (out, in); raises `DataError` for NaN or Inf."""
+        """Quantize a matrix (out, in).
+
+        Raises
+        ------
+        DataError
+            For NaN or Inf, and for a weight whose scales float16 does not hold; give scale_dtype=float32.
+        """
         from poise_compander.quantizer import quantize
 
-        return quantize(weight, self._table, self.bits, self.group)
+        return quantize(weight, self._table, self.bits, self.group, self.scale_dtype)
 
     def from_tensors(
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> CompandedMatrix:
-        """Rebuild what `CompandedMatrix.tensors` returned."""
+        """Rebuild what `CompandedMatrix.tensors` returned; raises `FileError` for what does not fit."""
         from poise_compander.quantizer import rebuild
 
-        return rebuild(tensors, self._table, self.bits, self.group, shape, dtype)
+        return rebuild(tensors, self._table, self.bits, self.group, self.scale_dtype, shape, dtype)
 
     @property
     def _table(self) -> Tensor:

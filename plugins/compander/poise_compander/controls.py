@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,66 +9,67 @@ import torch
 from torch import Tensor, nn
 
 from poise.files import copy_checked
-from poise.walk import Weight
-from poise_compander.attached import companded_weights
-from poise_compander.components import LrMatched
-from poise_compander.diagnostics import Watched
+from poise_compander.attached import Attachment
+from poise_compander.selection import choose_companded, refuse_held
 
 
-def attach(options: LrMatched, model: nn.Module, name: str) -> AttachedLrMatched:
-    """Choose the weights whose learning rate is scaled; see `LrMatched.attach`."""
-    return AttachedLrMatched(options, model, companded_weights(model, None, options.exclude))
+def match_rates(
+    model: nn.Module, a: float, b: float, *, decay_on: str = "w", adapter: Any = None,
+    name: str = "default", target_modules: list[str] | None = None,
+    exclude_modules: list[str] | None = None,
+) -> AttachedLrMatched:
+    """Choose the weights whose learning rate is scaled, those that a compander would take.
+
+    Raises
+    ------
+    ConfigError
+        When no layer matches, or something reparameterizes a weight.
+    """
+    chosen = choose_companded(model, target_modules, exclude_modules)
+    for one in chosen:
+        refuse_held("lr_matched", one)
+    layers = {one.name: one.holders[0] for one in chosen}
+    return AttachedLrMatched(adapter, model, name, layers, a, b, decay_on)
 
 
-class AttachedLrMatched(Watched):
+class AttachedLrMatched(Attachment):
     """Nothing but parameter groups: the weights' learning rate times (a / b)^2."""
 
-    def __init__(self, options: LrMatched, model: nn.Module, chosen: list[Weight]) -> None:
-        self.options, self.model = options, model
-        self.layers = {w.name: w.module for w in chosen}
+    method = "lr_matched"
 
-    @property
-    def factor(self) -> float:
-        """(a / b)^2."""
-        return (self.options.a / self.options.b) ** 2
+    def __init__(self, adapter: Any, model: nn.Module, name: str, layers: dict[str, nn.Module], a: float,
+                 b: float, decay_on: str) -> None:
+        super().__init__(adapter, model, name, layers.values())
+        self.layers, self.factor, self.decay_on = layers, (a / b) ** 2, decay_on
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return the chosen weights, and all else that trains."""
-        own = [layer.weight for layer in self.layers.values()]
+        own = list(self._own().values())
         ids = {id(p) for p in own}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
         return [{"params": own}, {"params": rest}] if rest else [{"params": own}]
 
+    def _own(self) -> dict[str, nn.Parameter]:
+        return {name: layer.get_parameter("weight") for name, layer in self.layers.items()}
+
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a torch optimizer with the scaled rate on the chosen weights."""
+        self.check_here()
         optimizer = cls(self.trainable(), **options)
         own = optimizer.param_groups[0]
         own["lr"] = own["lr"] * self.factor  # not in place: a tensor is shared by all groups
-        if self.options.decay_on == "v" and own.get("weight_decay"):
+        if self.decay_on == "v" and own.get("weight_decay"):
             own["weight_decay"] = own["weight_decay"] / self.factor
         return optimizer
 
-    def fold(self) -> None:
-        """Do nothing: the weights are plain."""
-
-    def unfold(self) -> None:
-        """Do nothing: the weights are plain."""
-
-    def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of the model's checkpoint."""
-        return copy.deepcopy(dict(self.model.state_dict()))
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return the chosen weights."""
-        return {f"{n}.weight": m.weight.detach() for n, m in self.layers.items()}  # type: ignore[union-attr]
+        return {f"{name}.weight": weight.detach() for name, weight in self._own().items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the chosen weights; raises `FileError` when names or shapes differ."""
+        self.check_here()
         copy_checked(self.state_dict(), tensors, "lr_matched")
-
-    def detach(self) -> nn.Module:
-        """Return the model."""
-        return self.model
 
     def report(self) -> dict[str, Any]:
         """Return the factor and the number of layers."""

@@ -7,18 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from poise_compander.attached import AttachedCompander
+from poise_compander.functions import Function
+from poise_compander.scales import Scales
 
 PERCENTILES = (0.0, 7.0, 16.0, 31.0, 50.0, 69.0, 84.0, 93.0, 100.0)
 FROZEN = 0.1  # of the largest Psi'
 ZERO = 0.01  # |w| below this counts as near zero
+
+
+class Seen(Protocol):
+    """What is looked at here: what `WeightCompander.attach` returns."""
+
+    @property
+    def companded(self) -> Mapping[str, Any]: ...
+
+    @property
+    def function(self) -> Function: ...
+
+    def scales(self, name: str) -> Scales: ...
+
+    def v(self, name: str) -> Tensor: ...
+
+    def w(self, name: str) -> Tensor: ...
 
 
 def effective_lr_factor(a: float, b: float) -> float:
@@ -27,7 +43,7 @@ def effective_lr_factor(a: float, b: float) -> float:
 
 
 @torch.no_grad()
-def slopes(attached: AttachedCompander, name: str) -> Tensor:
+def slopes(attached: Seen, name: str) -> Tensor:
     """Return Psi'(v) / Psi'(0) of a layer, in the shape of its weight, between 0 and 1.
 
     Powerpropagation's Psi'(0) is 0: there it is Psi'(v) itself.
@@ -37,7 +53,7 @@ def slopes(attached: AttachedCompander, name: str) -> Tensor:
     return attached.function.derivative(attached.v(name).detach(), a, b) / zero
 
 
-def saturated_share(attached: AttachedCompander) -> float:
+def saturated_share(attached: Seen) -> float:
     """Return the share of companded weights whose Psi' is below a tenth of its largest value."""
     low = total = 0
     for name in attached.companded:
@@ -47,7 +63,7 @@ def saturated_share(attached: AttachedCompander) -> float:
     return low / total
 
 
-def layer_table(attached: AttachedCompander) -> list[dict[str, Any]]:
+def layer_table(attached: Seen) -> list[dict[str, Any]]:
     """Return a row for each layer: its pair, learning-rate factors, frozen share, share near zero.
 
     `mean_lr_factor` is the mean of Psi'(v)^2, by which an SGD step of w is multiplied.

@@ -1,47 +1,67 @@
-"""The fast path: the model holds plain weights w, the optimizer owns v."""
+"""The fast path: the model owns w, which is plain, and what attach returned owns v.
+
+A step is one pass over memory: autograd gives dL/dw, and the kernel writes the moments, v and w. An
+optimizer owns moments only; its `state_dict` takes v along, since the model's has none.
+
+Sources: arXiv 2306.16993 section III-C (L2 on w through the chain rule; learned pairs: decay on v); the
+adaptive rule on dL/dw with its step times Psi' is the one that the paper adopts from powerpropagation.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from poise.errors import FileError, RunError
-from poise_compander import native, update
-from poise_compander.attached import AttachedCompander, Layer, held, local
+from poise.errors import ConfigError, FileError, RunError
+from poise_compander import native, update, writers
+from poise_compander.attached import AttachedCompander, Layer
 from poise_compander.bounds import below, beyond
-from poise_compander.components import WeightCompander
+from poise_compander.optimizers import (
+    ADAPTIVE,
+    CompandedOptimizer,
+    Live,
+    companded_optimizer,
+    gradient,
+    set_gradients,
+    sign,
+)
+from poise_compander.selection import local
+from poise_compander.settings import Settings
 from poise_compander.update import Step, Work
 
 Wanted = tuple[str, Tensor, list[Tensor], Step]  # a layer's name, gradient, moments, and the step's numbers
+RULES = (torch.optim.SGD, *ADAPTIVE)
+VALUE = "value"  # what the saved state of a learned a or b holds beside its moments
 _ULPS = 8  # Psi(v) is the same as w within so many units in the last place: kernels differ by one or two
 
 
 class FastCompander(AttachedCompander):
-    """A compander by the optimizer; `layer.weight` is an ordinary parameter that holds w."""
+    """A compander by the optimizer; `layer.weight` is an ordinary parameter that holds w.
+
+    It owns v: made at attach, kept through fold and unfold, and the same for every optimizer made of it.
+    """
 
     def __init__(
-        self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
+        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer]
     ) -> None:
-        super().__init__(options, model, name, companded)
-        _foreign.watch()
+        super().__init__(adapter, settings, model, name, companded)
+        writers.watch()
         with torch.no_grad():
             self._v = {layer.name: self._inverse(layer) for layer in companded}
         self._versions = {layer.name: self.parameter(layer.name)._version for layer in companded}
         self._hooks = [
-            model.register_forward_pre_hook(_Watch(self)),
-            model.register_load_state_dict_pre_hook(_Look(self)),
-            model.register_load_state_dict_post_hook(_Refresh(self)),
+            model.register_forward_pre_hook(_Hook(self._before_forward)),
+            model.register_load_state_dict_pre_hook(_Hook(self._before_loading)),
+            model.register_load_state_dict_post_hook(_Hook(self._after_loading)),
         ]
 
     def parameter(self, name: str) -> nn.Parameter:
-        parameter = self.companded[name].module._parameters["weight"]
+        parameter = self.companded[name].module._parameters["weight"]  # get_parameter costs a step too much
         assert parameter is not None
         return parameter
 
@@ -50,6 +70,9 @@ class FastCompander(AttachedCompander):
 
     def w(self, name: str) -> Tensor:
         return self.parameter(name).detach()
+
+    def optimizer(self, cls: type, **options: Any) -> FastOptimizer:
+        return companded_optimizer(self, FastOptimizer, cls, options)
 
     def _inverse(self, layer: Layer) -> Tensor:
         a, b = layer.scales.numbers()
@@ -102,6 +125,33 @@ class FastCompander(AttachedCompander):
             v.copy_(torch.where(same, v, self.function.inverse(below(self.function, w, a), a, b)))
             self._versions[name] = self.parameter(name)._version
 
+    def _before_forward(self, module: nn.Module, arguments: Any) -> None:
+        if not torch.compiler.is_compiling() and not self.folded:
+            self.check_untouched()
+
+    def _before_loading(self, module: nn.Module, tensors: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Refuse a checkpoint that does not fit below the bound before any of it is loaded."""
+        if self.folded or self.options.learn != "none":
+            return  # the a that it was trained with may be in the optimizer's state, to come later
+        names = {id(self.parameter(name)): name for name in self.companded}
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            name, new = names.get(id(parameter)), tensors.get(f"{prefix}{key}")
+            if name is not None and isinstance(new, Tensor):
+                a = self.scales(name).numbers()[0]
+                if fault := beyond(self.function, local(new), a, name):
+                    raise FileError(f"compander: {fault}; none of its weights was loaded")
+
+    def _after_loading(self, module: nn.Module, keys: Any) -> None:
+        if self.folded:
+            return
+        if self.options.learn == "none":
+            self.refresh()
+            return
+        for name in self.companded:
+            self.doubt(name)
+        with contextlib.suppress(RunError):  # then only the optimizer's state can give v; forward will ask
+            self.refresh()
+
     # -------------------------------------------------------------- steps
 
     @torch.no_grad()
@@ -137,7 +187,7 @@ class FastCompander(AttachedCompander):
         for own in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
             if (own.dtype, own.device, own.stride()) != (w.dtype, w.device, w.stride()):
                 raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
-                               f"on {w.device}, what the optimizer holds is {own.dtype} with "
+                               f"on {w.device}, its v or a moment is {own.dtype} with "
                                f"{own.stride()} on {own.device}: convert the model before attach, "
                                f"or detach() and attach again")
         if g.dtype != w.dtype or g.stride() != w.stride():
@@ -158,17 +208,13 @@ class FastCompander(AttachedCompander):
 
     # -------------------------------------------------------------- folding: the weights are plain already
 
-    def fold(self) -> None:
-        self.folded = True
+    def _unfold(self) -> None:
+        self.refresh()
 
-    def unfold(self) -> None:
-        super().unfold()
-        if self.folded:
-            self.folded = False
-            self.refresh()
-
-    def folded_state_dict(self) -> dict[str, Tensor]:
-        return copy.deepcopy(dict(self.model.state_dict()))  # tied weights stay one
+    def _release(self) -> None:
+        super()._release()
+        for hook in self._hooks:
+            hook.remove()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_state_dict(tensors)
@@ -179,93 +225,164 @@ class FastCompander(AttachedCompander):
                 w.copy_(torch.where(self._belongs(name), w, found))
                 self._versions[name] = self.parameter(name)._version
 
-    def detach(self) -> nn.Module:
-        for hook in self._hooks:
-            hook.remove()
-        return super().detach()
-
 
 def flat(tensor: Tensor) -> Tensor:
     """Return all elements of a dense tensor in the order of memory, a view."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-class _Foreign:
-    """Raises the version of companded weights that another optimizer steps: torch's fused ones do not."""
+class FastOptimizer(CompandedOptimizer):
+    """Steps w and the v that belongs to it in one pass; holds the moments, and nothing else of a weight."""
 
-    def __init__(self) -> None:
-        self.attachments = 0
-        self.harmless: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, int]] = WeakKeyDictionary()
+    attached: FastCompander
+    saves_v = True
 
-    def watch(self) -> None:
-        """Be called after every step of every optimizer from now on."""
-        if not self.attachments:
-            register_optimizer_step_post_hook(self)
-        self.attachments += 1
+    @classmethod
+    def refuse_rule(cls, rule: type) -> None:
+        if rule not in RULES:
+            raise ConfigError(f"compander: the fast path has no rule for {rule.__name__}; it drives SGD, "
+                              f"Adam and AdamW. path='reference' takes other optimizers, on dL/dv")
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        from poise_compander.optimizers import is_own
+    def start(self, attached: AttachedCompander, clip: float | None) -> None:
+        super().start(attached, clip)
+        writers.trust(self)
 
-        seen = self.attachments, sum(len(group["params"]) for group in optimizer.param_groups)
-        if is_own(optimizer) or self.harmless.get(optimizer) == seen:
-            return
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if p in held]
-        for p in stepped:
-            if p.grad is not None:
-                torch.autograd.graph.increment_version(p)
-        if not stepped:
-            self.harmless[optimizer] = seen  # looking again at each step would cost others time
+    def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
+        attached = self.attached
+        scale = self.factor([gradient(p) for p in (*(p for _, p, _ in live), *others)])
+        if scale != 1.0:
+            for p in others:
+                gradient(p).mul_(scale)
+        before = {name: attached.scales(name).numbers() for name, _, _ in live}
+        if self.learned:
+            self._pair_gradients(live, scale, before)
+        self.inner_step(but=[p for _, p, _ in live])
+        steps: dict[Any, Step] = {}  # most layers share one
+        work = []
+        for name, p, group in live:
+            moments, count = self._moments(p, name, group)
+            after = attached.scales(name).numbers()
+            key = id(group), count, before[name], after
+            if key not in steps:
+                steps[key] = self._numbers(group, count, scale, before[name], after)
+            work.append((name, gradient(p), moments, steps[key]))
+        attached.step(work)
+
+    def _moments(self, p: nn.Parameter, name: str, group: dict[str, Any]) -> tuple[list[Tensor], int]:
+        """Return the moments of a weight, made where they are not there, and the number of their step."""
+        state = self.state[p]
+        keys = self._keys(group)
+        if not state:
+            state["step"] = 0
+        missing = [key for key in keys if key not in state]  # momentum may be switched on later
+        for key in missing:
+            state[key] = torch.zeros_like(self.attached.v(name))
+        state["step"] = int(state["step"]) + 1  # torch's Adam makes a tensor of it when it loads
+        first = "momentum_buffer" in missing  # which takes the first gradient whole
+        return [state[key] for key in keys], 1 if first else state["step"]
+
+    def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        if issubclass(self.rule, ADAPTIVE):
+            return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _pair_gradients(
+        self, live: list[Live], scale: float, before: dict[str, tuple[float, float]]
+    ) -> None:
+        """Set the gradients of learned pairs: sums of g dw/da and g dw/db, through the guard."""
+        attached = self.attached
+        totals: dict[int, Tensor] = {}
+        work = [(name, gradient(p), [], self._numbers(group, 1, scale, before[name], before[name]))
+                for name, p, group in live]
+        for (name, p, group), found in zip(live, attached.sums(work)):
+            _add_up(p, found)
+            pair = attached.scales(name)
+            totals[id(pair)] = totals.get(id(pair), 0) + sign(group) * found  # torch's step has it again
+        for pair in attached.pairs:
+            pair.zero_grad()  # model.zero_grad() does not reach it, and the sums hold all that w.grad does
+            if id(pair) in totals:
+                by_a, by_b = totals[id(pair)].to(pair.raw_a.dtype)
+                with torch.enable_grad():
+                    set_gradients(pair, pair.a * by_a + pair.b * by_b)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state, and what the model does not hold: every v, and learned pairs."""
+        saved = super().state_dict()
+        state = dict(saved["state"])
+        for number, parameter, name in self._own(saved):
+            kept = {VALUE: parameter.detach().clone()} if name is None else {"v": self.attached.v(name)}
+            state[number] = {**state.get(number, {}), **kept}
+        return {**saved, "state": state}
+
+    def load_checked(self, state_dict: dict[str, Any]) -> None:
+        """Load; v and learned pairs go to the attachment, which owns them."""
+        state = dict(state_dict["state"])
+        values, found = {}, {}
+        for number, parameter, name in self._own(state_dict):  # torch's own rules know neither
+            rest = dict(state.get(number, {}))
+            if name is not None and "v" in rest:
+                found[name] = self._fitting(name, rest.pop("v"))
+            elif name is None and VALUE in rest:
+                values[parameter] = rest.pop(VALUE)
+            elif name is None:
+                raise FileError("compander: the optimizer's state holds no values of the learned pairs: "
+                                "load one that was saved by an optimizer of this kind")
+            state[number] = rest
+        super().load_checked({**state_dict, "state": {k: v for k, v in state.items() if v}})
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)
+            for name, v in found.items():
+                self.attached.v(name).copy_(v)
+                self.attached.doubt(name)
+
+    def _fitting(self, name: str, v: Tensor) -> Tensor:
+        if v.shape != self.attached.v(name).shape:
+            raise FileError(f"compander, optimizer state of {name}: v has shape {tuple(v.shape)}, here "
+                            f"{tuple(self.attached.v(name).shape)}")
+        return v
+
+    def _own(self, saved: dict[str, Any]) -> Iterator[tuple[int, nn.Parameter, str | None]]:
+        """Yield the saved number of each companded weight and learned number, it, and the layer's name."""
+        learned = {id(p) for p in self.learned}
+        for theirs, own in zip(saved["param_groups"], self.param_groups):
+            for number, parameter in zip(theirs["params"], own["params"]):
+                name = self.names.get(id(parameter))
+                if name is not None or id(parameter) in learned:
+                    yield number, parameter, name
+
+    def _numbers(self, group: dict[str, Any], count: int, scale: float, now: tuple[float, float],
+                 after: tuple[float, float]) -> Step:
+        usual = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"]),
+                 "scale": scale * sign(group), "decay_on_v": self.attached.options.decays_v}
+        if issubclass(self.rule, ADAPTIVE):
+            beta1, beta2 = (float(x) for x in group["betas"])
+            return Step(*now, *after, **usual, adaptive=True, decoupled=self.decouples(group),
+                        beta1=beta1, beta2=beta2, eps=float(group["eps"]), amsgrad=bool(group["amsgrad"]),
+                        correct1=1 - beta1**count, correct2=math.sqrt(1 - beta2**count))
+        return Step(*now, *after, **usual, momentum=float(group["momentum"]),
+                    nesterov=bool(group["nesterov"]),
+                    keep=1.0 if count == 1 else 1 - float(group["dampening"]))
 
 
-_foreign = _Foreign()
+def _add_up(parameter: Any, sums: Tensor) -> None:
+    """Add sums up, in place, over the processes that hold a part of a sharded parameter."""
+    if hasattr(parameter, "device_mesh"):
+        torch.distributed.all_reduce(sums, group=parameter.device_mesh.get_group())
 
 
 class _Hook:
-    """A hook of the model; a copy of the model (for averaging, say) is plain and has none of its duties."""
+    """Calls an attachment; a copy of the model (for averaging, say) is plain and has none of its duties."""
 
-    def __init__(self, attached: FastCompander | None) -> None:
-        self.attached = attached
+    def __init__(self, act: Callable[..., None] | None) -> None:
+        self.act = act
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.act is not None:
+            self.act(*arguments)
 
     def __deepcopy__(self, memo: dict) -> _Hook:
-        return type(self)(None)
+        return _Hook(None)
 
     def __reduce__(self) -> Any:
-        return type(self), (None,)
-
-
-class _Watch(_Hook):
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        if torch.compiler.is_compiling() or self.attached is None or self.attached.folded:
-            return
-        self.attached.check_untouched()
-
-
-class _Look(_Hook):
-    """Refuses a checkpoint that does not fit below the bound before any of it is loaded."""
-
-    def __call__(self, module: nn.Module, tensors: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        if self.attached is None or self.attached.folded:
-            return
-        if self.attached.options.learn != "none":
-            return  # the a that it was trained with may be in the optimizer's state, to come later
-        names = {id(self.attached.parameter(name)): name for name in self.attached.companded}
-        for key, parameter in module.named_parameters(remove_duplicate=False):
-            name, new = names.get(id(parameter)), tensors.get(f"{prefix}{key}")
-            if name is not None and isinstance(new, Tensor):
-                a = self.attached.scales(name).numbers()[0]
-                if fault := beyond(self.attached.function, local(new), a, name):
-                    raise FileError(f"compander: {fault}; none of its weights was loaded")
-
-
-class _Refresh(_Hook):
-    def __call__(self, module: nn.Module, keys: Any) -> None:
-        attached = self.attached
-        if attached is None or attached.folded:
-            return
-        if attached.options.learn == "none":
-            attached.refresh()
-            return
-        for name in attached.companded:
-            attached.doubt(name)
-        with contextlib.suppress(RunError):  # then only the optimizer's state can give v; forward will ask
-            attached.refresh()
+        return _Hook, (None,)

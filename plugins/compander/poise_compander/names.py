@@ -1,3 +1,3 @@
 """Names that options are checked against without importing torch."""
 
-FUNCTION_NAMES = ("arctan", "erf", "arsinh", "tanh")
+FUNCTION_NAMES = ("arctan", "erf", "arsinh", "tanh")  # in the order of the enum in kernel.c

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from poise_compander.functions import Function
+from poise_compander.names import FUNCTION_NAMES
 from poise_compander.update import Step, Work
 
 SOURCE = Path(__file__).with_name("kernel.c")
@@ -31,7 +32,6 @@ COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-f
 LINK = ("-shared",)
 LIBRARIES = ("-lmvec", "-lm", "-lpthread")
 TIMEOUT = 120  # seconds
-NAMES = ("arctan", "erf", "arsinh", "tanh")  # in the order of the enum in kernel.c
 DTYPES = (torch.float32, torch.float64)
 GRAIN = 1 << 16  # weights for each thread below which another one does not pay
 _ADAPTIVE, _DECOUPLED, _ON_V, _NESTEROV, _AMSGRAD, _MOMENTUM, _DECAY = (1 << i for i in range(7))
@@ -69,7 +69,7 @@ class Kernel:
 
     def takes(self, function: Function, w: Tensor) -> bool:
         """Whether it knows the function, and the weight's place and type."""
-        return w.device.type == "cpu" and w.dtype in DTYPES and function.name in NAMES
+        return w.device.type == "cpu" and w.dtype in DTYPES and function.name in FUNCTION_NAMES
 
     def update(self, function: Function, work: Sequence[Work]) -> None:
         """Take the steps of all weights in place, on as many threads as torch uses."""
@@ -90,7 +90,7 @@ class Kernel:
         """Return what the library is given: layers, threads; and what must live as long as the call."""
         layers = (_Layer * len(work))()
         numbers: dict[int, _Numbers] = {}  # most layers share a step
-        number, total = NAMES.index(function.name), 0
+        number, total = FUNCTION_NAMES.index(function.name), 0
         for layer, one in zip(layers, work):
             if id(one.step) not in numbers:
                 numbers[id(one.step)] = _numbers(one.step)

@@ -5,8 +5,9 @@ Source: arXiv 2306.16993 sections IV-A to IV-C (CIFAR, TinyImageNet, ImageNet) a
 
 from __future__ import annotations
 
+from typing import Any
+
 from poise.errors import ConfigError, nearest
-from poise_compander.components import WeightCompander
 
 PAIRS: dict[tuple[str, str], tuple[float, float]] = {
     ("resnet18", "cifar10"): (1.0, 0.6),
@@ -23,7 +24,7 @@ PAIRS: dict[tuple[str, str], tuple[float, float]] = {
     ("resnet50", "tinyimagenet"): (0.7, 0.8),
     ("resnet50", "imagenet"): (0.6, 0.7),
 }
-LEARNED = WeightCompander(a=0.5, b=1.0, learn="layer", guard="none")
+LEARNED: dict[str, Any] = {"a": 0.5, "b": 1.0, "learn": "layer", "guard": "none"}  # the compander's options
 
 
 def pair(model: str, data: str) -> tuple[float, float]:

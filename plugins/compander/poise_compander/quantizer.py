@@ -26,7 +26,8 @@ class CompandedMatrix(PackedMatrix):
     Parameters
     ----------
     levels : fp32, shape (2^bits,)
-        Between -1 and 1, rising; follows from the quantizer's options, so it is not stored.
+        Between -1 and 1, rising; follows from the quantizer's options, so it is not stored. All matrices of
+        a quantizer share it, and `resident_bytes` leaves it out.
     """
 
     levels: Tensor
@@ -43,14 +44,19 @@ def levels(function: Function, sharpness: float, bits: int) -> Tensor:
     return inner.clamp(-1, 1).to(torch.float32)
 
 
-def quantize(weight: Tensor, table: Tensor, bits: int, group: int) -> CompandedMatrix:
+def quantize(weight: Tensor, table: Tensor, bits: int, group: int, scale_dtype: str) -> CompandedMatrix:
     """Quantize a matrix (out, in), each weight to the level nearest to it.
 
     The error of a weight is at most half the distance between the levels around it, times the scale.
+
+    Raises
+    ------
+    DataError
+        For NaN, Inf or an empty matrix, and for scales that float16 does not hold, where it is to.
     """
     blocks = grouped(weight, group)
     largest = blocks.abs().amax(-1)
-    (scale,) = stored_scale(torch.where(largest > 0, largest, torch.ones_like(largest)))
+    (scale,) = stored_scale(scale_dtype, torch.where(largest > 0, largest, torch.ones_like(largest)))
     table = table.to(weight.device)
     borders = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(blocks / scale.to(torch.float32).unsqueeze(-1), borders)
@@ -60,9 +66,16 @@ def quantize(weight: Tensor, table: Tensor, bits: int, group: int) -> CompandedM
 
 
 def rebuild(
-    tensors: Mapping[str, Tensor], table: Tensor, bits: int, group: int, shape: tuple[int, int],
-    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor], table: Tensor, bits: int, group: int, scale_dtype: str,
+    shape: tuple[int, int], dtype: torch.dtype,
 ) -> CompandedMatrix:
-    """Rebuild what `CompandedMatrix.tensors` returned; names and sizes are checked."""
-    plain = PackedMatrix.from_tensors(tensors, bits, group, shape, dtype, with_minimum=False)
+    """Rebuild what `CompandedMatrix.tensors` returned.
+
+    Raises
+    ------
+    FileError
+        When names, sizes or dtypes are not those of `layout`.
+    """
+    plain = PackedMatrix.from_tensors(
+        tensors, bits, group, shape, dtype, scale_dtype, with_minimum=False)
     return CompandedMatrix(plain.codes, plain.scale, None, bits, group, plain.shape, dtype, table)

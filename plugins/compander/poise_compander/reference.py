@@ -1,8 +1,15 @@
-"""The reference path: torch's parametrize computes w = Psi(v) at every use."""
+"""The reference path: the model owns v, and torch's parametrize computes w = Psi(v) at every use.
+
+Autograd gives dL/dv; decay, clipping and the adaptive rule are put around torch's own step.
+
+Sources: arXiv 2306.16993 section III-C (L2 on w through the chain rule; learned pairs: decay on v); the
+adaptive rule on dL/dw with its step times Psi' is the one that the paper adopts from powerpropagation.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +17,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, FileError, RunError
+from poise_compander import update
 from poise_compander.attached import AttachedCompander, Layer
 from poise_compander.bounds import below, beyond
-from poise_compander.components import WeightCompander
+from poise_compander.optimizers import (
+    ADAPTIVE,
+    CompandedOptimizer,
+    Live,
+    companded_optimizer,
+    gradient,
+    set_gradients,
+    sign,
+)
 from poise_compander.scales import Scales
+from poise_compander.settings import Settings
 
-_MARK = "parametrizations.weight.original"
+# whose decay is known to be L2, or decoupled where the group says so; it can be taken on w
+KNOWN_DECAY = (torch.optim.SGD, *ADAPTIVE, torch.optim.ASGD, torch.optim.Adadelta, torch.optim.Adagrad,
+               torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop)
 
 
 class Psi(nn.Module):
@@ -77,30 +96,33 @@ class _Given:
 
 
 class ReferenceCompander(AttachedCompander):
-    """A compander by parametrizations; `layer.weight` is computed, and v is what the model holds."""
+    """A compander by parametrizations; `layer.weight` is computed, and v is a parameter of the model."""
 
     def __init__(
-        self, options: WeightCompander, model: nn.Module, name: str, companded: list[Layer]
+        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer]
     ) -> None:
+        super().__init__(adapter, settings, model, name, companded)
         self._unfolded: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in companded:
             _register(layer)
-        super().__init__(options, model, name, companded)
-        self._hook = model.register_load_state_dict_pre_hook(self._take_plain)
+        self._hook = model.register_load_state_dict_pre_hook(_take_plain)
 
     def parameter(self, name: str) -> nn.Parameter:
-        return self.companded[name].module.parametrizations["weight"].original  # type: ignore[index]
+        return _parts(self.companded[name].module).original
 
     def v(self, name: str) -> Tensor:
         return self._unfolded[name][0] if self.folded else self.parameter(name)
 
     def w(self, name: str) -> Tensor:
         with torch.no_grad():
-            return self.companded[name].module.weight.detach()  # type: ignore[union-attr]
+            return _weight(self.companded[name].module).detach()
 
     def psi(self, name: str) -> Psi:
         """Return the parametrization of a layer."""
-        return self.companded[name].module.parametrizations["weight"][0]  # type: ignore[index]
+        return _parts(self.companded[name].module)[0]
+
+    def optimizer(self, cls: type, **options: Any) -> ReferenceOptimizer:
+        return companded_optimizer(self, ReferenceOptimizer, cls, options)
 
     def cached(self) -> contextlib.AbstractContextManager:
         return parametrize.cached()
@@ -110,75 +132,139 @@ class ReferenceCompander(AttachedCompander):
             for name in self.companded:
                 self.psi(name).given.check()
 
-    def fold(self) -> None:
-        if self.folded:
-            return
-        with torch.no_grad():
-            for name, layer in self.companded.items():
-                v = self.v(name).detach().clone()
-                for holder in layer.holders:
-                    _fold(holder, layer, v)
-                self._unfolded[name] = v, layer.module.weight.detach().clone()  # type: ignore[union-attr]
-        self.folded = True
+    @torch.no_grad()
+    def _fold(self) -> None:
+        self.check_untouched()  # before the first weight is made plain
+        for name, layer in self.companded.items():
+            v = self.parameter(name).detach().clone()
+            for holder in layer.holders:
+                _parts(holder).original.data.copy_(v)  # the holder before has left w there
+                self._places[id(holder)].free()
+            self._unfolded[name] = v, _weight(layer.module).detach().clone()
 
-    def unfold(self) -> None:
-        super().unfold()
-        if not self.folded:
-            return
+    def _unfold(self) -> None:
+        for name, layer in self.companded.items():  # nothing is changed before every weight is known to fit
+            a = layer.scales.numbers()[0]
+            if fault := beyond(self.function, _weight(layer.module), a, name):
+                raise ConfigError(f"compander: {fault}")
         for name, (v, w) in self._unfolded.items():
             layer = self.companded[name]
-            untouched = torch.equal(layer.module.weight, w)  # type: ignore[arg-type]
+            untouched = torch.equal(_weight(layer.module), w)
             _register(layer)
             if untouched:
                 self.parameter(name).data.copy_(v)
-        self._unfolded, self.folded = {}, False
+        self._unfolded = {}
 
-    def folded_state_dict(self) -> dict[str, Tensor]:
-        return folded_state_dict(self.model)
-
-    def _take_plain(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Let a plain checkpoint load: `X.weight` becomes v where the model has `X` companded."""
-        for path, held in module.named_modules(remove_duplicate=False):
-            where = f"{prefix}{path}.".lstrip(".")
-            plain = state_dict.get(f"{where}weight")
-            if plain is None or not parametrize.is_parametrized(held, "weight"):
-                continue
-            psi = held.parametrizations["weight"][0]  # type: ignore[index]
-            if isinstance(psi, Psi):
-                if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
-                    raise FileError(f"compander: {fault}; none of its weights was loaded")
-                del state_dict[f"{where}weight"]
-                state_dict[f"{where}{_MARK}"] = psi.right_inverse(plain)
-                for key, value in psi.state_dict().items():
-                    state_dict.setdefault(f"{where}parametrizations.weight.0.{key}", value)
-
-    def detach(self) -> nn.Module:
+    def _release(self) -> None:
+        super()._release()
         self._hook.remove()
-        return super().detach()
 
 
-def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the model's checkpoint, with weights in place of what they are computed from."""
-    tensors: dict[str, Tensor] = {}
-    live = {f"{path}.".lstrip("."): m for path, m in model.named_modules(remove_duplicate=False)}
-    for key, value in model.state_dict().items():
-        path, mark, _ = key.partition("parametrizations.weight.")
-        if not mark or path not in live:
-            tensors[key] = value.clone()
-        elif f"{path}weight" not in tensors:
-            with torch.no_grad():
-                tensors[f"{path}weight"] = live[path].weight.detach().clone()  # type: ignore[union-attr]
-    return tensors
+def _parts(module: Any) -> Any:
+    """Return what a module's weight is computed from."""
+    return module.parametrizations["weight"]
+
+
+def _weight(module: Any) -> Tensor:
+    return module.weight
 
 
 def _register(layer: Layer) -> None:
     """Parametrize every holder of a weight by the same v."""
-    plain = layer.module.weight.detach().clone()  # type: ignore[union-attr]
+    plain = _weight(layer.module).detach().clone()
     for holder in layer.holders:
         holder.get_parameter("weight").data.copy_(plain)  # the holder before has put v there
         parametrize.register_parametrization(holder, "weight", Psi(layer.scales))
 
 
-def _fold(holder: nn.Module, layer: Layer, v: Tensor) -> None:
-    holder.parametrizations["weight"].original.data.copy_(v)  # type: ignore[index]
-    parametrize.remove_parametrizations(holder, "weight", leave_parametrized=True)
+def _take_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a plain checkpoint load: `X.weight` becomes v where the model has `X` companded."""
+    for path, held in module.named_modules(remove_duplicate=False):
+        where = f"{prefix}{path}.".lstrip(".")
+        plain = state_dict.get(f"{where}weight")
+        if plain is None or not parametrize.is_parametrized(held, "weight"):
+            continue
+        psi = _parts(held)[0]
+        if isinstance(psi, Psi):
+            if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
+                raise FileError(f"compander: {fault}; none of its weights was loaded")
+            del state_dict[f"{where}weight"]
+            state_dict[f"{where}parametrizations.weight.original"] = psi.right_inverse(plain)
+            for key, value in psi.state_dict().items():
+                state_dict.setdefault(f"{where}parametrizations.weight.0.{key}", value)
+
+
+class ReferenceOptimizer(CompandedOptimizer):
+    """torch's own step on v, with decay and the adaptive rule taken on w around it."""
+
+    attached: ReferenceCompander
+
+    def start(self, attached: AttachedCompander, clip: float | None) -> None:
+        super().start(attached, clip)
+        decayed = any(group["companded"] and group.get("weight_decay") for group in self.param_groups)
+        if decayed and not self.decay_is_known and not attached.options.decays_v:
+            raise ConfigError(f"compander: how {self.rule.__name__} decays is not known, so it cannot be "
+                              f"taken on w: give decay_on='v', or weight_decay=0")
+
+    @property
+    def decay_is_known(self) -> bool:
+        """Whether the decay is taken here; what is not known acts on v, by torch's own step."""
+        return self.rule in KNOWN_DECAY
+
+    def take(self, live: list[Live], others: list[nn.Parameter]) -> None:
+        slope = {name: self.attached.psi(name).derivative(p) for name, p, _ in live}
+        by_w = [update.by_slope(gradient(p), slope[name]) for name, p, _ in live]
+        scale = self.factor([*by_w, *(gradient(p) for p in others)])
+        if scale != 1.0:
+            for p in [*others, *(p for _, p, _ in live), *(p for p in self.learned if p.grad is not None)]:
+                gradient(p).mul_(scale)
+        pulls = {name: self._decay(name, p, group, slope[name]) for name, p, group in live}
+        starts = {}
+        if issubclass(self.rule, ADAPTIVE):  # the rule sees dL/dw, and its step alone is left in p
+            for name, p, _ in live:
+                gradient(p).copy_(update.by_slope(gradient(p), slope[name]))
+                starts[name] = p.clone()
+                p.zero_()
+        with self._without_decay():
+            self.inner_step()
+        for name, p, _ in live:
+            if name in starts:
+                p.mul_(slope[name]).add_(starts[name])
+            if (pull := pulls[name]) is not None:
+                p.sub_(pull)
+
+    @contextlib.contextmanager
+    def _without_decay(self) -> Iterator[None]:
+        """Keep torch's own step from decaying v where that is done here."""
+        decays = [(group, group["weight_decay"]) for group in self.param_groups
+                  if group["companded"] and self.decay_is_known and "weight_decay" in group]
+        for group, _ in decays:
+            group["weight_decay"] = 0.0
+        try:
+            yield
+        finally:
+            for group, decay in decays:
+                group["weight_decay"] = decay
+
+    def _decay(self, name: str, p: nn.Parameter, group: dict[str, Any], slope: Tensor) -> Tensor | None:
+        """Return what a decoupled decay takes off v after the step; add an L2 one to dL/dv."""
+        decay = group.get("weight_decay") if self.decay_is_known else None
+        if not decay:
+            return None
+        pull = p.clone() if self.attached.options.decays_v else slope * self.attached.w(name)
+        if self.decouples(group):
+            return group["lr"] * decay * pull
+        decay = sign(group) * decay
+        gradient(p).add_(pull, alpha=decay)
+        if not self.attached.options.decays_v:
+            self._decay_of_pair(name, p, decay)
+        return None
+
+    def _decay_of_pair(self, name: str, p: nn.Parameter, decay: float) -> None:
+        """Add to the gradients of a learned pair what L2 on w gives them."""
+        pair, function = self.attached.scales(name), self.attached.function
+        if not pair.learned:
+            return
+        with torch.enable_grad():
+            w = function.forward(p.detach(), pair.a, pair.b)
+            set_gradients(pair, decay * 0.5 * w.square().sum())

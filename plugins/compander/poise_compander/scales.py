@@ -65,7 +65,7 @@ class Scales(nn.Module):
 
     def numbers(self) -> tuple[float, float]:
         """Return (a, b) as plain numbers."""
-        return (_number(self.a), _number(self.b)) if self.learned else self.fixed
+        return (number(self.a), number(self.b)) if self.learned else self.fixed
 
     def mismatch(self, saved: Tensor) -> str:
         """Return what differs from a saved `spec`, in words; empty when nothing does."""
@@ -77,12 +77,13 @@ class Scales(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, meta, strict, missing, unexpected, errors) -> None:
         saved = state_dict.get(f"{prefix}spec")
         if isinstance(saved, Tensor) and (fault := self.mismatch(saved)):
-            errors.append(f"compander, {prefix.partition('.parametrizations')[0]}: {fault}")
+            errors.append(f"compander, {prefix.rpartition('.parametrizations.')[0]}: {fault}")
             return
         super()._load_from_state_dict(state_dict, prefix, meta, strict, missing, unexpected, errors)
 
 
-def _number(x: Tensor) -> float:
+def number(x: Tensor) -> float:
+    """Return a tensor of one element as a plain number, a sharded one too."""
     x = x.detach()
     return float(x.full_tensor() if hasattr(x, "full_tensor") else x)  # type: ignore[operator]
 

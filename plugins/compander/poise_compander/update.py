@@ -1,7 +1,7 @@
 """One optimizer step on companded weights, in torch: the rule itself, and the oracle of the C kernel.
 
-The model holds w = Psi(v), autograd gives g = dL/dw, and v is state of the optimizer. A step reads g, v and
-the moments, and writes v, the moments and the new w.
+The model owns w = Psi(v), what attach returned owns v, and autograd gives g = dL/dw. A step reads g, v and
+the optimizer's moments, and writes v, the moments and the new w.
 
 Sources: arXiv 2306.16993 section III-C (L2 on w through the chain rule); the adaptive rule on dL/dw with
 its step times Psi' is powerpropagation's, which the paper adopts.

@@ -7,50 +7,57 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from poise.errors import ConfigError
 from poise.files import copy_checked
-from poise.walk import select
-from poise_compander.attached import KINDS, is_companded
-from poise_compander.components import WeightNorm
-from poise_compander.diagnostics import Watched
-from poise_compander.reference import folded_state_dict
+from poise_compander.attached import Attachment
+from poise_compander.selection import choose_layers, refuse_held
 
 
-def attach(options: WeightNorm, model: nn.Module) -> AttachedWeightNorm:
-    """Normalise the weights of linears and convolutions; see `WeightNorm.attach`."""
-    chosen = select(model, None, options.exclude or None, KINDS)
-    for w in chosen:
-        if parametrize.is_parametrized(w.module, "weight"):
-            raise ConfigError(f"weight_norm: {w.name} is reparameterized already: detach that first")
-        if is_companded(w.module):
-            raise ConfigError(f"weight_norm: {w.name} is companded: detach the compander first")
-        if w.tied_with:
-            raise ConfigError(f"weight_norm: {w.name} shares its weight with {w.tied_with[0]}: exclude it")
-        zero = int((w.read().norm(dim=1) == 0).sum())
+def normalize_rows(
+    model: nn.Module, *, adapter: Any = None, name: str = "default",
+    target_modules: list[str] | None = None, exclude_modules: list[str] | None = None,
+) -> AttachedWeightNorm:
+    """Normalise the rows of the weights of linears and convolutions, in place.
+
+    Raises
+    ------
+    ConfigError
+        When no layer matches, a weight is reparameterized or tied, or one of its rows is zero.
+    """
+    chosen = choose_layers(model, target_modules, exclude_modules)
+    for one in chosen:
+        refuse_held("weight_norm", one)
+        if one.tied_with:
+            raise ConfigError(f"weight_norm: {one.name} shares its weight with {one.tied_with[0]}: exclude "
+                              f"it")
+        zero = int((one.weight.detach().flatten(1).norm(dim=1) == 0).sum())  # as torch norms them
         if zero:
-            raise ConfigError(f"weight_norm: {w.name} has {zero} rows of zeros, which have no direction: "
+            raise ConfigError(f"weight_norm: {one.name} has {zero} rows of zeros, which have no direction: "
                               f"initialise it, or exclude it")
-    for w in chosen:
-        weight_norm(w.module)
-    return AttachedWeightNorm(model, {w.name: w.module for w in chosen})
+    return AttachedWeightNorm(adapter, model, name, {one.name: one.holders[0] for one in chosen})
 
 
-class AttachedWeightNorm(Watched):
+class AttachedWeightNorm(Attachment):
     """Weight normalisation on a model.
 
     Parameters
     ----------
+    adapter : component
     model : nn.Module
+    name : str
     layers : dict of nn.Module
-        The layers whose weights are normalised, by name.
+        The layers whose weights are normalised, by name; they are still plain.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
-        self.model, self.layers = model, layers
+    method = "weight_norm"
+
+    def __init__(self, adapter: Any, model: nn.Module, name: str, layers: dict[str, nn.Module]) -> None:
+        super().__init__(adapter, model, name, layers.values())
+        self.layers = layers
         self._folded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._hooks = {name: _normalize(layer) for name, layer in layers.items()}
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return every parameter that trains: norms, directions, and all else."""
@@ -58,32 +65,27 @@ class AttachedWeightNorm(Watched):
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a plain torch optimizer."""
+        self.check_here()
         return cls(self.trainable(), **options)
 
-    def fold(self) -> None:
-        """Put g v / ||v|| into plain weights, in place."""
-        if self._folded:
-            return
+    def _fold(self) -> None:
         for name, layer in self.layers.items():
             g, v = (t.detach().clone() for t in self._parts(name))
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            self._folded[name] = g, v, layer.weight.detach().clone()  # type: ignore[union-attr]
+            self._places[id(layer)].free()
+            for hook in self._hooks.pop(name):
+                del layer._load_state_dict_pre_hooks[hook]
+            self._folded[name] = g, v, layer.get_parameter("weight").detach().clone()
 
     @torch.no_grad()
-    def unfold(self) -> None:
-        """Normalise again; g and v come back exactly where the weight was not changed meanwhile."""
+    def _unfold(self) -> None:
         for name, (g, v, w) in self._folded.items():
             layer = self.layers[name]
-            untouched = torch.equal(layer.weight, w)  # type: ignore[arg-type]
-            weight_norm(layer)
+            untouched = torch.equal(layer.get_parameter("weight"), w)
+            self._hooks[name] = _normalize(layer)
             if untouched:
                 for own, before in zip(self._parts(name), (g, v)):
                     own.copy_(before)
         self._folded = {}
-
-    def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return a plain checkpoint; the live model is untouched."""
-        return folded_state_dict(self.model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every norm and direction: `NAME.g`, `NAME.v`."""
@@ -93,17 +95,21 @@ class AttachedWeightNorm(Watched):
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Load norms and directions; raises `FileError` when names or shapes differ."""
+        self.check_here()
         copy_checked(self.state_dict(), tensors, "weight_norm")
-
-    def detach(self) -> nn.Module:
-        """Fold for good and return the plain model."""
-        self.fold()
-        return self.model
 
     def report(self) -> dict[str, Any]:
         """Return the number of layers."""
         return {"method": "weight_norm", "layers": len(self.layers)}
 
     def _parts(self, name: str) -> tuple[Tensor, Tensor]:
-        held = self.layers[name].parametrizations["weight"]  # type: ignore[index]
+        layer: Any = self.layers[name]
+        held = layer.parametrizations["weight"]
         return held.original0, held.original1
+
+
+def _normalize(layer: nn.Module) -> set[int]:
+    """Normalise a layer; return the hooks that torch adds and does not take off again."""
+    before = set(layer._load_state_dict_pre_hooks)
+    weight_norm(layer)
+    return layer._load_state_dict_pre_hooks.keys() - before
