@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -12,10 +13,11 @@ import pytest
 import poise
 from poise.options import default_of, option_fields
 from poise.registry import KINDS
-from poise.testing import check_adapter, check_aggregator, check_model, check_quantizer
+from poise.testing import check_adapter, check_aggregator, check_data, check_model, check_quantizer
 
 PLUGINS = ("poise_bone", "poise_compander", "poise_edgemoe", "poise_quantagg")
 HYDRA = {"hydra", "omegaconf"}
+HERE = ("digits", "gsm_symbolic", "mnist5k", "sotu", "tabular")  # sources that need no file of one's own
 
 
 def registered(*kinds):
@@ -52,6 +54,18 @@ def test_every_adapter_keeps_its_contract(entry):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_aggregator_keeps_its_contract(entry, seed):
     check_aggregator(example(entry), seed)
+
+
+@pytest.mark.parametrize("entry", [e for e in registered("data") if e.values[0].name in HERE])
+def test_every_source_of_data_keeps_its_contract(entry):
+    check_data(example(entry))
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA names no folder of larger files")
+@pytest.mark.parametrize("name", ["cifar10", "gsm8k", "images", "text"])
+def test_every_source_of_larger_files_keeps_its_contract(name):
+    check_data(poise.build("data", name))
 
 
 def test_there_is_something_of_every_kind():

@@ -242,7 +242,8 @@ def test_a_torn_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("index", "words"), [
-    ("{}", "has no weight_map"), ('{"weight_map": {"a": "../b.safetensors"}}', "only safetensors files beside"),
+    ("{}", "has no weight_map"),
+    ('{"weight_map": {"a": "../b.safetensors"}}', "only safetensors files beside"),
     ('{"weight_map": {"a": "b.bin"}}', "only safetensors files beside"), ("{", "is not valid JSON"),
 ])
 def test_an_index_from_a_stranger_is_checked(index, words, tmp_path):

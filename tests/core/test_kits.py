@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,17 +12,20 @@ import torch
 from torch import nn
 
 from poise.errors import ConfigError
+from poise.interfaces import Arrays, Example, Splits
 from poise.models.components import MLP, CausalLM
 from poise.quantizers import AbsMax
 from poise.testing import (
     ContractError,
     check_adapter,
     check_aggregator,
+    check_data,
     check_model,
     check_quantizer,
 )
 from poise.testing.aggregator import sample
-from poise_bone import Bone
+from poise.testing.lowrank import LowRank
+from poise_bone import Bone, BoneLinear
 from poise_compander import WeightCompander
 from poise_quantagg.aggregators.fitted import LinearFit
 from poise_quantagg.components import Average, LocalCoarse
@@ -54,7 +59,7 @@ class FaultyAdapter:
         self.freezes_base = self.real.freezes_base
 
     def attach(self, model, name="default"):
-        attached = self.real.attach(model)
+        attached = self.real.attach(model, name)
         return self.plant(attached) or attached
 
 
@@ -112,7 +117,135 @@ def moves(parameter_of):
 
 def never_steps(attached):
     real = attached.optimizer
-    attached.optimizer = lambda cls, **options: real(cls, **{**options, "lr": 0.0})
+
+    def optimizer(cls, **options):
+        made = real(cls, **options)
+        made.step = lambda *_: None
+        return made
+
+    attached.optimizer = optimizer
+
+
+def ignores_options(attached):
+    real = attached.optimizer
+    attached.optimizer = lambda cls, **options: real(cls, lr=options["lr"])
+
+
+def loads_a_part(attached):
+    def load(tensors):
+        for key, tensor in attached.state_dict().items():
+            if key in tensors:
+                tensor.copy_(tensors[key])
+
+    attached.load_state_dict = load
+
+
+def changes_before_it_refuses(attached):
+    real = attached.load_state_dict
+
+    def load(tensors):
+        next(iter(attached.state_dict().values())).add_(1)
+        real(tensors)
+
+    attached.load_state_dict = load
+
+
+def folds_twice(attached):
+    """Each fold adds the change again."""
+    def fold():
+        for layer in attached.layers.values():
+            layer._before = ()
+            layer.fold()
+
+    attached.fold = fold
+
+
+def unfolds_without_fold(attached):
+    real = attached.unfold
+
+    def unfold():
+        if not attached.folded:
+            for layer in attached.layers.values():
+                layer.weight_beneath.write(layer.weight_beneath.read() - layer.changed(layer.beneath()))
+        real()
+
+    attached.unfold = unfold
+
+
+def streams_twice(attached):
+    real = attached.folded_weights
+    attached.folded_weights = lambda: [*real(), next(iter(real()))]
+
+
+def cuts_names(attached):
+    """What the tutorial taught: a layer named `database` or `base` loses its name."""
+    def folded_weights():
+        state = attached.model.state_dict()
+        changed = {f"{n}.weight": x.folded_weight() for n, x in attached.layers.items()}
+        for key, tensor in state.items():
+            plain = key.replace("base.", "")
+            if not plain.endswith(".D"):
+                yield plain, changed.get(plain, tensor)
+
+    attached.folded_weights = folded_weights
+    attached.folded_state_dict = lambda: dict(folded_weights())
+
+
+def leaves_the_base_frozen(attached):
+    real = attached.detach
+
+    def detach():
+        return real().requires_grad_(False)
+
+    attached.detach = detach
+
+
+def merges_into_nothing(attached):
+    real = attached.detach
+    attached.merge = real
+
+
+def keeps_its_layers(attached):
+    def merge():
+        attached.fold()
+        return attached.model.requires_grad_(True)
+
+    attached.merge = merge
+
+
+def leaves_a_hook(attached):
+    real = attached.merge
+
+    def merge():
+        model = real()
+        model[0].register_forward_hook(lambda *_: None)
+        return model
+
+    attached.merge = merge
+
+
+def cannot_be_disabled(attached):
+    attached.disable = contextlib.nullcontext
+
+
+def stays_disabled(attached):
+    def disable():
+        attached.active = False
+        return contextlib.nullcontext()
+
+    attached.disable = disable
+
+
+def detaches_all(attached):
+    real = attached.detach
+
+    def detach():
+        for layer in attached.layers.values():
+            if hasattr(layer.base, "D"):
+                layer.base.D.data.zero_()
+        return real()
+
+    attached.detach = detach
 
 
 def loses_a_layer(attached):
@@ -142,7 +275,7 @@ def never_unfolds(attached):
 
 def unfolds_by_rounding(attached):
     def unfold():
-        for layer in attached.layers.values():
+        for layer in attached.layers.values() if attached.folded else ():
             layer.unfold()
             layer.base.weight.data = layer.base.weight.data.half().float()
 
@@ -187,7 +320,8 @@ def folds_on_detach(attached):
 
 
 def lacks_methods(attached):
-    kept = ("model", "trainable", "optimizer", "fold")
+    kept = ("model", "name", "adapter", "active", "disable", "trainable", "optimizer", "fold", "merge",
+            "folded_weights", "state_dict", "load_state_dict", "detach", "report")
     return SimpleNamespace(**{n: getattr(attached, n) for n in kept})
 
 
@@ -203,7 +337,7 @@ def lacks_methods(attached):
     ("moves base", moves(lambda a: first(a).base.weight), "0.base.weight moves"),
     ("moves norm", moves(lambda a: a.model[1].weight), "1.weight moves"),
     ("still", never_steps, "training does not change the output"),
-    ("loses", loses_a_layer, "saving and loading does not restore"),
+    ("loses", loses_a_layer, "load_state_dict accepts a part of it"),
     ("saves nothing", saves_nothing, r"state_dict\(\) is empty"),
     ("fold", folds_too_much, "fold changes the output"),
     ("no unfold", never_unfolds, "unfold does not restore"),
@@ -214,17 +348,72 @@ def lacks_methods(attached):
     ("stays", stays_on_detach, "detach does not give a plain model back"),
     ("detach folds", folds_on_detach, "detach does not restore the frozen base"),
     ("methods", lacks_methods, "what attach returns lacks unfold, folded_state_dict"),
+    ("options", ignores_options, r"optimizer\(\) ignores its options"),
+    ("part", loads_a_part, "load_state_dict accepts a part of it"),
+    ("torn load", changes_before_it_refuses, "refuses a part of it, and has changed tensors before"),
+    ("fold twice", folds_twice, "a second fold changes the weights"),
+    ("unfold first", unfolds_without_fold, "unfold without fold changes the output"),
+    ("stream", streams_twice, r"folded_weights\(\) does not yield what .* each key once"),
+    ("key surgery", cuts_names, "layers named base, database, original, D lose their names"),
+    ("base frozen", leaves_the_base_frozen, "detach leaves requires_grad of 0.weight"),
+    ("merges nothing", merges_into_nothing, "merge changes the output"),
+    ("layers left", keeps_its_layers, "merge leaves layers behind"),
+    ("hook left", leaves_a_hook, "merge leaves forward hooks behind"),
+    ("always acts", cannot_be_disabled, r"active is not False within disable\(\)"),
+    ("stays off", stays_disabled, r"does not act again after disable\(\)"),
+    ("harms others", detaches_all, "detaching one adapter changes what another does"),
 )
 def test_a_faulty_adapter_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
         check_adapter(FaultyAdapter(fault))
 
 
+def test_a_second_adapter_that_takes_the_place_of_the_first_is_refused():
+    class Replaces(FaultyAdapter):
+        def attach(self, model, name="default"):
+            for layer in [m for m in model.modules() if isinstance(m, BoneLinear)]:
+                layer.D.data.zero_()
+            return super().attach(model, name)
+
+    with pytest.raises(ContractError, match="a second adapter does not act beside the first"):
+        check_adapter(Replaces(lambda attached: None))
+
+
+def test_a_reparameterisation_that_is_not_alone_is_refused():
+    class Shares(FaultyAdapter):
+        def attach(self, model, name="default"):
+            try:
+                return super().attach(model, name)
+            except ConfigError:
+                if name == "default":
+                    raise
+                return SimpleNamespace()
+
+    for plant, words in (
+        (lambda attached: None, "a second adapter on weights that this one holds alone"),
+        (cannot_be_disabled, r"disable\(\) is accepted"),
+        (Wrapped, "active = False is accepted"),
+    ):
+        with pytest.raises(ContractError, match=words):
+            check_adapter(Shares(plant, WeightCompander()))
+
+
+def test_the_kits_say_what_they_checked():
+    held = check_adapter(WeightCompander())
+    assert held[-1] == "holds its weights alone" and "switching off and on" not in held
+    freezing = check_adapter(Bone(r=4))
+    assert freezing[-2:] == ["switching off and on", "several adapters"] and "adapter files" in freezing
+    assert "adapter files" not in check_adapter(LowRank())  # a class of no entry
+    assert "levels stay" in check_quantizer(AbsMax(4, 8)) and "trains" in check_model(
+        MLP(in_features=4, classes=2, hidden=[4]), "classification")
+    assert "no row in two splits" in check_data(Rows())
+
+
 def test_an_adapter_that_matches_nothing_must_say_so():
     class AcceptsAnything(FaultyAdapter):
         def attach(self, model, name="default"):
             try:
-                return super().attach(model)
+                return super().attach(model, name)
             except ConfigError:
                 return SimpleNamespace(model=model)
 
@@ -286,6 +475,12 @@ class FaultyQuantizer:
     def from_tensors(self, tensors, shape, dtype):
         return self.real.from_tensors(tensors, shape, dtype)
 
+    def at(self, bits):
+        return self.real.at(bits)
+
+    def layout(self, shape, dtype):
+        return self.real.layout(shape, dtype)
+
 
 def shifted_rows(stored, rows=None):
     dense = stored.dequantize()
@@ -341,6 +536,49 @@ class ForgetsTheScale(FaultyQuantizer):
         return self.real.from_tensors({**tensors, "scale": ones}, shape, dtype)
 
 
+class CodebookIsOff(FaultyQuantizer):
+    """Codes are chosen for other levels than they stand for."""
+
+    def quantize(self, weight):
+        return self.real.quantize(1.05 * weight)
+
+
+class IsAnAlias(FaultyQuantizer):
+    def quantize(self, weight):
+        self.real.quantize(weight)
+        return Wrapped(self.real.quantize(weight), dequantize=lambda rows=None: (
+            self.real.quantize(weight).dequantize(rows)))
+
+
+class ForgetsTheDtype(FaultyQuantizer):
+    def quantize(self, weight):
+        return self.real.quantize(weight.float())
+
+
+class FixedFormat(FaultyQuantizer):
+    """Four bits and no others, which a TypeError says."""
+
+    def at(self, bits):
+        return dataclasses.replace(self.real, bits=bits, width=4)
+
+
+class AnyBits(FaultyQuantizer):
+    def at(self, bits):
+        return self.real
+
+
+class ScaleFollowsTheData(FaultyQuantizer):
+    """The fault of old: float32 scales where float16 does not hold them."""
+
+    def quantize(self, weight):
+        wide = bool(weight.abs().max() > 2)
+        return dataclasses.replace(self.real, scale_dtype="float32" if wide else "float16").quantize(weight)
+
+    def from_tensors(self, tensors, shape, dtype):
+        kind = str(tensors["scale"].dtype).removeprefix("torch.")
+        return dataclasses.replace(self.real, scale_dtype=kind).from_tensors(tensors, shape, dtype)
+
+
 class StoresNothing(FaultyQuantizer):
     def quantize(self, weight):
         return weight
@@ -352,7 +590,13 @@ class StoresNothing(FaultyQuantizer):
     ("Inf", AcceptsInf, "a weight that holds inf is accepted"),
     ("ValueError", RaisesValueError, "raises ValueError instead"),
     ("from_tensors", ForgetsTheScale, r"from_tensors\(tensors\(\)\) dequantizes differently"),
-    ("methods", StoresNothing, "the quantized tensor lacks bits_per_weight"),
+    ("methods", StoresNothing, "the quantized tensor lacks resident_bytes, bits_per_weight"),
+    ("codebook", CodebookIsOff, "quantizing what was quantized moves it"),
+    ("alias", IsAnAlias, "it changes with the weight that it was made from"),
+    ("dtype lost", ForgetsTheDtype, "a weight of torch.bfloat16 comes back as torch.float32"),
+    ("fixed", FixedFormat, "raises TypeError instead of one of Poise's errors"),
+    ("any bits", AnyBits, r"at\(-1\) is accepted"),
+    ("layout", ScaleFollowsTheData, r"layout\(\(24, 40\)\) says .*, quantize makes"),
 )
 def test_a_faulty_quantizer_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
@@ -592,7 +836,7 @@ def tokens(**replaced):
 def hides_a_matrix(model):
     """Claim to wrap a base, as adapters do, with a matrix beside it that the walk then skips."""
     model.extra = nn.Linear(3, 3)
-    model.extra.wraps_base = True
+    model.extra.held_weights = lambda path: []
     return model
 
 
@@ -736,3 +980,87 @@ def test_what_is_planted_into_is_sound():
     check_aggregator(FaultyAggregator())
     check_model(FaultyModel(LLAMA), "causal_lm")
     check_model(FaultyModel(PLAIN), "classification")
+
+
+# ------------------------------------------------------------------ data
+
+
+class Rows:
+    """A small table of classes, with a fault planted into its splits."""
+
+    def __init__(self, plant=lambda splits: splits):
+        self.plant = plant
+
+    def load(self, seed=0):
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(30, 3)), rng.integers(0, 2, 30)
+        parts = [Arrays(x[s], y[s]) for s in (slice(0, 18), slice(18, 24), slice(24, 30))]
+        spec = {"input_shape": (3,), "n_classes": 2, "columns": ["a", "b", "c"]}
+        return self.plant(Splits(*parts, provenance={"source": "made up"}, spec=spec))
+
+
+def changed(**parts):
+    return lambda splits: dataclasses.replace(splits, **{
+        k: v(splits) if callable(v) else v for k, v in parts.items()})
+
+
+def of_spec(**values):
+    return changed(spec=lambda s: {**s.spec, **values})
+
+
+def with_x(value):
+    def plant(splits):
+        x = splits.test.x.copy()
+        x[0, 0] = value
+        return dataclasses.replace(splits, test=Arrays(x, splits.test.y))
+
+    return plant
+
+
+def shuffled(splits):
+    order = np.random.default_rng().permutation(18)
+    return dataclasses.replace(splits, train=Arrays(splits.train.x[order], splits.train.y[order]))
+
+
+@planted(
+    ("empty", changed(test=lambda s: Arrays(s.test.x[:0], s.test.y[:0])), "the test split is empty"),
+    ("random", shuffled, "the same seed gives another train split"),
+    ("leak", changed(test=lambda s: s.train), "18 rows lie in both the train and the test split"),
+    ("one row", changed(validation=lambda s: Arrays(s.test.x[:1], s.test.y[:1])),
+     "1 rows lie in both the validation and the test split"),
+    ("NaN", with_x(np.nan), "1 features of the test split are NaN or Inf"),
+    ("Inf", with_x(np.inf), "1 features of the test split are NaN or Inf"),
+    ("label", changed(validation=lambda s: Arrays(s.validation.x, s.validation.y + 1)),
+     "the validation split has labels 1 to 2, but n_classes is 2"),
+    ("targets", changed(test=lambda s: Arrays(s.test.x, s.test.y[:3])), "6 rows of features and 3 targets"),
+    ("shape", of_spec(input_shape=(4,)), r"spec says input_shape \(4,\), rows have shape \(3,\)"),
+    ("columns", of_spec(columns=["a"]), "spec names 1 columns, rows have 3"),
+    ("classes", changed(spec=lambda s: {"input_shape": (3,)}), "spec has n_classes exactly where"),
+    ("provenance", changed(provenance={}), "provenance is empty"),
+    ("JSON", changed(provenance={"when": np.zeros(2)}), "provenance holds what JSON cannot"),
+)
+def test_a_faulty_source_is_refused(fault, words):
+    with pytest.raises(ContractError, match=words):
+        check_data(Rows(fault))
+
+
+def test_a_source_that_repeats_rows_may_repeat_them_across_splits():
+    def plant(splits):
+        x, y = splits.train.x.copy(), splits.train.y.copy()
+        x[1], y[1] = x[0], y[0]
+        test = splits.test.x.copy(), splits.test.y.copy()
+        test[0][0], test[1][0] = x[0], y[0]
+        return dataclasses.replace(splits, train=Arrays(x, y), test=Arrays(*test))
+
+    check_data(Rows(plant))
+
+
+@pytest.mark.parametrize(("part", "words"), [
+    (["text"], "holds what is no Example"),
+    ([Example("question", "")], "has an example without a completion"),
+])
+def test_a_faulty_text_is_refused(part, words):
+    fine = [[Example("", f"{name} {i}") for i in range(3)] for name in ("a", "b")]
+    source = SimpleNamespace(load=lambda seed=0: Splits(*fine, part, {"source": "made up"}))
+    with pytest.raises(ContractError, match=words):
+        check_data(source)

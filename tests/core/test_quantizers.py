@@ -405,7 +405,7 @@ def test_a_state_of_another_format_is_refused(other):
 
 def test_a_state_that_does_not_say_its_format_is_refused():
     state = {k: v for k, v in packed_one(AbsMax(4, 8)).state_dict().items() if "format" not in k}
-    with pytest.raises(FileError, match="the state of 0.packed does not say in which format"):
+    with pytest.raises(FileError, match=r"the state of 0\.packed does not say in which format"):
         packed_one(AbsMax(4, 8)).load_state_dict(state)
 
 
@@ -462,7 +462,8 @@ def test_what_quantizing_makes_is_its_own_and_what_is_rebuilt_is_the_buffer():
 
 
 @few
-@given(st.sampled_from([AbsMax, Affine]), BITS, SIZES, SIZES, GROUPS, st.sampled_from(["float16", "float32"]))
+@given(st.sampled_from([AbsMax, Affine]), BITS, SIZES, SIZES, GROUPS,
+       st.sampled_from(["float16", "float32"]))
 def test_the_layout_is_known_before_the_data(kind, bits, rows, columns, group, scale_dtype):
     quantizer = kind(bits, group, scale_dtype)
     found = quantizer.quantize(matrix(rows, columns).abs() + 0.1).tensors()

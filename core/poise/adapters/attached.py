@@ -101,20 +101,19 @@ class HoldsAlone:
 
     @property
     def active(self) -> bool:
-        """True: the model computes with the reparameterized weights."""
+        """True: the weights are what the adapter holds, and there are no others to fall back to."""
         return True
 
     @active.setter
     def active(self, value: bool) -> None:
         if not value:
-            raise ConfigError(f"{self.name}: it reparameterizes its weights and holds them alone, so it "
-                              f"cannot be switched off: merge() keeps the present values in plain weights")
+            raise ConfigError(f"{self.name}: an adapter that reparameterizes holds its weights alone: it "
+                              f"cannot be switched off; use detach()/merge(), which leave plain weights")
 
-    @contextlib.contextmanager
-    def disable(self) -> Iterator[None]:
-        """Refused: there are no weights without it to go back to."""
+    def disable(self) -> contextlib.AbstractContextManager[None]:
+        """Raise `ConfigError`, as `active = False` does."""
         self.active = False
-        yield
+        return contextlib.nullcontext()
 
 
 class AttachedLayers:
@@ -274,7 +273,8 @@ class AttachedLayers:
         """
         self._refuse_gone()
         folded = self.folded
-        self.unfold()
+        if folded:
+            self.unfold()
         try:
             copy_checked(self.state_dict(), tensors, self.name)
         finally:

@@ -43,6 +43,8 @@ def _parts(splits: Splits) -> dict[str, Any]:
 
 def _rows(part: Any) -> list[bytes]:
     """Return every row of a split as bytes: features and target, or prompt and completion."""
+    expect(isinstance(part, Arrays) or all(isinstance(e, Example) for e in part),
+           "a split holds what is no Example, and is no Arrays")
     if isinstance(part, Arrays):
         x = np.ascontiguousarray(part.x)
         return [row.tobytes() + np.asarray(y).tobytes() for row, y in zip(x, part.y, strict=False)]
@@ -117,7 +119,6 @@ def _honest_spec(splits: Splits, again: Splits) -> None:
 def _examples(splits: Splits, again: Splits) -> None:
     for name, part in _parts(splits).items():
         expect(isinstance(part, Sequence), f"the {name} split is no sequence")
-        expect(all(isinstance(e, Example) for e in part), f"the {name} split holds what is no Example")
         expect(all(e.completion for e in part), f"the {name} split has an example without a completion")
 
 

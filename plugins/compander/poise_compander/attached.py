@@ -6,13 +6,13 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.adapters import hold, release
-from poise.errors import ConfigError, FileError, RunError
+from poise.adapters import HoldsAlone, hold, release
+from poise.errors import FileError, RunError
 from poise.files import copy_checked
 from poise.walk import checkpoint
 from poise_compander.bounds import Finding
@@ -23,7 +23,7 @@ from poise_compander.scales import Scales
 from poise_compander.settings import Settings
 
 
-class Attachment(Watched):
+class Attachment(HoldsAlone, Watched):
     """A method on a model; what is alike in all that reparameterize its weights.
 
     Parameters
@@ -58,21 +58,6 @@ class Attachment(Watched):
         """Take off hooks and marks, once the weights are plain for good."""
 
     # -------------------------------------------------------------- alike
-
-    @property
-    def active(self) -> bool:
-        """True: the weights are what the adapter holds, and there are no others to fall back to."""
-        return True
-
-    @active.setter
-    def active(self, value: bool) -> None:
-        if not value:
-            self.disable()
-
-    def disable(self) -> NoReturn:
-        """Raise `ConfigError`: there is no base to fall back to."""
-        raise ConfigError(f"{self.method}: an adapter that reparameterizes holds its weights alone: it "
-                          f"cannot be switched off; use detach()/merge(), which leave plain weights")
 
     def fold(self) -> None:
         """Put present values into plain weights, in place; a second time changes nothing.
