@@ -1,4 +1,4 @@
-"""The adapter of docs/writing-a-plugin.md, installed from a temporary folder as a third party would."""
+"""The adapters of docs/writing-a-plugin.md, installed from a temporary folder as a third party would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-plugin.md").read_text()
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the three files of the page and install them into a folder of their own."""
-    source = tmp_path_factory.mktemp("poise-row-gain")
+    source = tmp_path_factory.mktemp("poise-two-adapters")
     for name, text in re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)```", PAGE, re.S | re.M):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
@@ -37,23 +37,45 @@ def run(site: Path, *argv: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_page_shows_less_than_sixty_lines() -> None:
-    code = max(re.findall(r"```python\n(.*?)```", PAGE, re.S), key=len)
-    assert len([line for line in code.splitlines() if line.strip()]) < 60
+def test_each_adapter_takes_less_than_fifty_lines() -> None:
+    code = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert max(len([line for line in c.splitlines() if line.strip()]) for c in code) < 50
 
 
-def test_it_is_listed_and_described(site: Path, tmp_path: Path) -> None:
-    assert "row_gain" in run(site, "-m", "poise.cli.main", "list", "adapter", cwd=tmp_path)
-    text = run(site, "-m", "poise.cli.main", "describe", "adapter", "row_gain", cwd=tmp_path)
-    assert "exclude: list[str] = []" in text
+def test_they_are_listed_and_described(site: Path, tmp_path: Path) -> None:
+    listed = run(site, "-m", "poise.cli.main", "list", "adapter", cwd=tmp_path)
+    assert "row_gain" in listed and "rank_one" in listed
+    text = run(site, "-m", "poise.cli.main", "describe", "adapter", "rank_one", cwd=tmp_path)
+    assert "exclude_modules: list[str] or null = None" in text and "scale: float = 1.0" in text
 
 
-def test_it_keeps_the_contract(site: Path, tmp_path: Path) -> None:
+def test_they_keep_the_contract(site: Path, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", PAGE, re.S)[-1]
-    run(site, "-c", code, cwd=tmp_path)
+    checked = run(site, "-c", code, cwd=tmp_path).splitlines()
+    assert len(checked) == 3 and all("adapter files" in line for line in checked)
+    assert "several adapters" in checked[1] and "holds its weights alone" in checked[2]
 
 
-def test_it_trains_in_a_run(site: Path, tmp_path: Path) -> None:
-    out = run(site, "-m", "poise.cli.main", "run", "adapter=row_gain", 'adapter.exclude=["5"]',
+def test_the_one_whose_base_trains_does_so_in_a_run(site: Path, tmp_path: Path) -> None:
+    out = run(site, "-m", "poise.cli.main", "run", "adapter=row_gain", 'adapter.exclude_modules=["5"]',
               "train.steps=30", cwd=tmp_path)
     assert "test_accuracy" in out
+
+
+def test_the_one_that_freezes_its_base_trains_on_a_packed_one(site: Path, tmp_path: Path) -> None:
+    """A model is saved, packed to four bits in a run, adapted, and ends as a plain directory."""
+    code = """
+from poise.models.causal_lm import save_model
+from poise.models.components import CausalLM
+
+component = CausalLM(architecture="LlamaForCausalLM", hidden_size=16)
+save_model(component.build(), component.tokenizer(), "base")
+open("text.txt", "w").write("A weight on a balance. " * 200)
+"""
+    run(site, "-c", code, cwd=tmp_path)
+    run(site, "-m", "poise.cli.main", "run", "recipe=finetune", "model=causal_lm", "model.path=base",
+        "data=text", "data.path=text.txt", "quantizer=absmax", "quantizer.group=8", "adapter=rank_one",
+        "train.steps=3", "train.batch_size=2", "recipe.length=16", "recipe.eval_examples=2",
+        "hydra.run.dir=out", cwd=tmp_path)
+    assert (tmp_path / "out" / "folded" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "adapter" / "adapter.json").is_file()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters.holding import freeze, refuse_held, thaw
+from poise.adapters.holding import freeze, hold, refuse_held, release, thaw
 from poise.adapters.layer import AdaptedLayer, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
@@ -72,6 +72,8 @@ def attach_layers(
     if name in (have := names_on(model)):
         raise ConfigError(f"the model has an adapter named {name!r} (it has {', '.join(have)}): attach "
                           f"this one under another name, or detach that one first")
+    if not adapter.freezes_base:
+        _refuse_shared(chosen, name)
     theirs = {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.own_parameters()}
     base = [p for p in model.parameters() if id(p) not in theirs] if adapter.freezes_base else []
     slots = {}
@@ -84,6 +86,17 @@ def attach_layers(
     attached = made(adapter, model, name, dict(layers), slots, base)
     freeze(base, attached)
     return attached
+
+
+def _refuse_shared(chosen: list[Weight], name: str) -> None:
+    """Raise `ConfigError` for a weight that an adapter whose base trains cannot have to itself."""
+    for w in chosen:
+        if w.adapters:
+            raise ConfigError(f"{name}: {w.name} is adapted by {w.adapters[0]!r}, and this adapter holds "
+                              f"its weights alone: call merge() or detach() on that first")
+        if w.stored is not None:
+            raise ConfigError(f"{name}: {w.name} is packed and cannot train: exclude it, or take an "
+                              f"adapter that freezes its base")
 
 
 def names_on(model: nn.Module) -> list[str]:
@@ -324,6 +337,18 @@ def _above(top: nn.Module, layer: AdaptedLayer) -> Iterator[AdaptedLayer]:
 
 class ReparameterizedLayers(HoldsAlone, AttachedLayers):  # type: ignore[misc]
     """The layers of an adapter whose base trains too (`freezes_base = False`)."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        beneath = [layer.weight_beneath for layer in self.layers.values()]
+        self._alone = [getattr(w.module, w.parameter) for w in beneath]
+        for tensor in self._alone:
+            hold(tensor, self.name)
+
+    def _leave(self) -> nn.Module:
+        for tensor in self._alone:
+            release(tensor)
+        return super()._leave()
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return all that trains, the weights beneath the layers too."""

@@ -10,21 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from poise.adapters import load_adapter, save_adapter
-from poise.errors import ConfigError, PoiseError
+from poise.errors import ConfigError
+from poise.testing.beside import FREEZING, HOLDING
+from poise.testing.cases import Case, is_plain, same, small_model
 from poise.testing.faults import expect, expect_json, expect_methods, expect_refusal
 from poise.walk import checkpoint, weights
-
-ULPS = 4
-_METHODS = ("model", "name", "adapter", "active", "disable", "trainable", "optimizer", "fold", "unfold",
-            "merge", "folded_weights", "folded_state_dict", "state_dict", "load_state_dict", "detach",
-            "report")
-
-
-def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a small network of linears with biases and a norm."""
-    torch.manual_seed(0)
-    layers = [nn.Linear(16, 24), nn.LayerNorm(24), nn.Tanh(), nn.Linear(24, 8)]
-    return nn.Sequential(*layers).to(dtype)
 
 
 def check_adapter(
@@ -60,59 +50,20 @@ def check_adapter(
     expect_methods(adapter, ("attach", "freezes_base"), "the adapter")
     if inputs is None:
         inputs = torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
-    case = _Case(adapter, make_model, inputs, output, make_plain or make_model)
+    case = Case(adapter, make_model, inputs, output, make_plain or make_model)
     checks = CHECKS | (FREEZING if adapter.freezes_base else HOLDING)
     return [name for name, check in checks.items() if check(case) is not NotImplemented]
 
 
-class _Case:
-    """An adapter, and how to make the models it is tried on."""
-
-    def __init__(
-        self, adapter: Any, make: Callable, inputs: Tensor, output: Callable, plain: Callable
-    ) -> None:
-        self.adapter, self.make, self.inputs, self.output = adapter, make, inputs, output
-        self.plain = plain
-
-    def call(self, model: nn.Module) -> Tensor:
-        model.eval()
-        with torch.no_grad():
-            return self.output(model(self.inputs)).clone()
-
-    def attach(self, model: nn.Module | None = None, **name: str) -> Any:
-        attached = self.adapter.attach(self.make() if model is None else model, **name)
-        expect_methods(attached, _METHODS, "what attach returns")
-        return attached
-
-    def trained(self, model: nn.Module | None = None, **name: str) -> Any:
-        """Return an adapter after three steps."""
-        attached = self.attach(model, **name)
-        optimizer = attached.optimizer(torch.optim.SGD, lr=0.05)
-        attached.model.train()
-        for _ in range(3):
-            optimizer.zero_grad()
-            self.output(attached.model(self.inputs)).square().sum().backward()
-            optimizer.step()
-        return attached
-
-    def load_plain(self, tensors: dict[str, Tensor]) -> nn.Module:
-        plain = self.plain()
-        try:
-            plain.load_state_dict(tensors)
-        except RuntimeError as error:
-            expect(False, f"folded_state_dict() is no plain checkpoint: {str(error)[:200]}")
-        return plain
-
-
-def _matching(case: _Case) -> None:
+def _matching(case: Case) -> None:
     expect_refusal(lambda: case.adapter.attach(nn.Sequential(nn.Tanh())),
                    "attach to a model without a matching layer is accepted")
 
 
-def _attaching(case: _Case) -> None:
+def _attaching(case: Case) -> None:
     before = case.call(case.make())
     attached = case.attach()
-    _same(case.call(attached.model), before, "attach changes the output")
+    same(case.call(attached.model), before, "attach changes the output")
     facts = [(w.name, w.role, w.shape) for w in weights(case.make())]
     expect([(w.name, w.role, w.shape) for w in weights(attached.model)] == facts,
            "attach changes the names of the weights, or their roles or shapes")
@@ -121,7 +72,7 @@ def _attaching(case: _Case) -> None:
            "it is not attached as 'default', active, unless another name is given")
 
 
-def _parameters(case: _Case) -> None:
+def _parameters(case: Case) -> None:
     attached = case.attach()
     groups = attached.trainable()
     held = {id(p) for g in groups for p in g["params"]}
@@ -140,7 +91,7 @@ def _parameters(case: _Case) -> None:
            "optimizer() ignores its options")
 
 
-def _training(case: _Case) -> None:
+def _training(case: Case) -> None:
     attached = case.attach()
     movable = {id(p) for g in attached.trainable() for p in g["params"]}
     model = attached.model
@@ -162,7 +113,7 @@ def _training(case: _Case) -> None:
     expect(not torch.equal(case.call(model), before), "training does not change the output")
 
 
-def _saving(case: _Case) -> None:
+def _saving(case: Case) -> None:
     trained, fresh = case.trained(), case.attach()
     saved = {k: v.clone() for k, v in trained.state_dict().items()}
     expect(bool(saved), "state_dict() is empty")
@@ -180,7 +131,7 @@ def _saving(case: _Case) -> None:
            "saving and loading does not restore the output")
 
 
-def _checkpoints(case: _Case) -> None:
+def _checkpoints(case: Case) -> None:
     trained = case.trained()
     before = case.call(trained.model)
     tensors = {n: p.detach().clone() for n, p in trained.model.state_dict().items()}
@@ -188,21 +139,21 @@ def _checkpoints(case: _Case) -> None:
     now = trained.model.state_dict()
     expect(now.keys() == tensors.keys() and all(torch.equal(now[k], v) for k, v in tensors.items()),
            "folded_state_dict() changes the live model")
-    _same(case.call(case.load_plain(folded)), before, "the folded checkpoint gives another output")
+    same(case.call(case.load_plain(folded)), before, "the folded checkpoint gives another output")
     streamed = list(trained.folded_weights())
     expect(sorted(k for k, _ in streamed) == sorted(folded)
            and all(torch.equal(folded[k], v) for k, v in streamed),
            "folded_weights() does not yield what folded_state_dict() returns, each key once")
 
 
-def _folding(case: _Case) -> None:
+def _folding(case: Case) -> None:
     trained = case.trained()
     before = case.call(trained.model)
     tensors = {n: p.detach().clone() for n, p in trained.model.state_dict().items()}
     trained.unfold()
     expect(torch.equal(case.call(trained.model), before), "unfold without fold changes the output")
     trained.fold()
-    _same(case.call(trained.model), before, "fold changes the output")
+    same(case.call(trained.model), before, "fold changes the output")
     once = {w.name: w.read().clone() for w in weights(trained.model)}
     trained.fold()
     expect(all(torch.equal(w.read(), once[w.name]) for w in weights(trained.model)),
@@ -210,28 +161,28 @@ def _folding(case: _Case) -> None:
     trained.unfold()
     expect(torch.equal(case.call(trained.model), before) or not case.adapter.freezes_base,
            "unfold does not restore the output")
-    _same(case.call(trained.model), before, "unfold does not restore the output")
+    same(case.call(trained.model), before, "unfold does not restore the output")
     after = trained.model.state_dict()
     expect(after.keys() == tensors.keys(), "fold and unfold change the names of the tensors")
     for name, tensor in tensors.items():
-        _same(after[name], tensor, f"unfold does not restore {name}")
+        same(after[name], tensor, f"unfold does not restore {name}")
 
 
-def _merging(case: _Case) -> None:
+def _merging(case: Case) -> None:
     trained = case.trained()
     before = case.call(trained.model)
     folded = {k: v.clone() for k, v in trained.folded_state_dict().items()}
     model = trained.merge()
-    _is_plain(model, case.make(), "merge", types=case.plain is case.make)
-    _same(case.call(model), before, "merge changes the output")
+    is_plain(model, case.make(), "merge", types=case.plain is case.make)
+    same(case.call(model), before, "merge changes the output")
     kept = dict(checkpoint(model))
     expect(kept.keys() == folded.keys(), "merge leaves other weights than folded_weights() yields")
     for name, tensor in folded.items():
-        _same(kept[name], tensor, f"merge leaves another {name} than folded_weights() yields")
+        same(kept[name], tensor, f"merge leaves another {name} than folded_weights() yields")
     case.attach(model)  # nothing is left that would refuse it
 
 
-def _detaching(case: _Case) -> None:
+def _detaching(case: Case) -> None:
     trained = case.trained()
     kept = case.call(trained.model)
     model = trained.detach()
@@ -241,19 +192,8 @@ def _detaching(case: _Case) -> None:
         expect(torch.equal(case.call(model), case.call(case.make())),
                "detach does not restore the frozen base")
     else:
-        _same(case.call(model), kept, "detach changes the output of a reparameterised model")
-    _is_plain(model, case.make(), "detach")
-
-
-def _is_plain(model: nn.Module, fresh: nn.Module, verb: str, types: bool = True) -> None:
-    flags = {n: p.requires_grad for n, p in fresh.named_parameters()}
-    wrong = [n for n, p in model.named_parameters() if p.requires_grad is not flags.get(n, p.requires_grad)]
-    expect(not wrong, f"{verb} leaves requires_grad of {', '.join(wrong[:3])} as it was while attached")
-    if types:
-        expect([type(m) for m in model.modules()] == [type(m) for m in fresh.modules()],
-               f"{verb} leaves layers behind that the plain model does not have")
-        hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
-        expect(not hooks, f"{verb} leaves forward hooks behind")
+        same(case.call(model), kept, "detach changes the output of a reparameterised model")
+    is_plain(model, case.make(), "detach")
 
 
 class _Named(nn.Module):
@@ -271,7 +211,7 @@ class _Named(nn.Module):
         return x
 
 
-def _names(case: _Case) -> None:
+def _names(case: Case) -> None:
     """Layers called like the adapter's own keys keep their names and values."""
     own = {key.rpartition(".")[2] for key in case.attach().state_dict()}
     names = [n for n in ["base", "database", "original", *sorted(own)] if n.isidentifier()]
@@ -281,18 +221,18 @@ def _names(case: _Case) -> None:
         with torch.no_grad():
             return model(x)
 
-    inner = _Case(case.adapter, lambda: _Named(names), x, lambda y: y, lambda: _Named(names))
+    inner = Case(case.adapter, lambda: _Named(names), x, lambda y: y, lambda: _Named(names))
     trained = inner.trained()
     before, plain = call(trained.model), _Named(names)
     folded = dict(trained.folded_state_dict())
     expect(folded.keys() == plain.state_dict().keys(),
            f"layers named {', '.join(names)} lose their names in folded_state_dict()")
     plain.load_state_dict(folded)
-    _same(call(plain), before, f"layers named {', '.join(names)} lose their values in folded_state_dict()")
+    same(call(plain), before, f"layers named {', '.join(names)} lose their values in folded_state_dict()")
     expect(trained.merge().state_dict().keys() == folded.keys(), "merge does not give a plain model back")
 
 
-def _files(case: _Case) -> Any:
+def _files(case: Case) -> Any:
     trained = case.trained()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -313,76 +253,7 @@ def _files(case: _Case) -> Any:
     return None
 
 
-# ------------------------------------------------------------------ beside others
-
-
-def _switching(case: _Case) -> None:
-    base = case.call(case.make())
-    trained = case.trained()
-    acting = case.call(trained.model)
-    with trained.disable():
-        expect(trained.active is False, "active is not False within disable()")
-        expect(torch.equal(case.call(trained.model), base), "it acts within disable()")
-    expect(torch.equal(case.call(trained.model), acting), "it does not act again after disable()")
-    trained.active = False
-    expect(torch.equal(case.call(trained.model), base), "it acts with active = False")
-    trained.active = True
-    expect(torch.equal(case.call(trained.model), acting), "it does not act again with active = True")
-
-
-def _several(case: _Case) -> None:
-    first = case.trained()
-    alone = case.call(first.model)
-    expect_refusal(lambda: case.attach(first.model), "a second adapter of the same name is accepted")
-    second = case.trained(first.model, name="second")
-    both = case.call(first.model)
-    expect(not torch.equal(both, alone), "a second adapter does not act beside the first")
-    expect(not {id(p) for g in second.trainable() for p in g["params"]}
-           & {id(p) for g in first.trainable() for p in g["params"]},
-           "trainable() of one adapter holds parameters of another")
-    with second.disable():
-        expect(torch.equal(case.call(first.model), alone),
-               "switching one adapter off changes what another does")
-    _fold_in_order(case, first, second, both)
-    second.detach()
-    expect(torch.equal(case.call(first.model), alone), "detaching one adapter changes what another does")
-    first.detach()
-    expect(torch.equal(case.call(first.model), case.call(case.make())),
-           "detaching every adapter does not restore the frozen base")
-    _is_plain(first.model, case.make(), "detaching every adapter")
-
-
-def _fold_in_order(case: _Case, first: Any, second: Any, both: Tensor) -> None:
-    """Each fold leaves the output, or is refused; afterwards all is as before."""
-    folded = []
-    for attached in (second, first, second):
-        try:
-            attached.fold()
-            folded.append(attached)
-        except PoiseError:
-            expect(attached is second, "the adapter that was attached first cannot be folded first")
-        _same(case.call(first.model), both, "folding one adapter while another acts changes the output")
-    for attached in reversed(folded):
-        attached.unfold()
-    expect(torch.equal(case.call(first.model), both),
-           "unfolding several adapters does not restore the output")
-
-
-def _alone(case: _Case) -> None:
-    attached = case.attach()
-    attached.active = True
-
-    def off() -> None:
-        attached.active = False
-
-    expect_refusal(off, "active = False is accepted, though there are no other weights")
-    expect_refusal(lambda: attached.disable().__enter__(),
-                   "disable() is accepted, though there are no other weights")
-    expect_refusal(lambda: case.attach(attached.model, name="second"),
-                   "a second adapter on weights that this one holds alone is accepted")
-
-
-CHECKS: dict[str, Callable[[_Case], Any]] = {
+CHECKS: dict[str, Callable[[Case], Any]] = {
     "refuses a model without a matching layer": _matching,
     "attaching changes nothing": _attaching,
     "parameters and optimizer": _parameters,
@@ -395,16 +266,3 @@ CHECKS: dict[str, Callable[[_Case], Any]] = {
     "layers of any name": _names,
     "adapter files": _files,
 }
-FREEZING: dict[str, Callable[[_Case], Any]] = {
-    "switching off and on": _switching, "several adapters": _several}
-HOLDING: dict[str, Callable[[_Case], Any]] = {"holds its weights alone": _alone}
-
-
-def _same(got: Tensor, want: Tensor, fault: str) -> None:
-    """Equal within a few units in the last place at the scale of the output."""
-    if not want.is_floating_point():
-        return expect(torch.equal(got, want), fault)
-    scale = float(want.detach().abs().max())
-    error = float((got - want).detach().abs().max()) if want.numel() else 0.0
-    limit = ULPS * torch.finfo(want.dtype).eps * max(scale, 1e-30)
-    return expect(error <= limit, f"{fault} (by {error:.2e} at scale {scale:.2e})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from poise_quantagg.training import CHUNK, Batch, Members, Schedule, Stream
-
-
-class _Enough(Exception):
-    """No better validation score within the patience."""
 
 
 class Network(nn.Module):
@@ -82,9 +77,11 @@ class _LoopTask:
                                  plain[f"layers.{k}.{name}"]).detach().double().numpy().copy()
                 for k in range(len(self.model.layers)) for letter, name in (("W", "weight"), ("b", "bias"))
             }
-        if self.now - self.at >= self.schedule.patience:
-            raise _Enough
         return {"validation_loss": score}
+
+    def done(self) -> bool:
+        """Say that no score has been better within the patience."""
+        return self.now - self.at >= self.schedule.patience
 
 
 def train_adapted(adapter: Any, task: Any, members: Members, schedule: Schedule):
@@ -94,7 +91,6 @@ def train_adapted(adapter: Any, task: Any, members: Members, schedule: Schedule)
     """
     from poise.config import Train
     from poise.recipes.loop import fit
-    from poise.runs.context import RunContext
 
     seed = members.seeds[0]
     network = Network(task.init(0, torch.Generator().manual_seed(seed % 2**63)))
@@ -104,9 +100,5 @@ def train_adapted(adapter: Any, task: Any, members: Members, schedule: Schedule)
     loop = _LoopTask(network, attached, task, members, schedule)
     train = Train(steps=schedule.max_steps, lr=members.lr[0], optimizer="adam", log_every=10**9,
                   eval_every=schedule.eval_every, checkpoint_every=0)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            fit(loop, optimizer, train, RunContext(folder, seed, quiet=True))
-        except _Enough:
-            pass
+    fit(loop, optimizer, train, seed=seed, quiet=True)
     return loop.score, loop.best
