@@ -400,13 +400,13 @@ def run_all(overrides: list[str], *, sweep: bool = False, quiet: bool = False, a
     composed = None if sweep else compose(overrides)
     if composed is None or composed.config is None:
         return _sweep(overrides, quiet)
-    build_parts(composed.config)
+    built = build_parts(composed.config)
     directory = composed.run_dir
     if not composed.explicit_dir:
         directory = _free(directory)
     if announce:
         announce(composed.config, directory)
-    return [execute(composed.config, directory, quiet=quiet)]
+    return [execute(built, directory, quiet=quiet)]
 
 
 def _is_sweep(text: str) -> bool:
@@ -487,8 +487,7 @@ def job(whole: DictConfig) -> float | None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         with one_line_errors(list(HydraConfig.get().overrides.task)):
-            config = from_hydra(whole)
-            build_parts(config)
+            built = build_parts(from_hydra(whole))
     except ConfigError as error:
         _record_refusal(directory, error)
         return None
@@ -496,7 +495,7 @@ def job(whole: DictConfig) -> float | None:
     if not quiet:
         chosen = " ".join(HydraConfig.get().overrides.task)
         print(f"[{HydraConfig.get().job.num}] {chosen}", file=sys.stderr, flush=True)
-    outcome = execute(config, directory, quiet=quiet)
+    outcome = execute(built, directory, quiet=quiet)
     if outcome.exit_code == 130:
         raise KeyboardInterrupt
     return None
