@@ -58,13 +58,14 @@ def build_parts(config: RunConfig, registry: Registry | None = None) -> Built:
     registry = registry or installed()
     if config.component("recipe") is None:
         raise ConfigError("recipe=none: a run needs a recipe (see: poise list recipe)")
-    built = {
+    built: dict[str, Any] = {
         kind: registry.build_from(kind, part) if (part := config.component(kind)) else None
         for kind in PARTS
     }
     _check_tasks(config, registry)
     _check_device(config.device)
-    recipe, tracker = built.pop("recipe"), built.pop("tracker")
+    recipe: Recipe = built.pop("recipe")
+    tracker: Tracker | None = built.pop("tracker")
     names = {kind: getattr(config, kind)["entry"] for kind in PARTS}
     parts = Parts(**built, train=config.train, names=names)
     if isinstance(recipe, Checked):
