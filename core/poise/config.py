@@ -1,4 +1,4 @@
-"""What a run is, as plain data. No Hydra here; `compose.py` fills these in.
+"""What a run is, as plain data. No Hydra here; `poise.compose` fills these in.
 
 The components of a run stay plain mappings (`{"entry": "bone", "r": 64}`) until the registry
 builds them, so a saved configuration is data and nothing else.
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from poise.errors import ConfigError, nearest
-from poise.options import check_options, fits, option, type_name
+from poise.options import check_options, fits, make, option, type_name
+from poise.registry import KINDS
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 MOST_THREADS = 1024
-PARTS = ("recipe", "model", "quantizer", "adapter", "aggregator", "data", "tracker")
 
 
 @dataclass(frozen=True)
@@ -85,41 +85,65 @@ class RunConfig:
             For another version, an unknown or missing key, a wrong type.
         """
         values = dict(values)
-        version = values.get("version", CONFIG_VERSION)
-        if version != CONFIG_VERSION:
-            raise ConfigError(
-                f"version={version}: this configuration was written by another version of Poise; "
-                f"this one reads version {CONFIG_VERSION}"
-            )
-        fields = {f.name: f for f in dataclasses.fields(RunConfig)}
-        for key in values:
-            if key not in fields:
-                raise ConfigError(
-                    f"{key}={values[key]!r}: no key {key!r}{nearest(key, list(fields))} "
-                    f"(keys: {', '.join(fields)})"
-                )
-        for key in PARTS:
-            part = values.get(key)
-            if not isinstance(part, Mapping) or not isinstance(part.get("entry"), str):
-                raise ConfigError(f"{key}={part!r} is not a component: write {key}=NAME")
-            values[key] = dict(part)
+        _check_version(values.get("version", CONFIG_VERSION))
+        _check_keys(values)
+        for kind in PARTS:
+            values[kind] = _part(kind, values.get(kind))
         values["train"] = _train(values.get("train", {}))
-        for key, hint in (("seed", int), ("threads", int), ("device", str), ("tag", str)):
-            if key in values and not fits(values[key], hint):
-                raise ConfigError(f"{key}={values[key]!r}: allowed is {type_name(hint)}")
         config = RunConfig(**values)
-        if not 1 <= config.threads <= MOST_THREADS:
-            raise ConfigError(f"threads={config.threads}: allowed is 1 to {MOST_THREADS}")
-        if not config.tag or set("/\\") & set(config.tag) or config.tag in (".", ".."):
-            raise ConfigError(f"tag={config.tag!r}: a tag names one folder; use a word without / or \\")
-        if not 0 <= config.seed < 2**63:
-            raise ConfigError(f"seed={config.seed}: allowed is 0 <= seed < 2**63")
+        _check_values(config)
         return config
 
 
-def _train(values: Mapping[str, Any]) -> Train:
-    from poise.options import make
+# the kinds of which a run has one each, in the order of its configuration
+PARTS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.name in KINDS)
 
+
+def _check_version(version: Any) -> None:
+    if version == CONFIG_VERSION:
+        return
+    if version == 1:
+        raise ConfigError(
+            f"version=1: this configuration was written by an earlier Poise (version 1); this one reads "
+            f"version {CONFIG_VERSION}, where the options include and exclude of adapters are called "
+            f"target_modules and exclude_modules (null instead of an empty list): run it again from its "
+            f"overrides"
+        )
+    raise ConfigError(
+        f"version={version}: this configuration was written by another version of Poise; "
+        f"this one reads version {CONFIG_VERSION}"
+    )
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"{key}={values[key]!r}: no key {key!r}{nearest(key, known)} (keys: {', '.join(known)})"
+            )
+
+
+def _part(kind: str, part: Any) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or not isinstance(part.get("entry"), str):
+        raise ConfigError(f"{kind}={part!r} is not a component: write {kind}=NAME")
+    return dict(part)
+
+
+def _check_values(config: RunConfig) -> None:
+    for key, hint in (("seed", int), ("threads", int), ("device", str), ("tag", str)):
+        value = getattr(config, key)
+        if not fits(value, hint):
+            raise ConfigError(f"{key}={value!r}: allowed is {type_name(hint)}")
+    if not 1 <= config.threads <= MOST_THREADS:
+        raise ConfigError(f"threads={config.threads}: allowed is 1 to {MOST_THREADS}")
+    if not config.tag or set("/\\") & set(config.tag) or config.tag in (".", ".."):
+        raise ConfigError(f"tag={config.tag!r}: a tag names one folder; use a word without / or \\")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed}: allowed is 0 <= seed < 2**63")
+
+
+def _train(values: Mapping[str, Any]) -> Train:
     if not isinstance(values, Mapping):
         raise ConfigError(f"train={values!r} is not a set of options: write train.steps=100 and so on")
     return make(Train, values, "train")

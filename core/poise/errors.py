@@ -19,6 +19,10 @@ class ConfigError(PoiseError, ValueError):
     exit_code = 2
 
 
+class NameClash(ConfigError):
+    """A name that two entries claim; nobody can say which one is meant."""
+
+
 class MissingExtra(ConfigError):
     """An optional dependency is absent; the message names the extra that brings it."""
 

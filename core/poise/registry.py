@@ -7,14 +7,18 @@ used, so listing stays fast; this module imports neither torch nor Hydra.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from poise.errors import ConfigError, nearest
+from poise.errors import ConfigError, NameClash, nearest
+from poise.options import allowed, default_of, make, option_fields, type_name
 
+# what can be registered, in the order of `poise list`; every other list of kinds comes from this one
 KINDS = ("model", "quantizer", "adapter", "aggregator", "data", "recipe", "tracker", "command")
 GROUP = "poise.plugins"
 STRICT = "POISE_STRICT"
@@ -66,11 +70,17 @@ class Entry:
 
 
 class Registry:
-    """Entries by kind and name, and the configuration packages that plugins bring."""
+    """Entries by kind and name, and the configuration packages that plugins bring.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    plugin : str
+        Whose entries are added.
+    """
+
+    def __init__(self, plugin: str = "unknown") -> None:
         self._entries: dict[tuple[str, str], Entry] = {}
-        self._plugin = "unknown"
+        self._plugin = plugin
         self.conf_packages: list[str] = []
         self.findings: dict[str, str] = {}
 
@@ -90,19 +100,26 @@ class Registry:
         Raises
         ------
         ConfigError
-            For an unknown kind, an ill-formed name, or a (kind, name) that is taken.
+            For an unknown kind, an ill-formed name, or (`NameClash`) a (kind, name) that is taken.
         """
-        if kind not in KINDS:
-            raise ConfigError(f"no kind {kind!r}{nearest(kind, list(KINDS))}; kinds: {KINDS}")
+        _check_kind(kind)
         if not (name.isidentifier() and name == name.lower()):
             raise ConfigError(f"{kind} {name!r}: a name is lower snake case")
         entry = Entry(kind, name, component, summary, tasks, example or {}, paper, self._plugin)
-        other = self._entries.setdefault((kind, name), entry)
-        if other is not entry:
-            raise ConfigError(
-                f"{kind}={name} is claimed by two plugins, {other.plugin!r} and {entry.plugin!r}: "
-                f"rename one or uninstall one"
-            )
+        self._refuse_taken(entry)
+        self._entries[kind, name] = entry
+
+    def _refuse_taken(self, entry: Entry) -> None:
+        other = self._entries.get((entry.kind, entry.name))
+        if other is None:
+            return
+        what = f"{entry.kind}={entry.name}"
+        if other.plugin == entry.plugin:
+            raise NameClash(f"{what} is added twice by plugin {entry.plugin!r}: rename one or remove one")
+        raise NameClash(
+            f"{what} is claimed by two plugins, {other.plugin!r} and {entry.plugin!r}: "
+            f"rename one or uninstall one"
+        )
 
     def add_conf(self, package: str) -> None:
         """Add a package of YAML files ("my_plugin.conf") to Hydra's search path."""
@@ -112,12 +129,24 @@ class Registry:
         """Add a line to `poise doctor`: "module:function", called without arguments, returns one line."""
         self.findings[what] = function
 
+    def merge(self, other: Registry) -> None:
+        """Take over everything another registry holds, or, when a name is taken, nothing.
+
+        Raises
+        ------
+        NameClash
+            When both hold a (kind, name).
+        """
+        for entry in other._entries.values():
+            self._refuse_taken(entry)
+        self._entries |= other._entries
+        self.conf_packages += other.conf_packages
+        self.findings |= other.findings
+
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return the entries of one kind, or all, sorted by kind and name."""
-        if kind is not None and kind not in KINDS:
-            raise ConfigError(
-                f"no kind {kind!r}{nearest(kind, list(KINDS))}; kinds: {', '.join(KINDS)}"
-            )
+        if kind is not None:
+            _check_kind(kind)
         order = {k: i for i, k in enumerate(KINDS)}
         found = [e for e in self._entries.values() if kind in (None, e.kind)]
         return sorted(found, key=lambda e: (order[e.kind], e.name))
@@ -139,14 +168,10 @@ class Registry:
 
     def build(self, kind: str, name: str, /, **options: Any) -> Any:
         """Return a component: options checked, nothing heavy loaded."""
-        from poise.options import make
-
         return make(self.get(kind, name).load(), options, f"{kind}={name}")
 
     def build_from(self, kind: str, config: dict[str, Any]) -> Any:
         """Build from a plain mapping with an `entry` key, as a run's configuration has it."""
-        from poise.options import make
-
         options = dict(config)
         name = options.pop("entry")
         return make(self.get(kind, name).load(), options, f"{kind}={name}")
@@ -154,27 +179,36 @@ class Registry:
     def load_plugins(self) -> None:
         """Register every installed plugin, in the order of their names.
 
-        A plugin that raises is named on stderr and skipped, with whatever it had added;
-        set POISE_STRICT=1 to see its traceback.
+        Each one registers into a registry of its own, so of a plugin that raises nothing is left: it
+        is named on stderr and skipped. Set POISE_STRICT=1 to see its traceback.
+
+        Raises
+        ------
+        NameClash
+            When two plugins claim one name: leaving out either would be a guess.
         """
         from importlib.metadata import entry_points
 
         for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name != "core", p.name)):
-            before, packages = dict(self._entries), list(self.conf_packages)
-            self._plugin = point.name
+            own = Registry(point.name)
             try:
-                point.load()(self)
+                point.load()(own)
+                self.merge(own)
+            except NameClash:
+                raise
             except (Exception, SystemExit) as error:
                 if os.environ.get(STRICT):
                     raise
-                if isinstance(error, ConfigError) and "claimed by two" in str(error):
-                    raise
-                self._entries, self.conf_packages = before, packages
                 print(
                     f"poise: plugin {point.name!r} ({point.value}) is skipped: "
                     f"{type(error).__name__}: {error} (set {STRICT}=1 for the traceback)",
                     file=sys.stderr,
                 )
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(f"no kind {kind!r}{nearest(kind, list(KINDS))}; kinds: {', '.join(KINDS)}")
 
 
 _installed: Registry | None = None
@@ -202,11 +236,6 @@ def build(kind: str, name: str, /, **options: Any) -> Any:
 
 def describe(kind: str, name: str) -> str:
     """Return what an entry is, its options, defaults, ranges and units, as text."""
-    import dataclasses
-    import typing
-
-    from poise.options import allowed, default_of, option_fields, type_name
-
     entry = installed().get(kind, name)
     lines = [f"{kind}={name}: {entry.summary}", f"  plugin: {entry.plugin}   {entry.component}"]
     if entry.paper:

@@ -21,7 +21,7 @@ from poise.runs.execute import build_parts
 def choices() -> list[tuple[str, str]]:
     """Return every (group, name) that can be written on the command line."""
     composing.install()
-    with composing._initialized():
+    with composing.initialized():
         loader = GlobalHydra.instance().config_loader()
         return [
             (group, name)
@@ -33,7 +33,7 @@ def choices() -> list[tuple[str, str]]:
 def jobs(experiment: str) -> list[list[str]]:
     """Return the overrides of each job of an experiment; one empty list for a single run."""
     composing.install()
-    with composing._initialized():
+    with composing.initialized():
         whole = hydra.compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     swept = whole.hydra.sweeper.params or {}
     values = [[f"{key}={v}" for v in str(text).split(",")] for key, text in swept.items()]

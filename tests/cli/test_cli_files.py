@@ -198,7 +198,18 @@ def test_a_configuration_of_another_version_is_refused(capsys, here, whole):
     directory = killed(whole, here / "run", keep=(30,))
     config = yaml.safe_load((directory / "resolved.yaml").read_text())
     (directory / "resolved.yaml").write_text(yaml.safe_dump({**config, "version": 99}))
-    unchanged(capsys, directory, 2, "version=99", "version 1")
+    unchanged(capsys, directory, 2, "version=99", "version 2")
+
+
+def test_a_configuration_of_version_1_is_refused_with_what_has_changed_since(capsys, here, whole):
+    directory = killed(whole, here / "run", keep=(30,))
+    config = yaml.safe_load((directory / "resolved.yaml").read_text())
+    adapter = {"entry": "compander", "include": [], "exclude": ["head"]}
+    old = {**config, "version": 1, "adapter": adapter}
+    (directory / "resolved.yaml").write_text(yaml.safe_dump(old))
+    unchanged(capsys, directory, 2, "written by an earlier Poise (version 1)", "include and exclude",
+              "target_modules and exclude_modules", "null", "run it again from its overrides")
+    call(capsys, "report", directory).is_done()
 
 
 @pytest.mark.parametrize("text", ["", "seed: [", "- 1", "\x00", "recipe: {entry: classify}\nversion: 1\n"])

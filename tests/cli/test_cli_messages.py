@@ -44,7 +44,7 @@ WRONG = {
     "missing key in an interpolation": ("tag=${nowhere}", "tag", "nowhere"),
     "several values": ("seed=1,2", "seed=1,2", "--multirun", "'seed=[1,2]'"),
     "a range of values": ("seed=range(3)", "seed=range(3)", "--multirun"),
-    "another version": ("version=99", "version=99", "version 1"),
+    "another version": ("version=99", "version=99", "version 2"),
     "no override": ("seed", "'seed'", "KEY=VALUE"),
     "a group that is taken away": ("~model", "model"),
     "unknown flag": ("--frobnicate", "'--frobnicate'", "--multirun", "--cfg"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def distribution(folder: Path, module: str, code: str) -> None:
 
 
 def poise(folder: Path, *argv: str, **changes: str) -> Finished:
-    return shell(*argv, cwd=folder, PYTHONPATH=str(folder), **changes)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return shell(*argv, cwd=folder, PYTHONPATH=path, **changes)
 
 
 def test_a_plugin_from_elsewhere_is_listed_described_and_chosen(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import yaml
-from cli_helpers import TINY, call, observed, python, shell
+from cli_helpers import TINY, call, contents, cut_back, observed, python, shell
 
 import poise
+from poise.registry import Registry
 from poise.runs.records import find_runs, load_config, load_run
 
 
@@ -118,6 +120,52 @@ def test_a_job_that_is_refused_or_fails_stops_no_other(capsys, here):
     assert states == ["failed", "failed", "failed", "done"]
     assert done.code != 0 and "Traceback" not in done.err
     assert "the loss is" in done.err and "model=smollm2 is for causal_lm" in done.err
+
+
+# ------------------------------------------------------------------ built once
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[str]:
+    """The kinds of the components that are built from a configuration, in their order."""
+    kinds: list[str] = []
+    build_from = Registry.build_from
+
+    def counted(self, kind, config):
+        kinds.append(kind)
+        return build_from(self, kind, config)
+
+    monkeypatch.setattr(Registry, "build_from", counted)
+    return kinds
+
+
+@pytest.mark.parametrize("argv, runs", [([], 1), (["-m", "seed=0,1"], 2)], ids=["one run", "a sweep"])
+def test_the_parts_of_a_run_are_built_once(capsys, here, built, argv, runs):
+    call(capsys, "run", *TINY, *argv).is_done()
+    assert built == ["recipe", "data", "model"] * runs
+
+
+def test_the_parts_of_a_resumed_run_are_built_once(capsys, here, finished, built):
+    shutil.copytree(finished / "a", here / "a")
+    cut_back(here / "a", 3)
+    call(capsys, "run", "resume=a").is_done()
+    assert built == ["recipe", "data", "model"]
+
+
+def test_a_sweep_builds_the_parts_of_a_refused_job_once(capsys, here, built):
+    words = [t for t in TINY if "hidden" not in t]
+    assert call(capsys, "run", "-m", *words, "model=smollm2,mlp").code != 0
+    assert built == ["recipe", "data", "model"] * 2
+    assert [load_run(d).state for d in find_runs([here])] == ["failed", "done"]
+
+
+def test_a_resume_that_is_refused_is_not_announced(capsys, here, finished):
+    shutil.copytree(finished / "a", here / "a")
+    cut_back(here / "a", 3)
+    before = contents(here / "a")
+    refused = call(capsys, "run", "resume=a", "tracker=nope").refuses(2, "'nope'", "tensorboard")
+    assert refused.err.splitlines() == [refused.complaint]
+    assert contents(here / "a") == before
 
 
 # ------------------------------------------------------------------ as a library

@@ -9,7 +9,7 @@ import pytest
 from cli_helpers import POISE, TINY, call, contents, environment, finish, result, shell, start, wait_for
 
 import poise
-from poise.compose import _free
+from poise.compose import free_directory
 from poise.runs.records import find_runs, load_run
 
 # a run of some seconds that is interrupted, not awaited
@@ -27,7 +27,7 @@ def test_two_runs_started_at_once_get_directories_of_their_own(here):
 
 def test_runs_of_the_very_same_instant_get_directories_of_their_own(here):
     instant = Path("runs/the-same-instant")
-    taken = [_free(instant) for _ in range(3)]
+    taken = [free_directory(instant) for _ in range(3)]
     assert len(set(taken)) == 3 and all(d.is_dir() for d in taken)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from poise.config import PARTS, RunConfig
 from poise.errors import ConfigError, PoiseError, nearest
+from poise.interfaces import Parts
 from poise.options import allowed, check_options, default_of, fits, make, option, type_name
+from poise.registry import KINDS
 
 few = settings(max_examples=80, derandomize=True, deadline=None, database=None)
 
@@ -151,6 +153,11 @@ def plain(**replaced):
     return {**{p: {"entry": "none"} for p in PARTS}, "train": {"steps": 3}, **replaced}
 
 
+def test_a_run_has_one_part_of_every_kind_but_commands():
+    assert set(PARTS) == set(KINDS) - {"command"}
+    assert set(PARTS) == {f.name for f in fields(Parts)} - {"train", "names"} | {"recipe", "tracker"}
+
+
 def test_a_configuration_survives_being_plain():
     config = RunConfig.from_plain(plain(seed=4, adapter={"entry": "bone", "r": 8}))
     assert RunConfig.from_plain(config.plain()) == config
@@ -164,7 +171,8 @@ def test_a_configuration_survives_being_plain():
     ({"threads": 0}, "threads=0: allowed is 1 to 1024"), ({"device": 3}, "device=3: allowed is str"),
     ({"model": "mlp"}, "model='mlp' is not a component: write model=NAME"),
     ({"model": {"hidden": 3}}, "is not a component"), ({"model": None}, "model=None is not a component"),
-    ({"version": 99}, "version=99: .* another version of Poise; this one reads version 1"),
+    ({"version": 99}, "version=99: .* another version of Poise; this one reads version 2"),
+    ({"version": 1}, r"earlier Poise \(version 1\); .*target_modules and exclude_modules .*overrides"),
     ({"train": {"step": 3}}, "train has no option 'step'; did you mean 'steps'"),
     ({"train": {"lr": -1.0}}, "train: Train.lr=-1.0 is not allowed: it must be >= 0"),
     ({"train": {"schedule": "cos"}}, "must be one of constant, linear, cosine"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import poise
-from poise.errors import ConfigError, MissingExtra, require
+from poise.errors import ConfigError, MissingExtra, NameClash, require
 from poise.quantizers import AbsMax
 from poise.registry import KINDS, STRICT, Registry
 
@@ -63,8 +63,32 @@ def test_entries_are_sorted_and_know_their_plugin(installed):
 
 
 def test_two_plugins_that_claim_one_name_are_both_named(installed):
-    with pytest.raises(ConfigError, match="adapter=bone is claimed by two plugins, 'alpha' and 'beta'"):
+    with pytest.raises(NameClash, match="adapter=bone is claimed by two plugins, 'alpha' and 'beta'"):
         installed(plugin("beta", adds("bone")), plugin("alpha", adds("bone")))
+
+
+def test_a_plugin_that_claims_its_own_name_twice_is_named_once(installed):
+    with pytest.raises(NameClash, match="adapter=bone is added twice by plugin 'alpha'"):
+        installed(plugin("alpha", adds("bone", "bone")))
+
+
+def test_the_words_of_an_error_do_not_make_it_a_clash(installed, capsys):
+    lookalike = ConfigError("adapter=a is claimed by two plugins")
+    registry = installed(plugin("bad", adds("half", then=lookalike)), plugin("good", adds("a")))
+    assert names(registry) == ["a"] and "plugin 'bad'" in capsys.readouterr().err
+
+
+def test_of_a_plugin_that_clashes_nothing_is_taken_over():
+    registry, other = Registry("one"), Registry("two")
+    registry.add("adapter", "bone", "a:b")
+    for name in ("first", "bone"):
+        other.add("adapter", name, "a:b")
+    other.add_conf("two.conf")
+    other.add_finding("two", "two:finding")
+    with pytest.raises(NameClash):
+        registry.merge(other)
+    assert [(e.name, e.plugin) for e in registry.entries()] == [("bone", "one")]
+    assert registry.conf_packages == [] and registry.findings == {}
 
 
 @pytest.mark.parametrize("broken", [
@@ -80,15 +104,18 @@ def test_a_broken_plugin_is_skipped_by_name_with_all_it_added(broken, when, inst
     assert f"{type(broken).__name__}: {broken}" in err and "POISE_STRICT=1" in err and err.count("\n") == 1
 
 
-def test_the_configuration_folder_of_a_broken_plugin_is_dropped_too(installed, capsys):
-    def register(registry):
-        registry.add_conf("bad.conf")
+def test_of_a_broken_plugin_no_folder_and_no_finding_is_left(installed, capsys):
+    def register(registry, name="bad"):
+        registry.add_conf(f"{name}.conf")
+        registry.add_finding(name, f"{name}.doctor:finding")
+
+    def broken(registry):
+        register(registry)
         raise ValueError
 
-    def good(registry):
-        registry.add_conf("good.conf")
-
-    assert installed(plugin("bad", register), plugin("good", good)).conf_packages == ["pkg://good.conf"]
+    registry = installed(plugin("bad", broken), plugin("good", lambda r: register(r, "good")))
+    assert registry.conf_packages == ["pkg://good.conf"]
+    assert registry.findings == {"good": "good.doctor:finding"}
     assert "'bad'" in capsys.readouterr().err
 
 

@@ -55,11 +55,11 @@ def _check_shown(argv: list[str]) -> None:
 
 def _resume(directory: str, others: list[str]) -> int:
     from poise.compose import parse_changes
-    from poise.runs.execute import execute, resumed_config
+    from poise.runs.execute import build_parts, execute, resumed_config
 
-    config = resumed_config(directory, parse_changes(others))
-    announce(config, Path(directory))
-    return _conclude([execute(config, directory, resume=True)])
+    built = build_parts(resumed_config(directory, parse_changes(others)))
+    announce(built.config, Path(directory))
+    return _conclude([execute(built, directory, resume=True)])
 
 
 def announce(config: Any, directory: Path) -> None:

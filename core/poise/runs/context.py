@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from poise.interfaces import Tracker
 from poise.runs.checkpoint import Checkpoint, Checkpoints
 from poise.runs.progress import progress
 from poise.runs.records import Records
@@ -45,7 +46,7 @@ class RunContext:
 
     def __init__(
         self, directory: Path | str, seed: int = 0, device: str = "cpu", *, keep: int = 2,
-        tracker: Any = None, quiet: bool = False,
+        tracker: Tracker | None = None, quiet: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ class RunContext:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics at a step."""
         self.records.log(step, values)
-        if self._tracker:
+        if self._tracker is not None:
             self._tracker.log(step, values)
 
     def note(self, key: str, value: Any) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.config import RunConfig
+from poise.config import PARTS, RunConfig
 from poise.errors import ConfigError, FileError, PoiseError, RunError
-from poise.interfaces import Parts
+from poise.interfaces import Checked, Parts, Recipe, Tracker
 from poise.registry import Registry, installed
 from poise.runs.context import Interrupted, RunContext
 from poise.runs.records import Run, load_config, load_run
@@ -37,12 +37,18 @@ class Outcome:
         return getattr(self.error, "exit_code", 1)
 
 
-def build_parts(config: RunConfig, registry: Registry | None = None) -> tuple[Any, Parts, Any]:
-    """Build every component of a run and check that they fit together; nothing heavy is loaded.
+@dataclass(frozen=True)
+class Built:
+    """A run that may start: its configuration, and the components that were built from it and fit."""
 
-    Returns
-    -------
-    recipe, parts, tracker
+    config: RunConfig
+    recipe: Recipe
+    parts: Parts
+    tracker: Tracker | None = None
+
+
+def build_parts(config: RunConfig, registry: Registry | None = None) -> Built:
+    """Build every component of a run and check that they fit together; nothing heavy is loaded.
 
     Raises
     ------
@@ -52,24 +58,24 @@ def build_parts(config: RunConfig, registry: Registry | None = None) -> tuple[An
     registry = registry or installed()
     if config.component("recipe") is None:
         raise ConfigError("recipe=none: a run needs a recipe (see: poise list recipe)")
-    built = {
+    built: dict[str, Any] = {
         kind: registry.build_from(kind, part) if (part := config.component(kind)) else None
-        for kind in ("recipe", "data", "model", "quantizer", "adapter", "aggregator", "tracker")
+        for kind in PARTS
     }
     _check_tasks(config, registry)
     _check_device(config.device)
-    names = {kind: getattr(config, kind)["entry"] for kind in built}
-    recipe: Any = built.pop("recipe")
-    tracker = built.pop("tracker")
+    recipe: Recipe = built.pop("recipe")
+    tracker: Tracker | None = built.pop("tracker")
+    names = {kind: getattr(config, kind)["entry"] for kind in PARTS}
     parts = Parts(**built, train=config.train, names=names)
-    if hasattr(recipe, "check"):
+    if isinstance(recipe, Checked):
         recipe.check(parts)
-    return recipe, parts, tracker
+    return Built(config, recipe, parts, tracker)
 
 
 def _check_tasks(config: RunConfig, registry: Registry) -> None:
     recipe = registry.get("recipe", config.recipe["entry"])
-    for kind in ("data", "model", "quantizer", "adapter", "aggregator"):
+    for kind in PARTS:
         part = config.component(kind)
         if part is None or not recipe.tasks:
             continue
@@ -86,17 +92,15 @@ def _check_tasks(config: RunConfig, registry: Registry) -> None:
 
 
 def execute(
-    config: RunConfig, directory: Path | str, *, resume: bool = False, quiet: bool = False
+    built: Built, directory: Path | str, *, resume: bool = False, quiet: bool = False
 ) -> Outcome:
-    """Run a configuration in a directory and return how it ended.
+    """Carry out a built run in a directory and return how it ended.
 
     Only what goes wrong before the directory is claimed is raised; afterwards the error is in the
     outcome, and in `status.json`.
     """
-    recipe, parts, tracker = build_parts(config)
-    context = _context(config, Path(directory), resume, quiet)
-    if tracker:
-        context._tracker = tracker
+    config, tracker = built.config, built.tracker
+    context = _context(built, Path(directory), resume, quiet)
     try:
         _prepare_torch(config)
         context.records.environment(config.threads, config.device)
@@ -104,7 +108,7 @@ def execute(
         if tracker:
             tracker.start(context.directory, config.tag, config.plain())
         started = time.perf_counter()
-        metrics = recipe.run(parts, context)
+        metrics = built.recipe.run(built.parts, context)
         context.note("seconds", round(time.perf_counter() - started, 2))
         context.records.summary(metrics)
         return _close(context, tracker, "done", None, metrics)
@@ -125,10 +129,12 @@ def _keep_traceback(directory: Path) -> None:
         traceback.print_exc()
 
 
-def _context(config: RunConfig, directory: Path, resume: bool, quiet: bool) -> RunContext:
+def _context(built: Built, directory: Path, resume: bool, quiet: bool) -> RunContext:
+    config = built.config
     try:
         context = RunContext(
-            directory, config.seed, config.device, keep=config.train.keep, quiet=quiet
+            directory, config.seed, config.device, keep=config.train.keep, tracker=built.tracker,
+            quiet=quiet,
         )
     except OSError as error:
         raise RunError(
@@ -164,7 +170,7 @@ def _check_device(name: str) -> None:
 
 
 def _close(
-    context: RunContext, tracker: Any, state: str, error: BaseException | None,
+    context: RunContext, tracker: Tracker | None, state: str, error: BaseException | None,
     metrics: Mapping[str, float], reason: str = "",
 ) -> Outcome:
     try:
@@ -225,4 +231,4 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-__all__ = ["Outcome", "build_parts", "execute", "resumed_config"]
+__all__ = ["Built", "Outcome", "build_parts", "execute", "resumed_config"]

@@ -1,0 +1,115 @@
+"""What an error of Hydra's or OmegaConf's means for the person who typed the overrides, in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from hydra import compose as hydra_compose
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from poise.compose.overrides import is_sweep, several_values
+from poise.compose.schema import GROUPS, TOP, initialized
+from poise.config import PARTS, Train
+from poise.errors import ConfigError, nearest
+
+
+@contextlib.contextmanager
+def one_line_errors(overrides: list[str]) -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors within the block into one-line `ConfigError`s."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from None
+
+
+def explain(error: BaseException, overrides: list[str]) -> str:
+    """Say in one line what a Hydra or OmegaConf error means for the person who typed the overrides."""
+    text = " ".join(str(error).split())
+    cause = error.__cause__ or error
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(str(error.missing_cfg_file or ""), list(error.options or []), text)
+    if unknown := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text):
+        return _unknown_key(unknown[1], overrides)
+    if isinstance(cause, MissingMandatoryValue) or "Missing mandatory value" in text:
+        key = getattr(cause, "full_key", None) or text.split(":")[-1].strip()
+        return f"{key} has no value: write {key}=VALUE"
+    if isinstance(cause, InterpolationResolutionError):
+        return _unresolved(getattr(cause, "full_key", ""), text)
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return several_values(ambiguous[1])
+    return _as_said(error, overrides)
+
+
+def _missing_choice(missing: str, options: list[str], text: str) -> str:
+    group, _, name = missing.rpartition("/")
+    if not group:
+        return text
+    if missing == "hydra/launcher/joblib":
+        return "launcher=joblib needs hydra-joblib-launcher: pip install 'poise[sweep]'"
+    if not options:
+        return f"{group}={name}: there is no group {group!r}{nearest(group, [*GROUPS, 'launcher'])}"
+    return (
+        f"{group}={name}: no {group} named {name!r}{nearest(name, options)} "
+        f"(have: {', '.join(sorted(options))})"
+    )
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == key), key)
+    head, _, rest = key.partition(".")
+    if head in [f.name for f in dataclasses.fields(Train)]:
+        return f"{given}: no key or group {head!r}; did you mean 'train.{key}'?"
+    if head not in TOP:
+        return f"{given}: no key or group {head!r}{nearest(head, [*TOP, 'experiment', 'launcher'])}"
+    chosen, options = _options_of(head, [o for o in overrides if o != given])
+    where = f"{head}={chosen}" if chosen else head
+    return (
+        f"{given}: {where} has no option {rest!r}{nearest(rest, options)} "
+        f"(options: {', '.join(options) or 'none'})"
+    )
+
+
+def _options_of(head: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """Return the choice made under a key and its options, as composed without the wrong override."""
+    try:
+        with initialized():
+            single = [o for o in overrides if not is_sweep(o)]
+            node = hydra_compose("config", overrides=single)[head]
+    except (HydraException, OmegaConfBaseException):
+        return "", []
+    if not isinstance(node, DictConfig):
+        return "", []
+    keys = [str(k) for k in node if k != "entry"]
+    return str(node.get("entry", "")) if head in PARTS else "", keys
+
+
+def _unresolved(key: str, text: str) -> str:
+    if variable := re.search(r"[Ee]nvironment variable '([^']+)'", text):
+        return f"{key} needs the environment variable {variable[1]}, which is not set: export it"
+    return f"{key}: an interpolation does not resolve: {text}"
+
+
+def _as_said(error: BaseException, overrides: list[str]) -> str:
+    """Return what OmegaConf says, after the override that it says it of."""
+    root = _root_cause(error)
+    key = getattr(root, "full_key", None)
+    given = next((o for o in overrides if key and o.lstrip("+").startswith(f"{key}=")), "")
+    said = _short(" ".join(str(root).split()))
+    return f"{given}: {said}" if given else said
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Return the first OmegaConf error behind an error of Hydra's, which says what is wrong."""
+    while error.__cause__ is not None and isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    return error
+
+
+def _short(text: str) -> str:
+    text = re.sub(r"full_key: \S+|object_type=\S+|reference_type=\S+", "", text)
+    return re.sub(r"Set the environment variable HYDRA_FULL_ERROR.*", "", text).strip()
