@@ -46,11 +46,11 @@ def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def relative_error(model: nn.Module, quantizer: Any, kinds: tuple[str, ...]) -> float:
+def relative_error(model: nn.Module, quantizer: Any, roles: tuple[str, ...]) -> float:
     """Return ||W - W'|| / ||W|| over all weights that are quantized."""
     total = wrong = 0.0
     for w in weights(model):
-        if w.kind in kinds and not w.tied_with:
+        if w.role in roles and not w.tied_with:
             dense = w.read().float()
             wrong += float((quantizer.quantize(dense).dequantize() - dense).double().square().sum())
             total += float(dense.double().square().sum())
@@ -58,7 +58,7 @@ def relative_error(model: nn.Module, quantizer: Any, kinds: tuple[str, ...]) -> 
 
 
 def subject(name: str, windows: int) -> tuple[nn.Module, list[Tensor], Any, tuple[str, ...]]:
-    """Return a model, held-out windows (1, time), a plan or None, and the kinds that are quantized."""
+    """Return a model, held-out windows (1, time), a plan or None, and the roles that are quantized."""
     component = build("model", name)
     model, tokenizer = component.build().eval(), component.tokenizer()
     ids = torch.tensor(tokenizer.encode(text(name)))
@@ -70,7 +70,7 @@ def subject(name: str, windows: int) -> tuple[nn.Module, list[Tensor], Any, tupl
 
 
 def measure(name: str, windows: int, bits: list[int], groups: list[int]) -> list[dict[str, Any]]:
-    model, parts, pattern, kinds = subject(name, windows)
+    model, parts, pattern, roles = subject(name, windows)
     rows: list[dict[str, Any]] = [
         {"model": name, "arm": "as it is", "perplexity": perplexity(model, parts)}]
     print(rows[0], flush=True)
@@ -84,7 +84,7 @@ def measure(name: str, windows: int, bits: list[int], groups: list[int]) -> list
                 stored = found["quantized"].values()
                 rows.append({"model": name, "arm": arm, "bits": b, "group": group,
                              "stored_bits": sum(stored) / len(stored),
-                             "error": relative_error(model, quantizer, kinds),
+                             "error": relative_error(model, quantizer, roles),
                              "perplexity": perplexity(packed, parts)})
                 print({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in rows[-1].items()},
                       flush=True)

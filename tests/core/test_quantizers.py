@@ -19,13 +19,12 @@ from poise.quantizers import (
     Affine,
     PackedLinear,
     PackedMatrix,
-    dense_state_dict,
     quantize_model,
     stored_bytes,
 )
 from poise.quantizers.layers import packed_matmul
 from poise.quantizers.packing import pack, packed_width, unpack
-from poise.walk import weights
+from poise.walk import checkpoint, weights
 from poise.walk.experts import Experts
 from poise_compander.components import Companded
 
@@ -370,7 +369,7 @@ def test_a_packed_model_computes_what_the_dense_one_would(name):
 def test_the_dense_checkpoint_loads_into_a_plain_model(name):
     model, plain = build(name), build(name, seed=1)
     quantize_model(model, Affine(4, 8))
-    plain.load_state_dict(dense_state_dict(model))
+    plain.load_state_dict(dict(checkpoint(model)))
     plain.set_experts_implementation("eager")
     assert torch.allclose(logits(plain), logits(model), atol=1e-5)
 

@@ -8,15 +8,15 @@ if TYPE_CHECKING:
     from poise.quantizers.components import AbsMax, Affine
     from poise.quantizers.layers import PackedLinear
     from poise.quantizers.packing import PackedMatrix
-    from poise.quantizers.whole import dense_state_dict, quantize_model, resolve, stored_bytes
+    from poise.quantizers.whole import quantize_model, resolve, stored_bytes
 
 _HOMES = {
     "AbsMax": "components", "Affine": "components", "PackedMatrix": "packing", "resolve": "whole",
     "PackedLinear": "layers",
-    "quantize_model": "whole", "stored_bytes": "whole", "dense_state_dict": "whole",
+    "quantize_model": "whole", "stored_bytes": "whole",
 }
 __all__ = [
-    "AbsMax", "Affine", "PackedLinear", "PackedMatrix", "dense_state_dict", "quantize_model", "resolve",
+    "AbsMax", "Affine", "PackedLinear", "PackedMatrix", "quantize_model", "resolve",
     "stored_bytes",
 ]
 

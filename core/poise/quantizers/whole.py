@@ -156,10 +156,3 @@ def _place(packed: list[tuple[Weight, Any, Any]]) -> None:
         w.slot.put(PackedLinear(stored, quantizer, bias, replaced))
     for experts in fused.values():
         experts.unfuse()
-
-
-def dense_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return the checkpoint that the model would have with every packed weight dequantized."""
-    from poise.walk import checkpoint
-
-    return dict(checkpoint(model))

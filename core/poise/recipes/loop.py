@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from poise.config import Train
 from poise.errors import RunError
-from poise.interfaces import Stops
+from poise.hooks import Stops
 from poise.runs.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from poise.runs.context import Interrupted, RunContext, seed_for
 from poise.runs.progress import progress
@@ -27,7 +27,7 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Task(Protocol):
-    """What is being trained, in the loop's terms; it may also have enough early (`interfaces.Stops`)."""
+    """What is being trained, in the loop's terms; it may also have enough early (`hooks.Stops`)."""
 
     model: nn.Module
 

@@ -9,7 +9,8 @@ from typing import Any
 from poise.adapters import save_adapter
 from poise.errors import ConfigError
 from poise.files import save_bundle
-from poise.interfaces import Cached, Drawn, Observed, Parts
+from poise.hooks import Cached, Drawn, Observed
+from poise.interfaces import Parts
 from poise.quantizers.whole import quantize_model, stored_bytes
 from poise.runs.context import RunContext
 from poise.runs.records import read_rows

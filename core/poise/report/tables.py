@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import ConfigError
-from poise.interfaces import Reported
+from poise.hooks import Reported
 from poise.registry import installed
 from poise.runs.records import Run, find_runs, load_run
 from poise.runs.trackers import flat

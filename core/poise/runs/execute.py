@@ -12,7 +12,8 @@ from typing import Any
 
 from poise.config import PARTS, RunConfig
 from poise.errors import ConfigError, FileError, PoiseError, RunError
-from poise.interfaces import Checked, Parts, Recipe, Tracker
+from poise.hooks import Checked
+from poise.interfaces import Parts, Recipe, Tracker
 from poise.registry import Registry, installed
 from poise.runs.context import Interrupted, RunContext
 from poise.runs.records import Run, load_config, load_run

@@ -1,0 +1,66 @@
+"""What a component may have besides its contract: one Protocol each, asked for by `isinstance`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from poise.interfaces import Parts
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """An attached adapter that wants to be evaluated within a context of its own."""
+
+    def cached(self) -> contextlib.AbstractContextManager:
+        """Return the context, in which what it derives from its parameters is computed once."""
+        ...
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """An attached adapter that has something recorded at each evaluation."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics by name."""
+        ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """An attached adapter that makes figures of what was recorded, at a run's end."""
+
+    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Draw into a folder, from metric rows with `step`, `name` and `value`."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A recipe that refuses parts which do not fit, before anything is loaded."""
+
+    def check(self, parts: Parts) -> None:
+        """Raise `ConfigError` in words."""
+        ...
+
+
+@runtime_checkable
+class Reported(Protocol):
+    """A recipe (its class) that says more about all of its runs than one table of metrics."""
+
+    @staticmethod
+    def report(runs: Sequence[Any]) -> tuple[list[tuple], list[tuple[str, bytes]]]:
+        """Return tables as (title, columns, rows), and pictures as (title, PNG)."""
+        ...
+
+
+@runtime_checkable
+class Stops(Protocol):
+    """A training task that may have enough before its last step."""
+
+    def done(self) -> bool:
+        """Say so; asked after each evaluation."""
+        ...
