@@ -216,7 +216,8 @@ def test_a_bare_linear_is_refused_in_words_or_adapted():
         assert list(attached.layers) and attached.model is not model
 
 
-@pytest.mark.parametrize("options", [{"r": 0}, {"r": 2.5}, {"variant": "bat2"}, {"target_modules": "q_proj"}])
+@pytest.mark.parametrize(
+    "options", [{"r": 0}, {"r": 2.5}, {"variant": "bat2"}, {"target_modules": "q_proj"}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=f"Bone.{next(iter(options))}="):
         Bone(**options)

@@ -322,13 +322,17 @@ def test_results_do_not_depend_on_threads():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_in_any_memory_format(memory_format):
+@pytest.mark.parametrize("rule", [SGD, torch.optim.AdamW], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("filters", [(3, 3), (1, 1), (1, 3), (3, 1)], ids=lambda k: f"{k[0]}x{k[1]}")
+def test_convolutions_in_any_memory_format(memory_format, rule, filters):
+    """Filters of 1 x 1 too: their strides are ambiguous, and torch writes them in several ways."""
     def result(path):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)).double()
+        model = nn.Sequential(nn.Conv2d(3, 4, filters), nn.Tanh(), nn.Conv2d(4, 1, filters),
+                              nn.Conv2d(1, 2, 1)).double()
         model = model.to(memory_format=memory_format)
-        attached = WeightCompander(path=path).attach(model)
-        optimizer = attached.optimizer(SGD, lr=0.1, momentum=0.9)
+        attached = WeightCompander(path=path, bound_policy="grow").attach(model)
+        optimizer = attached.optimizer(rule, lr=0.01, **({"momentum": 0.9} if rule is SGD else {}))
         x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         for _ in range(5):
             optimizer.zero_grad()

@@ -185,12 +185,12 @@ class FastCompander(AttachedCompander):
         w, g = local(self.parameter(name)), local(gradient)
         v = self._v[name]
         for own in (v, *moments):  # the kernel trusts them: a foreign size would be written past its end
-            if (own.dtype, own.device, own.stride()) != (w.dtype, w.device, w.stride()):
+            if (own.dtype, own.device, layout(own)) != (w.dtype, w.device, layout(w)):
                 raise RunError(f"compander: the weight of {name} is {w.dtype} with strides {w.stride()} "
                                f"on {w.device}, its v or a moment is {own.dtype} with "
                                f"{own.stride()} on {own.device}: convert the model before attach, "
                                f"or detach() and attach again")
-        if g.dtype != w.dtype or g.stride() != w.stride():
+        if g.dtype != w.dtype or layout(g) != layout(w):
             g = torch.empty_like(w).copy_(g)
         return Work(step, w, v, g, moments)
 
@@ -224,6 +224,12 @@ class FastCompander(AttachedCompander):
                 found = self.function.forward(self._v[name], *layer.scales.numbers())
                 w.copy_(torch.where(self._belongs(name), w, found))
                 self._versions[name] = self.parameter(name)._version
+
+
+def layout(tensor: Tensor) -> tuple[torch.Size, list[int]]:
+    """Return a tensor's shape, and the strides of the axes that have a length: of one of size 1 it says
+    nothing, and torch writes it differently for the same memory (channels_last filters of 1 x 1)."""
+    return tensor.shape, [stride for size, stride in zip(tensor.shape, tensor.stride()) if size > 1]
 
 
 def flat(tensor: Tensor) -> Tensor:
