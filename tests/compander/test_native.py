@@ -201,11 +201,83 @@ def test_a_damaged_library_is_built_again(fresh):
     assert path.stat().st_size > 10_000
 
 
+def loaded_afresh(code="pass"):
+    """Load the kernel in a process of its own: what it must not load would end the process."""
+    code = f"from poise_compander import native; assert native.kernel() is not None; {code}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d[:-1], lambda d: d[:-40], lambda d: d[:5000], lambda d: d[:64], lambda d: b"",
+    lambda d: d[:9000] + bytes([d[9000] ^ 1]) + d[9001:], lambda d: d[:-1] + bytes([d[-1] ^ 128]),
+], ids=["a byte short", "no checksum", "torn", "a header", "empty", "a bit of code", "a bit at the end"])
+def test_a_torn_or_altered_library_is_found_and_built_again(fresh, change):
+    needs_compiler()
+    native._found.clear()
+    path = native.kernel().path
+    whole = path.read_bytes()
+    path.unlink()  # not written in place: this process has it loaded
+    path.write_bytes(change(whole))
+    assert loaded_afresh().returncode == 0
+    assert native._is_whole(path.read_bytes())
+
+
+def test_a_library_that_is_not_ones_own_is_built_again(fresh, tmp_path):
+    needs_compiler()
+    native._found.clear()
+    path = native.kernel().path
+    foreign = tmp_path / "foreign.so"
+    foreign.write_bytes(path.read_bytes())
+
+    def link():
+        path.symlink_to(foreign)
+
+    def owned_by_another():
+        path.write_bytes(foreign.read_bytes())
+        os.chown(path, 12345, 12345)
+
+    def writable_by_others():
+        path.write_bytes(foreign.read_bytes())
+        path.chmod(0o666)
+
+    def fifo():
+        os.mkfifo(path)
+
+    for plant in (link, owned_by_another, writable_by_others, fifo):
+        path.unlink()
+        if plant is owned_by_another and os.geteuid():
+            continue  # only root can give a file away
+        plant()
+        assert loaded_afresh().returncode == 0, plant.__name__
+        found = os.lstat(path)
+        assert stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o002
+
+
+def test_a_folder_that_is_not_ones_own_is_not_loaded_from(fresh, monkeypatch, tmp_path):
+    """Another user's folder, one that all may write to, and a link into either."""
+    cases = {"all": lambda p: p.chmod(0o777)}
+    if not os.geteuid():
+        cases["another"] = lambda p: os.chown(p, 12345, 12345)
+    for name, spoil in cases.items():
+        parent = tmp_path / name
+        (parent / "compander").mkdir(parents=True)
+        spoil(parent)
+        for cache in (parent, tmp_path / f"link-{name}"):
+            if cache is not parent:
+                cache.symlink_to(parent)
+            native._found.clear()
+            monkeypatch.setenv("POISE_CACHE", str(cache))
+            _, said = still_trains()
+            assert len(said) == 1 and "code is loaded only from folders of one's own" in said[0]
+            assert not list((parent / "compander").iterdir())
+
+
 def test_a_folder_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("poise.files.cache_folder", refuse)
+    monkeypatch.setattr(native, "cache_folder", refuse)
     _, said = still_trains()
     assert len(said) == 1 and "read-only" in said[0]
 

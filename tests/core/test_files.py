@@ -335,3 +335,25 @@ def test_a_cache_that_cannot_be_written_moves_to_the_temporary_folder(tmp_path, 
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temp"))
     found = cache_folder("a")
     assert found.is_dir() and found == tmp_path / "temp" / f"poise-cache-{os.getuid()}" / "a"
+
+
+def test_a_temporary_cache_that_somebody_else_made_is_not_taken(tmp_path, monkeypatch):
+    """The name can be known beforehand: a link, or a folder that all may write to, waits there."""
+    (tmp_path / "way").write_text("a file")
+    monkeypatch.setenv("POISE_CACHE", str(tmp_path / "way" / "cache"))
+    named, elsewhere = f"poise-cache-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("link", "open"):
+        temporary = tmp_path / name
+        temporary.mkdir()
+        if name == "link":
+            (temporary / named).symlink_to(elsewhere)
+        else:
+            (temporary / named).mkdir()
+            (temporary / named).chmod(0o777)
+        monkeypatch.setattr("tempfile.gettempdir", lambda temporary=temporary: str(temporary))
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        found = cache_folder("a")
+        assert found.is_dir() and found.parent.name != named and found.parent.parent == temporary
+        assert cache_folder("b").parent == found.parent  # the same for this process
+        assert not list(elsewhere.iterdir())

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.errors import FileError
+from poise.files import cache_folder, write_bytes
+from poise.trust import read_own, refuse_foreign_folder
 from poise_compander.functions import Function
 from poise_compander.names import FUNCTION_NAMES
 from poise_compander.update import Step, Work
@@ -140,7 +143,8 @@ def kernel() -> Kernel | None:
         if "it" not in _found:
             try:
                 _found["it"] = _loaded()
-            except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
+            except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError,
+                    FileError) as error:
                 _found["it"] = str(error)
                 warnings.warn(f"compander: no C kernel, steps are taken in torch ({error})",
                               RuntimeWarning, stacklevel=3)
@@ -162,13 +166,25 @@ def status() -> str:
 
 
 def _loaded() -> Kernel:
-    """Return the kernel; one that cannot be loaded (a torn file, say) is built again."""
+    """Return the kernel; a file that is torn, altered or somebody else's is not loaded, but built again.
+
+    A torn library ends the process when it is loaded, and an altered one computes something else: the file
+    ends with the checksum of what is before.
+    """
     path = _built()
     try:
-        return Kernel(path)
-    except (OSError, AttributeError):
+        whole = _is_whole(read_own(path))
+    except FileError:
+        whole = False
+    if not whole:
         path.unlink()
-        return Kernel(_built())
+        path = _built()
+    return Kernel(path)
+
+
+def _is_whole(data: bytes) -> bool:
+    body, checksum = data[:-hashlib.sha256().digest_size], data[-hashlib.sha256().digest_size:]
+    return hashlib.sha256(body).digest() == checksum
 
 
 def _built() -> Path:
@@ -178,12 +194,14 @@ def _built() -> Path:
     ------
     OSError, RuntimeError, ValueError, subprocess.SubprocessError
         When there is no compiler, CC cannot be read, it fails, or the folder cannot be used.
+    FileError
+        When somebody else could write to the folder.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or _compiler_at_hand()
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"compiler {compiler[0]} is not there")
     target = _folder() / f"kernel-{_digest(compiler)}.so"
-    if not target.exists():
+    if not os.path.lexists(target):
         _compile(compiler, target)
     return target
 
@@ -197,11 +215,10 @@ def _compiler_at_hand() -> list[str]:
 
 def _folder() -> Path:
     """Return the folder of built kernels; code is loaded from it, so nobody else may write there."""
-    from poise.files import cache_folder
-
     folder = cache_folder("compander")
-    folder.chmod(0o700)  # raises unless it is this user's
-    return folder
+    if not folder.is_symlink():
+        folder.chmod(0o700)  # raises unless it is this user's
+    return refuse_foreign_folder(folder)
 
 
 def _digest(compiler: list[str]) -> str:
@@ -231,4 +248,5 @@ def _compile(compiler: list[str], target: Path) -> None:
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise RuntimeError(f"{' '.join(compiler)} failed: {last}")
-        os.replace(library, target)
+        data = library.read_bytes()
+        write_bytes(target, data + hashlib.sha256(data).digest())  # what follows a library is not looked at
