@@ -55,7 +55,7 @@ def read_own(path: Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise FileError(f"{path} is no regular file")
         if found.st_uid != os.geteuid():
-            raise FileError(f"{path} belongs to user {found.st_uid}: code is loaded only from one's own files")
+            raise FileError(f"{path} belongs to user {found.st_uid}: only one's own files are loaded")
         if _others_write(found):
             raise FileError(f"{path} may be written to by others: remove it, it is built again")
         return file.read()

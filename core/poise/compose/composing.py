@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from poise.compose.code import refuse_code
 from poise.compose.messages import one_line_errors
 from poise.compose.overrides import check_overrides, open_key
 from poise.compose.schema import initialized, install
@@ -42,7 +43,7 @@ def compose(overrides: list[str]) -> Composed:
     check_overrides(overrides)
     overrides = [open_key(o) for o in overrides]
     with one_line_errors(overrides):
-        whole = _whole(overrides)
+        whole = composed(overrides)
         hydra = whole.hydra
         if not whole.paths.out:
             raise ConfigError("paths.out is empty: write paths.out=DIR, the folder runs are written to")
@@ -51,12 +52,13 @@ def compose(overrides: list[str]) -> Composed:
         return Composed(config, Path(hydra.run.dir), explicit)
 
 
-def _whole(overrides: list[str]) -> DictConfig:
-    """Return the composed file, Hydra's own node included and resolvable."""
+def composed(overrides: list[str]) -> DictConfig:
+    """Return the composed file, Hydra's own node included and resolvable; it names no code to import."""
     with initialized():
         whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)
-        return whole
+    refuse_code(whole)
+    HydraConfig.instance().set_config(whole)
+    return whole
 
 
 def experiments() -> list[str]:
@@ -82,9 +84,9 @@ def from_hydra(whole: DictConfig) -> RunConfig:
     return RunConfig.from_plain(values)
 
 
-def sweep_directory(overrides: list[str]) -> Path:
+def sweep_directory(whole: DictConfig, overrides: list[str]) -> Path:
     """Return a free directory for a sweep, from `hydra.sweep.dir`."""
-    wanted = Path(_whole(overrides).hydra.sweep.dir)
+    wanted = Path(whole.hydra.sweep.dir)
     explicit = any(o.startswith("hydra.sweep.dir=") for o in overrides)
     return wanted if explicit else free_directory(wanted)
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
+from poise.compose.code import leaves, refuse_key, refuse_search_path
 from poise.compose.schema import GROUPS
 from poise.config import PARTS
 from poise.errors import ConfigError
@@ -30,8 +32,21 @@ def check_overrides(overrides: list[str]) -> None:
         except HydraException:
             raise ConfigError(_grammar_help(text)) from None
         key = parsed.key_or_group
+        _refuse_code(key, parsed)
         if key in GROUPS and parsed.value() is None and not parsed.is_delete():
             raise ConfigError(f"{text}: a group has no null; write {key}=none")
+
+
+def _refuse_code(key: str, parsed: Override) -> None:
+    """Refuse what would be imported before Hydra has a look; the composed whole is looked at again."""
+    values = parsed.value()
+    values = values.list if isinstance(values, ChoiceSweep) else [values]
+    if key == "hydra.searchpath":
+        for value in values:
+            refuse_search_path(value)
+    for value in values:
+        for inner, leaf in leaves(value, key):
+            refuse_key(inner, leaf)
 
 
 def _grammar_help(text: str) -> str:

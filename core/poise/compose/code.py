@@ -1,0 +1,68 @@
+"""A configuration is data: nothing that it names is imported, but Hydra's own launchers and sweepers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from poise.errors import ConfigError
+from poise.registry import installed
+
+# where Hydra looks for plugins; it refuses other classes as launchers and sweepers, but not as callbacks
+_OWN = ("hydra._internal.core_plugins.", "hydra_plugins.")
+_LOGGING = ("logging.", "colorlog.")
+_KNOWN = ("hydra.conf", "poise_conf")
+
+
+def refuse_code(whole: DictConfig) -> None:
+    """Refuse a composed configuration that would have a class or module imported.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key: a callback, a `_target_` that is not Hydra's own, a class of a logging handler, or a
+        package on the search path that no plugin brings.
+    """
+    for key, value in leaves(OmegaConf.to_container(whole, resolve=False), ""):
+        refuse_key(key, value)
+    refuse_search_path(OmegaConf.to_container(whole.hydra.searchpath, resolve=False))
+
+
+def refuse_key(key: str, value: Any) -> None:
+    """Refuse one entry, by its whole dotted key, that would have something imported."""
+    last = key.rpartition(".")[2]
+    if key.startswith("hydra.callbacks."):
+        raise ConfigError(f"{key}: callbacks run code that a configuration names, and are refused; a "
+                          f"plugin may bring a tracker instead")
+    if last == "_target_" and not _starts(value, _OWN):
+        raise ConfigError(f"{key}={value}: a configuration names no code; components are chosen by `entry` "
+                          f"(poise list), launchers in conf/launcher")
+    if last in ("class", "()") and "_logging." in key and not _starts(value, _LOGGING):
+        raise ConfigError(f"{key}={value}: only handlers and formatters of logging and colorlog are taken")
+
+
+def refuse_search_path(paths: Any) -> None:
+    """Refuse packages on the search path other than those that plugins have registered."""
+    known = {f"pkg://{name}" for name in _KNOWN} | set(installed().conf_packages)
+    for path in paths if isinstance(paths, (list, tuple)) else [paths]:
+        if "pkg://" in str(path) and str(path) not in known:
+            raise ConfigError(f"hydra.searchpath: {path} would be imported; give a folder, or let a plugin "
+                              f"register its package (registry.add_conf)")
+
+
+def _starts(value: Any, prefixes: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value.startswith(prefixes)
+
+
+def leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and value of every leaf below a node."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from leaves(value, f"{key}.{number}")
+    else:
+        yield key, node

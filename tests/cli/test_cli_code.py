@@ -1,0 +1,85 @@
+"""A configuration is data: nothing that it names is imported, whoever wrote it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from cli_helpers import call
+
+import poise
+from poise.errors import ConfigError
+
+TINY = ["train.steps=1", "data.limit=100"]
+
+
+@pytest.fixture
+def trap(here, monkeypatch):
+    """A module that leaves a file behind when it is imported, and a folder for YAML files beside it."""
+    (here / "code").mkdir()
+    (here / "code" / "trapdoor.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('SPRUNG').touch()\n"
+        "class Callback:\n    def on_job_start(self, **_): pass\n")
+    monkeypatch.syspath_prepend(str(here / "code"))
+    (here / "yaml" / "experiment").mkdir(parents=True)
+    yield here
+    assert not (here / "code" / "SPRUNG").exists(), "code that a configuration named was imported"
+    sys.modules.pop("trapdoor", None)
+
+
+@pytest.mark.parametrize("typed", [
+    ["+hydra.callbacks.x._target_=trapdoor.Callback"],
+    ["+hydra.callbacks.x={_target_:trapdoor.Callback}"],
+    ["++hydra.callbacks={x:{_target_:trapdoor.Callback}}"],
+    ["hydra.launcher._target_=trapdoor.Callback"], ["hydra.sweeper._target_=trapdoor.Callback"],
+    ["+model._target_=trapdoor.Callback"], ["+x._target_=trapdoor.Callback"],
+    ["hydra.searchpath=[pkg://trapdoor]"], ["hydra.searchpath=[file:///tmp,pkg://trapdoor.conf]"],
+    ["+hydra.job_logging.handlers.x.class=trapdoor.Callback"],
+    ["+hydra.job_logging.formatters.x={'()':trapdoor.Callback}"],
+], ids=lambda t: t[0].split("=")[0])
+@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
+def test_code_that_is_typed_is_refused(capsys, trap, typed, sweep):
+    refused = call(capsys, "run", *sweep, *TINY, *typed)
+    assert refused.code == 2 and refused.complaint
+    assert not (trap / "runs").exists()
+
+
+YAML = {
+    "callback": "hydra: {callbacks: {x: {_target_: trapdoor.Callback}}}",
+    "launcher": "hydra: {launcher: {_target_: trapdoor.Callback}}",
+    "sweeper": "hydra: {sweeper: {_target_: trapdoor.Callback}}",
+    "handler": "hydra: {job_logging: {version: 1, handlers: {x: {class: trapdoor.Callback}}}}",
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"], ["--multirun"]],
+                         ids=["run", "sweep", "sweep over experiments"])
+def test_an_experiment_from_a_stranger_runs_no_code(capsys, trap, name, sweep):
+    (trap / "yaml" / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{YAML[name]}\n")
+    chosen = "experiment=none,theirs" if sweep == ["--multirun"] else "experiment=theirs"
+    refused = call(capsys, "run", *sweep, *TINY, chosen, f"hydra.searchpath=[file://{trap / 'yaml'}]")
+    assert refused.code == 2 and refused.complaint
+    assert not (trap / "runs").exists()
+
+
+def test_folders_and_registered_packages_stay_on_the_search_path(capsys, trap):
+    (trap / "yaml" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    path = f"hydra.searchpath=[file://{trap / 'yaml'}]"
+    assert call(capsys, "run", *TINY, "experiment=mine", path).code == 0
+    (run,) = (trap / "runs").rglob("resolved.yaml")
+    assert poise.load_run(run.parent).config["seed"] == 7
+
+
+def test_a_refused_job_is_found_before_the_first_one_runs(capsys, here):
+    refused = call(capsys, "run", "--multirun", "adapter=none,bone", *TINY)
+    assert refused.code == 2
+    assert "job 2 of 2 (adapter=bone" in refused.complaint and "freezes its base" in refused.complaint
+    assert not (here / "runs").exists()
+    with pytest.raises(ConfigError, match=r"job 2 of 2"):
+        poise.run(["hydra.mode=MULTIRUN", "adapter=none,bone", *TINY])
+
+
+def test_jobs_are_counted(capsys, here):
+    done = call(capsys, "run", "--multirun", "seed=0,1", *TINY)
+    assert done.code == 0 and "[1/2] seed=0" in done.err and "[2/2] seed=1" in done.err
