@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -167,10 +168,14 @@ def load_bundle(stem: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     FileError
         Naming the file that is missing, torn, altered or of another version.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     meta = load_meta(stem)
-    return load(_tensors(Path(stem)).read_bytes()), meta
+    try:
+        return load(_tensors(Path(stem)).read_bytes()), meta
+    except SafetensorError as error:
+        raise FileError(f"{_tensors(Path(stem))} holds no tensors: {error}") from None
 
 
 def load_arrays(stem: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -190,6 +195,8 @@ def load_meta(stem: Path | str) -> dict[str, Any]:
     body = {k: v for k, v in index.items() if k != "checksum"}
     if index["checksum"] != _own_checksum(body):
         raise FileError(f"{_index(stem)} is altered: its checksum does not match")
+    if not {"version", "bytes", "sha256", "meta"} <= index.keys() or not isinstance(index["meta"], dict):
+        raise FileError(f"{_index(stem)} is not a bundle of Poise: it lacks its version, size or metadata")
     if index["version"] != BUNDLE_VERSION:
         raise FileError(
             f"{_index(stem)} has version {index['version']}; this Poise reads {BUNDLE_VERSION}"
@@ -251,14 +258,18 @@ def _write_each(
         shard.clear()
 
     for name, tensor in pairs:
-        if name in seen:
-            raise FileError(f"{name} comes twice: every tensor has a name of its own")
+        if not isinstance(name, str) or name in seen or name == "__metadata__":
+            raise FileError(f"{name!r} comes twice, or is no name for a tensor")
+        if not hasattr(tensor, "element_size") or tensor.layout.__str__() != "torch.strided":
+            raise FileError(f"{name} is no dense tensor but a {type(tensor).__name__}")
         seen.add(name)
         size = tensor.numel() * tensor.element_size()
         if shard and held + size > shard_bytes:
             close()
             held = 0
         shard[name], held, total = tensor, held + size, total + size
+    if not seen:
+        raise FileError("there is nothing to write: the stream has no tensors (was it used before?)")
     close()
     return homes, total
 
@@ -283,19 +294,34 @@ def _move_shards(fresh: Path, folder: Path, stem: str, homes: list[list[str]], t
     index, n = folder / f"{stem}.safetensors.index.json", len(homes)
     names = [f"{stem}.safetensors"] if n == 1 else [
         f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    index.unlink(missing_ok=True)  # without an index, or a file of the one name, nothing is half new
-    if n > 1:
-        (folder / f"{stem}.safetensors").unlink(missing_ok=True)
-    for number, name in enumerate(names):
-        os.replace(fresh / str(number), folder / name)
-    sync_folder(folder)
-    if n > 1:
-        mapped = {key: name for name, keys in zip(names, homes, strict=True) for key in keys}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": mapped})
-    for old in folder.glob(f"{stem}-*-of-*.safetensors"):
-        if old.name not in names:
-            old.unlink()
+    aside = _put_aside(folder, stem, fresh)  # nothing is half new: neither an index nor a file is there
+    try:
+        for number, name in enumerate(names):
+            os.replace(fresh / str(number), folder / name)
+        sync_folder(folder)
+        if n > 1:
+            mapped = {key: name for name, keys in zip(names, homes, strict=True) for key in keys}
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": mapped})
+    except BaseException:
+        for name in [*names, index.name]:
+            (folder / name).unlink(missing_ok=True) if (folder / name).is_file() else None
+        for old in aside:
+            os.replace(old, folder / old.name)
+        raise
     return [folder / name for name in names]
+
+
+def _put_aside(folder: Path, stem: str, fresh: Path) -> list[Path]:
+    """Move the files of an earlier save out of the way, the index first, and return where they are."""
+    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    found = [p for p in folder.iterdir() if ours.fullmatch(p.name)]
+    found.sort(key=lambda p: p.suffix != ".json")
+    if blocked := [p for p in found if not p.is_file()]:
+        raise FileError(f"{blocked[0]} is in the way: it is no file")
+    (fresh / "before").mkdir()
+    for path in found:
+        os.replace(path, fresh / "before" / path.name)
+    return [fresh / "before" / path.name for path in found]
 
 
 def copy_checked(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

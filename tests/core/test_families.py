@@ -141,7 +141,7 @@ def test_undoing_a_replacement_returns_the_same_objects(family):
 def test_an_expert_without_held_weights_is_refused():
     model = tiny("mixtral")
     w = next(w for w in weights(model) if w.role == "expert")
-    with pytest.raises(ConfigError, match="Linear cannot take an expert's place: it has no held_weights"):
+    with pytest.raises(ConfigError, match=r"Linear cannot take the place of .*: it has no held_weights"):
         replace(w, nn.Linear(*w.shape[::-1]))
     assert not any(isinstance(m, Experts) for m in model.modules())
 
@@ -291,3 +291,58 @@ def test_a_family_of_no_row_is_recognised_by_what_is_called_experts():
     assert {w.name: (w.role, w.expert and dataclasses.astuple(w.expert)) for w in weights(model)} == {
         "0.experts.0.w1": ("expert", (0, 0, "w1")), "0.experts.1.w1": ("expert", (0, 1, "w1")),
         "0.router": ("router", None), "1.router": ("linear", None)}
+
+
+def rewritten(tmp_path, change):
+    """Save a Mixtral in one file, with its tensors changed."""
+    from safetensors.torch import load_file, save_file
+
+    tiny("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(change(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("lost", "words"), [
+    ("experts.1.w3.weight", r"experts.1.gate_up is not whole: only .*experts.1.w1.weight is there"),
+    ("experts.1.", "expert 1 of model.layers.0.mlp is missing"),
+])
+def test_what_is_missing_of_an_expert_is_named(lost, words, tmp_path):
+    """A half was read as a whole of another shape, and the others went on counting without it."""
+    directory = rewritten(tmp_path, lambda t: {k: v for k, v in t.items() if lost not in k})
+    with pytest.raises(FileError, match=words):
+        list(open_weights(directory))
+
+
+def test_a_tensor_that_no_shard_holds_is_named(tmp_path):
+    index = save(tmp_path) / "model.safetensors.index.json"
+    mapped = json.loads(index.read_text())
+    mapped["weight_map"]["model.layers.9.extra.weight"] = next(iter(mapped["weight_map"].values()))
+    index.write_text(json.dumps(mapped))
+    with pytest.raises(FileError, match=r"no shard holds model.layers.9.extra.weight"):
+        list(open_weights(tmp_path))
+
+
+def test_files_are_read_as_from_pretrained_reads_them(tmp_path):
+    """In the type that the configuration names; the one file before an index; and no stranger beside it."""
+    from safetensors.torch import save_file
+
+    model = tiny("olmoe")
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    tiny("olmoe", seed=1).save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    save_file({"foo.weight": torch.ones(2, 2)}, tmp_path / "zz_adapter.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    loaded = {w.name: w for w in weights(type(model).from_pretrained(tmp_path))}
+    read = {w.name: w for w in open_weights(tmp_path)}
+    assert read.keys() == loaded.keys()
+    assert all(torch.equal(w.read(), loaded[n].read()) for n, w in read.items())
+    assert {w.dtype for w in read.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("config", ["[]", '{"model_type": ["mixtral"]}', '"mixtral"'])
+def test_a_configuration_of_odd_types_is_named(config, tmp_path):
+    (save(tmp_path) / "config.json").write_text(config)
+    with pytest.raises(FileError, match=r"config\.json is no model's configuration"):
+        list(open_weights(tmp_path))

@@ -28,6 +28,7 @@ from poise.files import (
     save_bundle,
     write_bytes,
     write_json,
+    write_shards,
     write_text,
 )
 
@@ -357,3 +358,109 @@ def test_a_temporary_cache_that_somebody_else_made_is_not_taken(tmp_path, monkey
         assert found.is_dir() and found.parent.name != named and found.parent.parent == temporary
         assert cache_folder("b").parent == found.parent  # the same for this process
         assert not list(elsewhere.iterdir())
+
+
+# ------------------------------------------------------------------ shards
+
+
+def pairs(n=5, value=0.0):
+    return [(f"layer.{i}", torch.full((4, 4), value + i)) for i in range(n)]
+
+
+def read_all(folder):
+    from safetensors.torch import load_file
+
+    return {k: v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+@pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (128, 3), (1, 5), (64, 5)])
+def test_a_stream_is_written_in_shards_with_an_index(tmp_path, limit, files):
+    written = write_shards(iter(pairs()), tmp_path, shard_bytes=limit)
+    assert len(written) == files == len(list(tmp_path.glob("*.safetensors")))
+    assert all(torch.equal(read_all(tmp_path)[k], v) for k, v in pairs())
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (files > 1)
+    if files > 1:
+        mapped = json.loads(index.read_text())
+        assert mapped["metadata"]["total_size"] == 5 * 64 and len(mapped["weight_map"]) == 5
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_one_shard_is_held_at_a_time(tmp_path):
+    import weakref
+
+    alive = []
+
+    def stream():
+        for i in range(20):
+            tensor = torch.full((64, 64), float(i))
+            alive.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+            del tensor
+            assert sum(ref() is not None for ref in alive) <= 3  # a shard of two, and the one at hand
+
+    write_shards(stream(), tmp_path, shard_bytes=2 * 64 * 64 * 4)
+    assert len(read_all(tmp_path)) == 20
+
+
+def test_another_save_leaves_nothing_of_the_earlier_one_and_no_bystander_goes(tmp_path):
+    for name in ("model_best.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    for limit in (1, 10**9, 128):
+        write_shards(pairs(), tmp_path, shard_bytes=limit)
+        (tmp_path / "model_best.safetensors").rename(tmp_path / "aside")
+        assert len(read_all(tmp_path)) == 5
+        (tmp_path / "aside").rename(tmp_path / "model_best.safetensors")
+    assert (tmp_path / "model_best.safetensors").read_text() == "mine" and (tmp_path / "notes.txt").exists()
+
+
+def breaks_off():
+    yield from pairs(3, 7.0)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stream", "error"), [
+    (breaks_off, KeyboardInterrupt), (lambda: iter(()), FileError),
+    (lambda: [*pairs(2, 7.0), *pairs(1, 7.0)], FileError),
+    (lambda: [("__metadata__", torch.ones(1))], FileError),
+    (lambda: [("a", None)], FileError), (lambda: [(5, torch.ones(1))], FileError),
+    (lambda: [("a", torch.eye(3).to_sparse())], FileError),
+], ids=["interrupted", "empty", "twice", "reserved", "none", "no name", "sparse"])
+@pytest.mark.parametrize("limit", [1, 10**9])
+def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, stream, error, limit):
+    write_shards(pairs(), tmp_path, shard_bytes=limit)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(error):
+        write_shards(stream(), tmp_path, shard_bytes=1)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_something_in_the_way_leaves_the_earlier_save(tmp_path):
+    write_shards(pairs(), tmp_path)
+    (tmp_path / "model-00001-of-00005.safetensors").mkdir()
+    with pytest.raises(FileError, match="is in the way: it is no file"):
+        write_shards(pairs(5, 7.0), tmp_path, shard_bytes=1)
+    (tmp_path / "model-00001-of-00005.safetensors").rmdir()
+    assert all(torch.equal(read_all(tmp_path)[k], v) for k, v in pairs())
+    with pytest.raises(FileError, match="cannot write"):
+        write_shards(pairs(), tmp_path / "model.safetensors")
+
+
+def test_views_of_one_storage_are_written_apart(tmp_path):
+    whole = torch.arange(8.0).view(2, 4)
+    write_shards([("a", whole), ("b", whole[1]), ("c", whole.T)], tmp_path)
+    found = read_all(tmp_path)
+    assert torch.equal(found["a"], whole) and torch.equal(found["b"], whole[1])
+    assert torch.equal(found["c"], whole.T)
+
+
+def test_a_bundle_with_a_checksum_that_fits_and_nothing_else_is_named(tmp_path):
+    save_bundle(tmp_path / "b", {"a": torch.ones(2)}, {})
+    from poise.files import _own_checksum
+
+    index = json.loads((tmp_path / "b.json").read_text())
+    body = {k: v for k, v in index.items() if k != "checksum"}
+    for changed in ({k: v for k, v in body.items() if k != "version"}, {**body, "meta": [1]}):
+        (tmp_path / "b.json").write_text(json.dumps({**changed, "checksum": _own_checksum(changed)}))
+        with pytest.raises(FileError, match="is not a bundle of Poise"):
+            load_bundle(tmp_path / "b")

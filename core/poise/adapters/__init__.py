@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from poise.adapters.attached import AttachedLayers, HoldsAlone, attach_layers, choose_layers
-from poise.adapters.holding import freeze, hold, release, thaw, who_holds
+from poise.adapters.attached import (
+    AttachedLayers,
+    HoldsAlone,
+    adapter_parameters,
+    attach_layers,
+    choose_layers,
+)
 from poise.adapters.layer import AdaptedLayer
 from poise.adapters.saved import load_adapter, save_adapter
 
 __all__ = [
-    "AdaptedLayer", "AttachedLayers", "HoldsAlone", "attach_layers", "choose_layers", "freeze", "hold",
-    "load_adapter", "release", "save_adapter", "thaw", "who_holds",
+    "AdaptedLayer", "AttachedLayers", "HoldsAlone", "adapter_parameters", "attach_layers", "choose_layers",
+    "load_adapter", "save_adapter",
 ]

@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters.holding import freeze, hold, refuse_held, release, thaw
 from poise.adapters.layer import AdaptedLayer, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
+from poise.holding import (
+    freeze,
+    hold,
+    refuse_frozen,
+    refuse_held,
+    refuse_trained,
+    release,
+    tensor_of,
+    thaw,
+    who_holds,
+)
 from poise.walk import Weight, checkpoint, choose, refuse_tied, weights
 from poise.walk.weight import Slot
 
@@ -44,8 +54,22 @@ def choose_layers(
     refuse_tied(chosen, what)
     refuse_held(chosen, what)
     for w in chosen:
-        w.layer  # noqa: B018 - refuses what no layer can stand in for
+        refuse_wrapped(w, what)
     return chosen
+
+
+def refuse_wrapped(w: Weight, what: str) -> None:
+    """Raise `ConfigError` for a layer whose product is not that of its weight alone: it has hooks, or a
+    `forward` of its own. An adapter's change, and its fold, would be something else there."""
+    layer = w.layer
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        raise ConfigError(f"{what}: {w.name} has forward hooks, or a forward of its own: remove them "
+                          f"first, or exclude it")
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that belong to adapters' layers."""
+    return {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.own_parameters()}
 
 
 def attach_layers(
@@ -74,8 +98,9 @@ def attach_layers(
                           f"this one under another name, or detach that one first")
     if not adapter.freezes_base:
         _refuse_shared(chosen, name)
-    theirs = {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.own_parameters()}
+    theirs = adapter_parameters(model)
     base = [p for p in model.parameters() if id(p) not in theirs] if adapter.freezes_base else []
+    refuse_trained(base, name)
     slots = {}
     for w in chosen:
         layers[w.name].adapter = name
@@ -83,13 +108,14 @@ def attach_layers(
         w.slot.put(layers[w.name])
         slots[w.name] = w.slot
     made = cls or (AttachedLayers if adapter.freezes_base else ReparameterizedLayers)
-    attached = made(adapter, model, name, dict(layers), slots, base)
+    attached = made(adapter, model, name, dict(layers), slots)
     freeze(base, attached)
     return attached
 
 
 def _refuse_shared(chosen: list[Weight], name: str) -> None:
     """Raise `ConfigError` for a weight that an adapter whose base trains cannot have to itself."""
+    refuse_frozen((t for w in chosen if isinstance(t := tensor_of(w), nn.Parameter)), name)
     for w in chosen:
         if w.adapters:
             raise ConfigError(f"{name}: {w.name} is adapted by {w.adapters[0]!r}, and this adapter holds "
@@ -140,16 +166,16 @@ class AttachedLayers:
 
     def __init__(
         self, adapter: Any, model: nn.Module, name: str, layers: dict[str, Any], slots: dict[str, Slot],
-        base: list[nn.Parameter],
     ) -> None:
         self.adapter, self.model, self.name, self.layers = adapter, model, name, layers
-        self._slots, self._base = slots, base
+        self._slots = slots
         self.gone = False
 
     # ------------------------------------------------------------ training
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return one group with the method's own parameters; weight decay acts as the optimizer says."""
+        self._refuse_gone()
         return [{"params": [p for layer in self.layers.values() for p in layer.own_parameters()]}]
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
@@ -161,7 +187,7 @@ class AttachedLayers:
     @property
     def active(self) -> bool:
         """Whether the change acts. May be set; a folded adapter is unfolded first."""
-        return all(layer.active for layer in self.layers.values())
+        return not self.gone and all(layer.active for layer in self.layers.values())
 
     @active.setter
     def active(self, value: bool) -> None:
@@ -205,8 +231,16 @@ class AttachedLayers:
         if self.folded:
             return
         self._refuse_order(verb)
-        for layer in self.layers.values():
-            layer.fold(keep)
+        try:
+            for layer in self.layers.values():
+                layer.fold()
+        except BaseException:  # all of them or none
+            for layer in self.layers.values():
+                layer.unfold()
+            raise
+        if not keep:
+            for layer in self.layers.values():
+                layer.forget()
 
     def unfold(self) -> None:
         """Restore the weights exactly; without `fold`, nothing changes.
@@ -214,11 +248,14 @@ class AttachedLayers:
         Raises
         ------
         ConfigError
-            Where a later adapter is folded: it is unfolded first.
+            Where a later adapter is folded: it is unfolded first. Where a weight was written to meanwhile.
         """
         self._refuse_gone()
         if self.folded:
             self._refuse_folded_above("unfold")
+            if touched := [n for n, layer in self.layers.items() if not layer.untouched]:
+                raise ConfigError(f"{self.name}: {touched[0]} was written to after fold(), which unfold() "
+                                  f"would lose: call merge() to keep it, or write back what fold() left")
             for layer in self.layers.values():
                 layer.unfold()
 
@@ -232,6 +269,8 @@ class AttachedLayers:
         ConfigError
             Where an earlier adapter still acts on a weight: it is merged first.
         """
+        self._refuse_gone()
+        self._refuse_order("merge", folded_too=True)
         self._fold("merge", keep=False)
         return self._leave()
 
@@ -244,13 +283,13 @@ class AttachedLayers:
         for name, layer in self.layers.items():
             slot = self._slots[name]
             top = slot.get()
-            if top is layer:
+            above = list(_above(top, layer))
+            if above:  # later adapters stand on it
+                above[-1].base = layer.base
+            else:
                 slot.put(layer.base)
-            else:  # a later adapter stands on it
-                above = next(one for one in top.chain() if one.base is layer)  # type: ignore[operator]
-                above.base = layer.base
         self.gone = True
-        thaw(self._base, self)
+        thaw(self)
         return self.model
 
     # ------------------------------------------------------------ saving
@@ -309,10 +348,12 @@ class AttachedLayers:
         if self.gone:
             raise RunError(f"{self.name}: it was merged or detached: attach again")
 
-    def _refuse_order(self, verb: str) -> None:
+    def _refuse_order(self, verb: str, folded_too: bool = False) -> None:
         for layer in self.layers.values():
             refuse_inactive(layer, verb)
-            earlier = [one.adapter for one in layer.chain() if one is not layer and one.acts]
+            # what an earlier one keeps to unfold does not know of a later one's change
+            earlier = [one.adapter for one in layer.chain()
+                       if one is not layer and (one.acts or (folded_too and one.folded))]
             if earlier:
                 raise ConfigError(f"{self.name}: {earlier[-1]!r} acts before it on the same weights: "
                                   f"{verb} {earlier[-1]!r} first")
@@ -328,7 +369,9 @@ class AttachedLayers:
 
 def _above(top: nn.Module, layer: AdaptedLayer) -> Iterator[AdaptedLayer]:
     """Yield the layers between the top of a chain and one of its members, top first."""
-    assert isinstance(top, AdaptedLayer)
+    if not isinstance(top, AdaptedLayer):
+        raise ConfigError(f"{layer.adapter}: another layer ({type(top).__name__}) was put over it: undo "
+                          f"that first")
     for one in top.chain():
         if one is layer:
             return
@@ -340,8 +383,8 @@ class ReparameterizedLayers(HoldsAlone, AttachedLayers):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        beneath = [layer.weight_beneath for layer in self.layers.values()]
-        self._alone = [getattr(w.module, w.parameter) for w in beneath]
+        held = (tensor_of(layer.weight_beneath) for layer in self.layers.values())
+        self._alone = [tensor for tensor in held if tensor is not None]
         for tensor in self._alone:
             hold(tensor, self.name)
 
@@ -352,7 +395,12 @@ class ReparameterizedLayers(HoldsAlone, AttachedLayers):  # type: ignore[misc]
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return all that trains, the weights beneath the layers too."""
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        self._refuse_gone()
+        own = {id(p) for layer in self.layers.values() for p in layer.own_parameters()}
+        mine = own | {id(p) for p in self._alone}
+        theirs = adapter_parameters(self.model) - own
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad and id(p) not in theirs
+                            and (id(p) in mine or not who_holds(p))]}]
 
     def detach(self) -> nn.Module:
         """Put the present values into plain weights and take the layers away, as `merge` does."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from poise.errors import ConfigError
+from poise.holding import adopt
 from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, held
 
@@ -32,7 +34,7 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.adapter, self.active = "default", True
-        self._before: tuple[Tensor | nn.Module, ...] = ()  # what `unfold` puts back
+        self._before: tuple[Any, ...] = ()  # what `unfold` puts back, and what it must find
 
     # ------------------------------------------------------------ what a method says
 
@@ -125,37 +127,58 @@ class AdaptedLayer(nn.Module):
         return [t for t in self.own().values() if isinstance(t, nn.Parameter)]
 
     @torch.no_grad()
-    def fold(self, keep: bool = True) -> None:
+    def fold(self) -> None:
         """Put the change into the weight beneath; a packed layer makes room for a plain one.
 
-        Parameters
-        ----------
-        keep : bool
-            Keep what `unfold` needs: subtracting the change would not restore the weight bit for bit.
+        The weight before is kept: subtracting the change would not restore it bit for bit.
         """
         if self.folded:
             return
         new = self.changed(self.beneath())
         *_, first = self.chain()
         if isinstance(first.base, PackedLinear):
-            self._before = (first.base,)
-            first.base = first.base.dense(new).requires_grad_(False)
+            before: Any = first.base
+            first.base = plain = before.dense(new)
+            adopt(plain.weight, before.parameters())
         else:
-            weight = self.weight_beneath
-            self._before = (weight.read().clone() if keep else new,)
-            weight.write(new)
+            before = self.weight_beneath.read().clone()
+            self.weight_beneath.write(new)
+        self._before = before, _hash(self.weight_beneath.read())
+
+    def forget(self) -> None:
+        """Drop what `unfold` needs: the change stays."""
+        self._before = (None, None) if self.folded else ()
 
     def unfold(self) -> None:
         """Restore the weight beneath exactly as it was before `fold`."""
         if not self.folded:
             return
-        (before,) = self._before
+        before, _ = self._before
         *_, first = self.chain()
         if isinstance(before, nn.Module):
             first.base = before
         else:
             self.weight_beneath.write(before)
         self._before = ()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
+        return not self.folded or _hash(self.weight_beneath.read()) == self._before[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        super()._apply(fn, recurse)
+        if self.folded:  # what is kept moves and is cast with the model
+            before, _ = self._before
+            if before is not None:
+                before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
+            self._before = before, _hash(self.weight_beneath.read())
+        return self
+
+
+def _hash(tensor: Tensor) -> int:
+    """Return a number that tells of other values."""
+    return int(torch.hash_tensor(tensor.contiguous()).view(torch.int64))
 
 
 def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from poise.errors import ConfigError, FileError
-from poise.files import load_bundle, save_bundle
+from poise.files import copy_checked, load_bundle, save_bundle
 from poise.registry import installed
 from poise.walk import weights
 
 STEM = "adapter"
+OWN, MODEL = "adapter.", "model."  # the method's tensors, and the model's where its base trains
 KIND = "poise adapter"
 FILE_VERSION = 1
 
 
 def save_adapter(attached: Any, folder: Path | str) -> Path:
     """Write an attached adapter to a folder; `load_adapter` puts it on a model again.
+
+    One that freezes its base is its own tensors. Of one whose base trains too, the whole model's state is
+    kept beside them: biases and norms train with it.
 
     Raises
     ------
@@ -35,7 +40,10 @@ def save_adapter(attached: Any, folder: Path | str) -> Path:
         "kind": KIND, "version": FILE_VERSION, "entry": entry, "name": attached.name,
         "options": dataclasses.asdict(attached.adapter), "base": fingerprint(attached.model),
     }
-    save_bundle(Path(folder) / STEM, attached.state_dict(), meta)
+    tensors = {f"{OWN}{key}": value for key, value in attached.state_dict().items()}
+    if not attached.adapter.freezes_base:
+        tensors |= {f"{MODEL}{key}": value for key, value in attached.model.state_dict().items()}
+    save_bundle(Path(folder) / STEM, tensors, meta)
     return Path(folder)
 
 
@@ -50,20 +58,39 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str | None = None) 
         For an entry that is not installed here, or options that it does not take any more.
     """
     tensors, meta = load_bundle(Path(folder) / STEM)
-    if meta.get("kind") != KIND or meta.get("version") != FILE_VERSION:
-        raise FileError(f"{folder} holds no adapter of version {FILE_VERSION} (kind {meta.get('kind')!r}, "
-                        f"version {meta.get('version')!r})")
+    _check(meta, Path(folder))
     if meta["base"] != (here := fingerprint(model)):
         raise FileError(f"{folder} was trained on another base: its weights' names and shapes have the "
                         f"hash {meta['base'][:12]}, this model's {here[:12]}")
     adapter = installed().build_from("adapter", {"entry": meta["entry"], **meta["options"]})
     attached = adapter.attach(model, name or meta["name"])
+    before = {k: v.clone() for k, v in model.state_dict().items()} if not adapter.freezes_base else {}
     try:
-        attached.load_state_dict(tensors)
+        if before:
+            copy_checked(model.state_dict(), _below(tensors, MODEL), str(folder))
+        attached.load_state_dict(_below(tensors, OWN))
     except Exception:
+        if before:
+            copy_checked(model.state_dict(), before, str(folder))
         attached.detach()
         raise
     return attached
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _check(meta: Any, folder: Path) -> None:
+    """Refuse what is no adapter's metadata, whoever wrote it."""
+    if not isinstance(meta, dict) or meta.get("kind") != KIND or meta.get("version") != FILE_VERSION:
+        found = meta if isinstance(meta, dict) else {}
+        raise FileError(f"{folder} holds no adapter of version {FILE_VERSION} (kind {found.get('kind')!r}, "
+                        f"version {found.get('version')!r})")
+    wanted = {"entry": str, "name": str, "base": str, "options": dict}
+    for key, kind in wanted.items():
+        if not isinstance(meta.get(key), kind):
+            raise FileError(f"{folder}: {key} is {meta.get(key)!r}, not a {kind.__name__}")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # names that configs of transformers have for one thing; all that a config has are set
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 __all__ = ["ByteTokenizer", "load", "load_tokenizer", "random", "save_model"]
@@ -128,8 +130,8 @@ def _write(
     if tokenizer is not None:
         tokenizer.save(fresh)
     fresh_names = {p.name for p in fresh.iterdir()}
-    for old in directory.glob("model*.safetensors*"):
-        if old.name not in fresh_names:  # shards of an earlier save
+    for old in directory.iterdir():
+        if _SHARD.fullmatch(old.name) and old.name not in fresh_names:  # of an earlier save
             old.unlink()
     for path in sorted(fresh.iterdir(), key=lambda p: p.name == "config.json"):
         os.replace(path, directory / path.name)
@@ -139,7 +141,10 @@ def _as_on_disk(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tup
     """Yield a checkpoint's entries as transformers writes them: experts apart, tied tensors once."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs_of = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    live = dict(model.named_parameters(remove_duplicate=False))
+    # a key that transformers knows as tied may have a weight of its own by now
+    tied = {key for key, source in pairs_of if live.get(key) is live.get(source)}
     for key, tensor in pairs:
         if key not in tied:
             yield from revert_weight_conversion(model, {key: tensor}).items()

@@ -55,15 +55,18 @@ class Stored(nn.Module):
             self.register_buffer(name, tensor)
         text = json.dumps({**format_of(quantizer), "shape": list(stored.shape)}, sort_keys=True)
         self.register_buffer(FORMAT, torch.tensor(list(text.encode()), dtype=torch.uint8))
-        self._made: tuple[Any, Any] = (None, None)
+        self._made: tuple[list[Tensor], Any, Any] = ([], None, None)
 
     def get(self) -> Any:
         """Return the `QuantizedTensor`, the same one until its tensors or its dtype change."""
-        tensors = {n: getattr(self, n) for n in self.names}
-        now = (self.dtype, *((id(t), 0 if t.is_inference() else t._version) for t in tensors.values()))
-        if self._made[0] != now:
-            self._made = now, self.quantizer.from_tensors(tensors, self.shape, self.dtype)
-        return self._made[1]
+        tensors = [getattr(self, n) for n in self.names]
+        versions = [self.dtype, *(0 if t.is_inference() else t._version for t in tensors)]
+        # the tensors themselves are kept: of one that is gone, another may have the identity
+        kept, then, made = self._made
+        if then != versions or any(a is not b for a, b in zip(kept, tensors, strict=True)):
+            made = self.quantizer.from_tensors(dict(zip(self.names, tensors)), self.shape, self.dtype)
+            self._made = tensors, versions, made
+        return made
 
     def put(self, matrix: Tensor) -> None:
         """Replace the weight by the quantized form of a dense matrix (out, in)."""
@@ -106,6 +109,7 @@ class PackedLinear(nn.Module):
     """
 
     packed: Stored
+    is_expert = True  # nothing but a matrix: packing it again may take its place
 
     def __init__(
         self, stored: Any, quantizer: Any, bias: nn.Parameter | None = None, like: nn.Module | None = None

@@ -176,6 +176,8 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise DataError(f"cannot quantize a tensor of shape {tuple(weight.shape)}: give a matrix")
+    if not weight.is_floating_point():
+        raise DataError(f"cannot quantize {weight.dtype}: give real numbers")
     values = weight.detach().to(torch.float32)
     bad = int((~torch.isfinite(values)).sum())
     if bad:

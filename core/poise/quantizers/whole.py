@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from poise.errors import ConfigError, DataError, nearest
+from poise.holding import tensor_of, who_holds
 from poise.quantizers.layers import PackedLinear
 from poise.walk import Weight, covered, weights
 from poise.walk.experts import ExpertSlot, PlainExpert
@@ -45,14 +46,11 @@ def quantize_model(
         Naming the weight that holds NaN or Inf; the model is then unchanged.
     """
     before = stored_bytes(model)["total"]
-    chosen = resolve(weights(model), quantizer, plan)
+    found = list(weights(model))
+    _refuse_adapted(found)
+    chosen = resolve(found, quantizer, plan)
     for w, _ in chosen:
-        if w.adapters:
-            raise ConfigError(f"{w.name} is adapted by {w.adapters[0]!r}: quantize the model before "
-                              f"attach, or after merge()")
-        if computed(w.layer):
-            raise ConfigError(f"{w.name} is reparameterized: quantize the model before attach, or after "
-                              f"merge()")
+        _refuse_wrapped(w)
     packed = [(w, _quantize(w, q), q) for w, q in chosen]
     _place(packed)
     names = {w.name for w, _, _ in packed}
@@ -61,6 +59,29 @@ def quantize_model(
         "kept": [w.name for w in weights(model) if w.name not in names],
         "bytes_before": before, "bytes_after": stored_bytes(model)["total"],
     }
+
+
+def _refuse_adapted(found: list[Weight]) -> None:
+    """Raise `ConfigError` for a model with an adapter: it would go on with layers that are gone."""
+    for w in found:
+        if who := w.adapters[0] if w.adapters else who_holds(tensor_of(w)):
+            raise ConfigError(f"{w.name} is adapted by {who!r}: quantize the model before attach, or after "
+                              f"merge()")
+        if w.module is not None and w.parameter in computed(w.module):
+            raise ConfigError(f"{w.name} is reparameterized: quantize before that, or after merge()")
+
+
+def _refuse_wrapped(w: Weight) -> None:
+    """Raise `ConfigError` where a packed layer would drop what acts around the plain one."""
+    layer = w.layer
+    if isinstance(w.slot, ExpertSlot):
+        if foreign := w.slot.foreign():
+            raise ConfigError(f"{w.name}: {foreign} stands in for an expert of its block: undo that first")
+    elif layer is not w.module:
+        raise ConfigError(f"{w.name}: {type(layer).__name__} stands in its place: undo that first")
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        raise ConfigError(f"{w.name} has forward hooks, or a forward of its own, which a packed layer "
+                          f"would drop: remove them first, or leave it out of the plan")
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
@@ -89,6 +110,8 @@ def resolve(
     found = [w for w in found if w.role in (*ROLES, "router")]
     if plan is None:
         return [(w, quantizer) for w in found if not _only_if_named(w) and not w.tied_with]
+    if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
+        raise ConfigError(f"a plan is a mapping of names or patterns to bits or quantizers, not {plan!r}")
     by_name: dict[str, Any] = {}
     names = [w.name for w in found]
     for pattern, value in plan.items():
@@ -121,8 +144,10 @@ def _quantizer(default: Any, name: str, value: Any) -> Any:
     from poise.registry import installed
 
     if isinstance(value, Mapping):
+        if not isinstance(value.get("entry"), str):
+            raise ConfigError(f"plan: {name}: {dict(value)!r} has no entry (absmax, affine, ...)")
         return installed().build_from("quantizer", dict(value))
-    if hasattr(value, "quantize"):
+    if hasattr(value, "quantize") and not isinstance(value, type):
         return value
     if value in FULL and not isinstance(value, bool):
         return None

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from poise.walk.live import weights
+from poise.errors import ConfigError, nearest
+from poise.walk.live import speaks, weights
 from poise.walk.plain import children, joined, own_state
 from poise.walk.weight import Weight
 
@@ -24,17 +25,28 @@ def checkpoint(model: nn.Module, changed: Changed = ()) -> Iterator[tuple[str, T
     ----------
     changed : iterable of (weight name, function)
         Weights with other values: a function without arguments returns the matrix (out, in).
+
+    Raises
+    ------
+    ConfigError
+        For a changed weight that the model does not have, or that is tied.
     """
     by_key: dict[str, list[Weight]] = {}
+    others, found = dict(changed), set()
     for weight in weights(model):
         by_key.setdefault(weight.state_key, []).append(weight)
-    yield from _entries(model, "", by_key, dict(changed))
+        found.add(weight.name)
+        if weight.name in others and weight.tied_with:
+            raise ConfigError(f"{weight.name} is tied with {', '.join(weight.tied_with)}: it has one value")
+    if missing := sorted(others.keys() - found):
+        raise ConfigError(f"no weight named {missing[0]!r}{nearest(missing[0], sorted(found))}")
+    yield from _entries(model, "", by_key, others)
 
 
 def _entries(
     module: nn.Module, path: str, by_key: dict[str, list[Weight]], changed: dict[str, Callable[[], Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    if hasattr(module, "held_weights"):
+    if speaks(module):
         held: list[Weight] = list(module.held_weights(path))  # type: ignore[operator]
         for key in dict.fromkeys(w.state_key for w in held):
             own = [w for w in held if w.state_key == key]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.errors import ConfigError
 from poise.walk.families import part_name
 from poise.walk.plain import joined, reader, tensor_key
 from poise.walk.product import Product
@@ -99,6 +98,8 @@ class FusedExpert(nn.Module):
 class PlainExpert(nn.Module):
     """One expert's matrix as a parameter of its own, kept the way round of the fused one."""
 
+    is_expert = True  # nothing but a matrix: packing may take its place
+
     def __init__(self, weight: Tensor, transposed: bool) -> None:
         super().__init__()
         self.weight, self.transposed = nn.Parameter(weight, requires_grad=weight.requires_grad), transposed
@@ -143,7 +144,8 @@ class Experts(nn.Module):
         self.register_parameter("fused", fused)
         self.layers = nn.ModuleDict()
         self._order = list(module._parameters)
-        self._config: Any = getattr(module, "config", None)
+        beside = next((c for c in module.children() if isinstance(c, Experts)), None)
+        self._config: Any = beside._config if beside else getattr(module, "config", None)
 
     def __getitem__(self, index: Any) -> Any:
         number = str(int(index))
@@ -183,6 +185,17 @@ class Experts(nn.Module):
                 self.layers[str(number)] = PlainExpert(one, self.transposed)
         self.fused = None
 
+    def fuse(self) -> None:
+        """Give the module a fused parameter again, once every expert is a plain one."""
+        plain = [self.layers[str(n)] for n in range(self.n) if str(n) in self.layers]
+        if len(plain) < self.n or not all(isinstance(one, PlainExpert) for one in plain):
+            return
+        weights: list[Any] = [one.weight for one in plain]
+        trains = all(w.requires_grad for w in weights)
+        self.fused = nn.Parameter(torch.stack([w.detach() for w in weights]), requires_grad=trains)
+        self.layers.clear()
+        self.remove()
+
     def held_weights(self, path: str) -> Iterator[Weight]:
         """Yield every expert's matrix; `path` is that of the parameter."""
         (module,) = self._module
@@ -212,17 +225,21 @@ class ExpertSlot:
         return FusedExpert(self.module, self.parameter, self.number)
 
     def put(self, layer: nn.Module) -> None:
-        if not hasattr(layer, "held_weights"):
-            raise ConfigError(f"{type(layer).__name__} cannot take an expert's place: it has no "
-                              f"held_weights(path), so its weight would be lost to the walk")
         held = self.experts()
         if not isinstance(layer, FusedExpert):
             held.layers[str(self.number)] = layer
+            held.fuse()
             return
         if str(self.number) in held.layers:
             del held.layers[str(self.number)]
         if not held.layers and held.fused is not None:
             held.remove()
+
+    def foreign(self) -> str:
+        """Return the kind of a layer in the block that is neither plain nor packed; empty without one."""
+        held = getattr(self.module, self.parameter)
+        layers = held.layers.values() if isinstance(held, Experts) else ()
+        return next((type(one).__name__ for one in layers if not getattr(one, "is_expert", False)), "")
 
     def experts(self) -> Experts:
         """Return what stands in for the parameter, made when it does not yet."""

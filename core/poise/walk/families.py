@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from poise.walk.weight import Expert, Weight
 
-_BLOCK = re.compile(r"(.*?)\.?\b(\d+)\.")
+_BLOCK = re.compile(r"(.*?(?:\b|^)(?:layers|blocks|block|h))\.(\d+)\.")  # how lists of blocks are called
+_FIRST = re.compile(r"(.*?)\.?\b(\d+)\.")  # where none is called so, the first number is that of a block
 _HALVES = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _NUMBERED = {"gate_up": ("w1", "w3"), "down": ("w2",)}
 
@@ -76,9 +77,9 @@ def family(model_type: str | None) -> Family:
     return FAMILIES.get(model_type or "", OTHER)
 
 
-def holds_experts(path: str, family: Family) -> bool:
-    """Tell whether a module at this path keeps experts in fused parameters."""
-    return re.fullmatch(rf"(.*\.)?({family.block}\.)?experts", path) is not None
+def holds_experts(path: str) -> bool:
+    """Tell whether a module at this path keeps experts in fused parameters: it is called `experts`."""
+    return path.rpartition(".")[2] == "experts"
 
 
 def part_name(parameter: str) -> str:
@@ -86,11 +87,18 @@ def part_name(parameter: str) -> str:
     return parameter.removesuffix("_proj")
 
 
-def placed(found: Iterable[Weight], family: Family) -> list[Weight]:
-    """Give the weights of a model, in their order, the roles, names and numbers that their places imply."""
-    found = [_expert_of_its_own(w, family) for w in found]
-    blocks = {w.name.rpartition(".experts.")[0] for w in found if w.role == "expert"}
-    routers = {f"{block}.{name}".lstrip(".") for block in blocks for name in family.router}
+def placed(found: Iterable[Weight], families: Mapping[str, Family]) -> list[Weight]:
+    """Give the weights of a model, in their order, the roles, names and numbers that their places imply.
+
+    Parameters
+    ----------
+    families : mapping
+        The family of each model in it, by path.
+    """
+    found = [_expert_of_its_own(w) for w in found]
+    routers = {f"{block}.{name}".lstrip(".") for block in {w.name.rpartition(".experts.")[0] for w in found
+                                                 if w.role == "expert"}
+               for name in _family_at(block, families).router}
     number = _block_numbers([w.name for w in found])
     return [
         replace(w, expert=replace(w.expert, layer=number(w.name))) if w.expert is not None
@@ -99,9 +107,14 @@ def placed(found: Iterable[Weight], family: Family) -> list[Weight]:
     ]
 
 
-def _expert_of_its_own(w: Weight, family: Family) -> Weight:
+def _family_at(path: str, families: Mapping[str, Family]) -> Family:
+    roots = (root for root in families if not root or f"{path}.".startswith(f"{root}."))
+    return families.get(next(roots, "-"), OTHER)
+
+
+def _expert_of_its_own(w: Weight) -> Weight:
     """Recognise an expert whose matrices are layers: `mlp.experts.expert_0.wi`, `mlp.experts.0.w1`."""
-    hit = re.fullmatch(rf"((?:.*\.)?(?:{family.block}\.)?experts)\.(?:expert_)?(\d+)\.(\w+)", w.name)
+    hit = re.fullmatch(r"((?:.*\.)?experts)\.(?:expert_)?(\d+)\.(\w+)", w.name)
     if hit is None or w.role not in ("linear", "expert"):
         return w
     block, number, part = hit[1], int(hit[2]), hit[3]
@@ -111,19 +124,20 @@ def _expert_of_its_own(w: Weight, family: Family) -> Weight:
 def _block_numbers(names: list[str]):
     """Return a function from a weight's name to the running number of its block.
 
-    A block is the first number in a name; stacks (`encoder.block`, `decoder.block`) are counted one after
-    the other, encoders first.
+    Stacks of blocks (`encoder.block`, `decoder.block`) are counted one after the other, encoders first.
     """
+    pattern = _BLOCK if any(_BLOCK.match(name) for name in names) else _FIRST
     stacks: dict[str, int] = {}
     for name in names:
-        if (hit := _BLOCK.match(name)) and not hit[1].endswith("experts"):
+        if (hit := pattern.match(name)) and not hit[1].endswith("experts"):
             stacks[hit[1]] = max(stacks.get(hit[1], 0), int(hit[2]) + 1)
     first, start = {}, 0
     for stack in sorted(stacks, key=lambda s: "encoder" not in s):
         first[stack], start = start, start + stacks[stack]
 
     def number(name: str) -> int:
-        hit = _BLOCK.match(name)  # the first number of `experts.3.down` is an expert's: it has no block
+        # the first number of `experts.3.down` is an expert's: it has no block
+        hit = pattern.match(name)
         return first[hit[1]] + int(hit[2]) if hit and hit[1] in first else -1
 
     return number

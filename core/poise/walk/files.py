@@ -41,15 +41,32 @@ def open_weights(directory: Path | str) -> Iterator[Weight]:
     """
     files = _Files(Path(directory))
     config = read_json(Path(directory) / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str | None):
+        raise FileError(f"{directory}/config.json is no model's configuration")
+    files.cast(config)
     kind = family(config.get("model_type"))
     found: dict[str, list[_Piece]] = {}
+    tied = config.get("tie_word_embeddings", "lm_head.weight" not in files.shapes)
+    config = {**config, "tie_word_embeddings": tied}  # classes differ in what they mean by leaving it out
     for key in sorted(files.shapes, key=_natural):
         if (piece := _piece(key, files, config, kind)) is not None:
             found.setdefault(piece.name, []).append(piece)
+    _refuse_gaps(found, files)
     every = (w for name, pieces in found.items() for w in _weights(files, name, pieces, kind))
-    for weight in placed(every, kind):
+    for weight in placed(every, {"": kind}):
         router = weight.role == "router"
         yield _tied(replace(weight, replaceable=kind.plain_router) if router else weight, config)
+
+
+def _refuse_gaps(found: dict[str, list[_Piece]], files: _Files) -> None:
+    """Raise `FileError` for a block whose experts are not numbered from 0 on without a gap."""
+    blocks: dict[str, set[int]] = {}
+    for name, pieces in found.items():
+        if pieces[0].expert:
+            blocks.setdefault(name.rpartition(".experts.")[0], set()).add(pieces[0].expert[0])
+    for block, numbers in blocks.items():
+        if gaps := set(range(max(numbers) + 1)) - numbers:
+            raise FileError(f"{files.directory}: expert {min(gaps)} of {block} is missing")
 
 
 class _Files:
@@ -59,6 +76,7 @@ class _Files:
         self.directory = directory
         self._open: dict[str, Any] = {}
         self.home: dict[str, str] = {}
+        self.wanted: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, Any] = {}
         for name in self._names():
@@ -67,20 +85,31 @@ class _Files:
                 self.home[key] = name
                 self.shapes[key] = tuple(handle.get_slice(key).get_shape())
                 self.dtypes[key] = _dtype(handle.get_slice(key).get_dtype())
+        if lost := sorted(self.wanted - self.home.keys()):
+            raise FileError(f"{self.directory}: no shard holds {lost[0]}, which the index names")
+
+    def cast(self, config: dict[str, Any]) -> None:
+        """Read weights in the type that the configuration names, as `from_pretrained` does."""
+        import torch
+
+        named = config.get("dtype") or config.get("torch_dtype")
+        wanted = getattr(torch, named, None) if isinstance(named, str) else None
+        if isinstance(wanted, torch.dtype):
+            self.dtypes = {k: wanted if isinstance(v, torch.dtype) else v for k, v in self.dtypes.items()}
 
     def _names(self) -> list[str]:
         index = self.directory / "model.safetensors.index.json"
+        if (self.directory / "model.safetensors").is_file():  # as transformers, which prefers the one file
+            return ["model.safetensors"]
         if index.is_file():
             mapped = read_json(index)
             if not isinstance(mapped, dict) or not isinstance(mapped.get("weight_map"), dict):
                 raise FileError(f"{index} has no weight_map (torn or altered)")
+            self.wanted = set(mapped["weight_map"])
             return sorted({_inside(index, name) for name in mapped["weight_map"].values()})
         if not self.directory.is_dir():
             raise FileError(f"{self.directory} is no directory")
-        names = sorted(p.name for p in self.directory.glob("*.safetensors"))
-        if not names:
-            raise FileError(f"{self.directory} has no safetensors files")
-        return names
+        raise FileError(f"{self.directory} has no safetensors files (one, or shards and an index)")
 
     def _handle(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -96,10 +125,12 @@ class _Files:
         """Return a tensor, or some of its first axis, of one shard."""
         handle = self._handle(self.home[key])
         if at is None:
-            return handle.get_tensor(key)
-        if isinstance(at, int):
-            return handle.get_slice(key)[at : at + 1][0]
-        return handle.get_slice(key)[at] if (at.step or 1) == 1 else handle.get_tensor(key)[at]
+            found = handle.get_tensor(key)
+        elif isinstance(at, int):
+            found = handle.get_slice(key)[at : at + 1][0]
+        else:
+            found = handle.get_slice(key)[at] if (at.step or 1) == 1 else handle.get_tensor(key)[at]
+        return found.to(self.dtypes[key])
 
 
 def _inside(index: Path, name: Any) -> str:
@@ -225,6 +256,9 @@ def _whole(files: _Files, name: str, pieces: list[_Piece], kind: Family) -> Weig
     import torch
 
     first, shapes = pieces[0], [files.shapes[p.key] for p in pieces]
+    if first.expert and [p.row for p in pieces] != list(range(len(kind.parts[first.expert[1]]))):
+        there = ", ".join(p.key for p in pieces)
+        raise FileError(f"{files.directory}: {name} is not whole: only {there} is there")
     if len({s[1:] for s in shapes}) > 1:
         raise FileError(f"{files.directory}: {', '.join(p.key for p in pieces)} do not stack: {shapes}")
     flip = name.rpartition(".")[2] in kind.flipped

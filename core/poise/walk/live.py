@@ -11,7 +11,7 @@ from torch import nn
 
 from poise.errors import ConfigError, nearest
 from poise.walk.experts import fused_weights
-from poise.walk.families import OTHER, Family, family, holds_experts, placed
+from poise.walk.families import Family, family, holds_experts, placed
 from poise.walk.plain import children, joined, matrix, own_tensors
 from poise.walk.weight import Child, Weight
 
@@ -24,39 +24,49 @@ def weights(model: nn.Module) -> Iterator[Weight]:
     more dimensions that is not a bias. Tied tensors are met under their first name; `tied_with` lists the
     others.
     """
-    kind = family(model_type(model))
+    kinds = _families(model)
     found: dict[tuple[Any, ...], list[Weight]] = {}
-    for weight in placed(held(model, "", kind), kind):
+    for weight in placed(held(model, ""), kinds):
         found.setdefault(weight.key, []).append(weight)
     for first, *others in found.values():
         names = tuple(dict.fromkeys(w.name for w in others if w.name != first.name))
         yield replace(first, tied_with=names) if names else first
 
 
-def held(module: nn.Module, path: str, kind: Family = OTHER) -> Iterator[Weight]:
+def held(module: nn.Module, path: str) -> Iterator[Weight]:
     """Yield every weight below a module, descending each path once.
 
     A module that packs, adapts or otherwise stands in for layers has a method
     `held_weights(path) -> Iterator[Weight]`, which speaks for all below it.
     """
-    if hasattr(module, "held_weights"):
+    if speaks(module):
         yield from module.held_weights(path)  # type: ignore[operator]
         return
     for name, tensor in own_tensors(module):
-        if tensor.ndim == 3 and holds_experts(path, kind):
+        if tensor.ndim == 3 and holds_experts(path):
             yield from fused_weights(module, path, name)
         else:
             yield matrix(module, path, name, tensor)
     for name, child in children(module):
-        for weight in held(child, joined(path, name), kind):
+        for weight in held(child, joined(path, name)):
             # the parent of whatever holds the weight is where another layer would be put
             yield weight if weight.slot else replace(weight, slot=Child(module, name))
 
 
-def model_type(model: nn.Module) -> str | None:
-    """Return the `model_type` of the first transformers model at or below a module."""
-    kinds = (getattr(getattr(m, "config", None), "model_type", None) for m in model.modules())
-    return next((k for k in kinds if isinstance(k, str)), None)
+def speaks(module: nn.Module) -> bool:
+    """Tell whether a module says itself what it holds; a child of that name says nothing."""
+    hook = getattr(module, "held_weights", None)
+    return callable(hook) and not isinstance(hook, nn.Module)
+
+
+def _families(model: nn.Module) -> dict[str, Family]:
+    """Return the family of every transformers model at or below a module, by its path."""
+    found: dict[str, Family] = {}
+    for path, module in model.named_modules():
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if isinstance(kind, str) and not any(path == p or path.startswith(f"{p}.") or not p for p in found):
+            found[path] = family(kind)
+    return found
 
 
 def select(

@@ -91,7 +91,8 @@ def tensor_key(module: nn.Module, name: str) -> tuple[Any, ...]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Tell whether a module is GPT-2's transposed linear, by name: transformers need not be imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    names = [cls.__name__ for cls in type(module).__mro__]  # parametrize makes a subclass
+    return "Conv1D" in names and hasattr(module, "nf")
 
 
 def _orientation(module: nn.Module, tensor: Tensor) -> tuple[Callable, Callable]:
@@ -108,7 +109,7 @@ def _orientation(module: nn.Module, tensor: Tensor) -> tuple[Callable, Callable]
 
 def _role(module: nn.Module, name: str) -> tuple[str, bool]:
     """Return the role of a module's own parameter, and whether a layer can stand in its product."""
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "linear", False
     if isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight"):
         return "linear", False
@@ -116,13 +117,18 @@ def _role(module: nn.Module, name: str) -> tuple[str, bool]:
         return "other", False
     if isinstance(module, nn.Linear):
         # a router may be a Linear with arithmetic of its own; attention reads its output weight itself
-        own = type(module).forward is not nn.Linear.forward
+        own = type(module).forward is not nn.Linear.forward or _keeps_more(module)
         return "linear", not own and not isinstance(module, NonDynamicallyQuantizableLinear)
     if is_conv1d(module):
         return "linear", True
     if isinstance(module, _CONVOLUTIONS):
         return "conv", True
     return ("embedding", True) if isinstance(module, nn.Embedding) else ("other", False)
+
+
+def _keeps_more(linear: nn.Module) -> bool:
+    """Tell whether a linear of somebody's own keeps what a layer in its place would lose."""
+    return bool({*linear._parameters, *linear._buffers} - {"weight", "bias"}) or any(children(linear))
 
 
 @torch.no_grad()

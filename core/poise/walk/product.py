@@ -9,6 +9,15 @@ from torch import Tensor, nn
 
 from poise.walk.weight import Weight
 
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return x, the matrix and the bias of a product, given by position or by name."""
+    names = ("input", "weight", "bias") if func is nn.functional.linear else ("input", "other", "bias")
+    given = dict(zip(names, args)) | kwargs
+    return given.get("input"), given.get(names[1]), given.get("bias")
+
 
 class Product:
     """Acts as a layer's matrix in its own product: `F.linear(x, m)` or `x @ m` is what the layer returns.
@@ -26,6 +35,11 @@ class Product:
 
     def __init__(self, layer: nn.Module, *, transposed: bool = False) -> None:
         self.layer, self.transposed = layer, transposed
+
+    @property
+    def T(self) -> Product:  # noqa: N802 - as of a tensor
+        """The same matrix, to be multiplied by from the other side."""
+        return Product(self.layer, transposed=not self.transposed)
 
     @property
     def shape(self) -> torch.Size:
@@ -49,12 +63,12 @@ class Product:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear and isinstance(args[1], cls) and not args[1].transposed:
-            return args[1]._with_bias(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
-        products = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
-        if func in products and isinstance(args[1], cls) and args[1].transposed:
-            return args[1]._with_bias(args[0], None)
+        x, matrix, bias = _operands(func, args, kwargs or {})
+        if isinstance(matrix, cls) and isinstance(x, Tensor):
+            if func is nn.functional.linear and not matrix.transposed:
+                return matrix._with_bias(x, bias)
+            if func in _PRODUCTS and matrix.transposed:
+                return matrix._with_bias(x, None)
         name = getattr(func, "__name__", func)
         raise TypeError(f"a packed or adapted matrix takes part in its own product only, not in {name}")
 

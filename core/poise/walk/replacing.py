@@ -32,9 +32,15 @@ def replace(weight: Weight, layer: nn.Module) -> Callable[[], None]:
     before = weight.layer
     slot = weight.slot
     assert slot is not None
+    if not hasattr(layer, "held_weights"):
+        raise ConfigError(f"{type(layer).__name__} cannot take the place of {weight.name}: it has no "
+                          f"held_weights(path), so the weight would be lost to the walk")
     slot.put(layer)
-    if not hasattr(layer, "weight"):  # models look at a linear's weight, torch's fused paths take it
-        layer.weight = Product(layer)  # type: ignore[assignment]
+    # models look at a linear's weight and bias, torch's fused paths take them; in its __dict__, since they
+    # are no parameters of this layer
+    for name, stand_in in (("weight", Product(layer)), ("bias", getattr(before, "bias", None))):
+        if not hasattr(layer, name):
+            layer.__dict__[name] = stand_in
 
     def undo() -> None:
         if slot.get() is not layer:

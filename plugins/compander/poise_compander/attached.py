@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters import HoldsAlone, hold, release
+from poise.adapters import HoldsAlone, adapter_parameters
 from poise.errors import FileError, RunError
 from poise.files import copy_checked
+from poise.holding import hold, release, who_holds
 from poise.walk import checkpoint
 from poise_compander.bounds import Finding
 from poise_compander.diagnostics import Watched, saturated_share
@@ -115,6 +116,12 @@ class Attachment(HoldsAlone, Watched):
     def detach(self) -> nn.Module:
         """Let go of the model: as `merge`, for there is no other weight than the present one."""
         return self.merge()
+
+    def everything_else(self) -> list[nn.Parameter]:
+        """Return what trains of the model besides: nothing that another adapter has."""
+        theirs, own = adapter_parameters(self.model), {id(p) for p in self._held}
+        return [p for p in self.model.parameters()
+                if p.requires_grad and id(p) not in theirs and (id(p) in own or not who_holds(p))]
 
     def check_here(self) -> None:
         """Raise `RunError` once the model is plain for good."""
@@ -226,7 +233,7 @@ class AttachedCompander(Attachment):
         own = [self.parameter(name) for name in self.companded]
         learned = [p for pair in self.pairs for p in pair.parameters()]
         ids = {id(p) for p in [*own, *learned]}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        rest = [p for p in self.everything_else() if id(p) not in ids]
         groups = [{"params": own}, {"params": learned, "weight_decay": 0.0}, {"params": rest}]
         return [group for group in groups if group["params"]]
 

@@ -46,7 +46,7 @@ class AttachedLrMatched(Attachment):
         """Return the chosen weights, and all else that trains."""
         own = list(self._own().values())
         ids = {id(p) for p in own}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ids]
+        rest = [p for p in self.everything_else() if id(p) not in ids]
         return [{"params": own}, {"params": rest}] if rest else [{"params": own}]
 
     def _own(self) -> dict[str, nn.Parameter]:

@@ -56,10 +56,11 @@ def quantize(weight: Tensor, table: Tensor, bits: int, group: int, scale_dtype: 
     """
     blocks = grouped(weight, group)
     largest = blocks.abs().amax(-1)
-    (scale,) = stored_scale(scale_dtype, torch.where(largest > 0, largest, torch.ones_like(largest)))
+    (scale,) = stored_scale(scale_dtype, largest)  # 0 for a group of zeros: no level is 0, but 0 x level is
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).to(torch.float32)
     table = table.to(weight.device)
     borders = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(blocks / scale.to(torch.float32).unsqueeze(-1), borders)
+    codes = torch.bucketize(blocks / divisor.unsqueeze(-1), borders)
     codes = codes.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
     shape = (weight.shape[0], weight.shape[1])
     return CompandedMatrix(pack(codes, bits), scale, None, bits, group, shape, weight.dtype, table)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from poise.adapters import who_holds
 from poise.errors import ConfigError
+from poise.holding import refuse_frozen, who_holds
 from poise.walk import Weight, choose, weights
 
 _ROLES = ("linear", "conv")
@@ -80,6 +80,7 @@ def refuse_held(what: str, one: Chosen) -> None:
     if one.adapters:
         raise ConfigError(f"{what}: {one.name} is adapted by {one.adapters[0]!r}: call merge() or detach() "
                           f"on that first")
+    refuse_frozen([one.weight] if not parametrize.is_parametrized(one.holders[0], "weight") else [], what)
     for module in one.holders:
         if parametrize.is_parametrized(module, "weight"):
             raise ConfigError(f"{what}: {one.name} is reparameterized already: detach that first")

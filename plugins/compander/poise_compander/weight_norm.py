@@ -61,7 +61,7 @@ class AttachedWeightNorm(Attachment):
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return every parameter that trains: norms, directions, and all else."""
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        return [{"params": self.everything_else()}]
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a plain torch optimizer."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from poise.adapters import who_holds
+from poise.holding import who_holds
 
 
 class _Foreign:

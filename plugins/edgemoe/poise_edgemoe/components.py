@@ -79,6 +79,8 @@ class EdgeMoEBits:
         for kind in ("data", "model", "quantizer"):
             if getattr(parts, kind) is None:
                 raise ConfigError(f"{kind}=none: recipe=edgemoe_bits needs a {kind}")
+        for bits in {*self.bits, self.high, self.low} - {16}:
+            parts.quantizer.at(bits)  # type: ignore[union-attr] - refuses in words, before anything trains
         if not getattr(parts.model, "trained", False):
             raise ConfigError(
                 f"model={parts.names.get('model')} is untrained: bits of random weights say "

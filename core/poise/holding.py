@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from poise.errors import ConfigError
 from poise.walk import Weight
+from poise.walk.experts import Experts
 from poise.walk.plain import computed
 
 _frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> [requires_grad before, holders]
@@ -25,11 +26,9 @@ def freeze(parameters: Iterable[nn.Parameter], holder: Any) -> None:
         p.requires_grad_(False)
 
 
-def thaw(parameters: Iterable[nn.Parameter], holder: Any) -> None:
+def thaw(holder: Any) -> None:
     """Let a holder go; a parameter that nobody else froze trains again if it did before."""
-    for p in parameters:
-        if p not in _frozen:
-            continue
+    for p in [p for p, (_, holders) in _frozen.items() if id(holder) in holders]:
         before, holders = _frozen[p]
         holders.discard(id(holder))
         if not holders:
@@ -52,13 +51,46 @@ def who_holds(tensor: Tensor | None) -> str | None:
     return None if tensor is None else _alone.get(tensor)
 
 
+def tensor_of(weight: Weight) -> Tensor | None:
+    """Return the parameter that a weight of a live model lies in, where it is a plain one."""
+    held = getattr(weight.module, weight.parameter, None)
+    held = held.fused if isinstance(held, Experts) else held
+    return held if isinstance(held, Tensor) else None
+
+
+def frozen_by_others(p: nn.Parameter) -> bool:
+    """Tell whether an adapter keeps a parameter from training."""
+    return p in _frozen
+
+
+def adopt(p: nn.Parameter, beside: Iterable[nn.Parameter]) -> None:
+    """Let a new parameter of a model train, or not, as the others do that stood beside it."""
+    holders = next((_frozen[q][1] for q in beside if q in _frozen), None)
+    p.requires_grad_(holders is None)
+    if holders is not None:
+        _frozen[p] = (True, set(holders))
+
+
 def refuse_held(chosen: Iterable[Weight], what: str) -> None:
     """Raise `ConfigError` for a weight that another adapter has to itself."""
     for w in chosen:
         if w.module is not None and w.parameter in computed(w.module):
             raise ConfigError(f"{what}: {w.name} is reparameterized (torch's parametrize): merge or remove "
                               f"that first, or exclude it")
-        tensor = getattr(w.module, w.parameter, None)
-        if isinstance(tensor, Tensor) and (who := who_holds(tensor)):
+        if who := who_holds(tensor_of(w)):
             raise ConfigError(f"{what}: {w.name} is held by {who!r}, which reparameterizes it and shares "
                               f"it with no other adapter: call merge() on that first, or exclude it")
+
+
+def refuse_trained(parameters: Iterable[nn.Parameter], what: str) -> None:
+    """Raise `ConfigError` when an adapter that freezes the base meets one that trains it."""
+    for p in parameters:
+        if who := who_holds(p):
+            raise ConfigError(f"{what}: it freezes the base, and {who!r} trains it: merge() that first")
+
+
+def refuse_frozen(parameters: Iterable[nn.Parameter], what: str) -> None:
+    """Raise `ConfigError` when an adapter that trains the base meets one that freezes it."""
+    if any(frozen_by_others(p) for p in parameters):
+        raise ConfigError(f"{what}: it trains the base, and an adapter on the model freezes it: call "
+                          f"merge() or detach() on that first")
