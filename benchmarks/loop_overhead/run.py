@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from poise.config import Train
 from poise.interfaces import Arrays
 from poise.models.components import ResNet20
-from poise.recipes.classify import ClassifyTask
+from poise.recipes.classify import ClassifyTask, tensors
 from poise.recipes.loop import Order, build_optimizer, fit
 from poise.runs.context import RunContext
 
@@ -63,7 +63,8 @@ def bare(rows: Arrays, steps: int) -> tuple[float, float]:
 def poise_loop(rows: Arrays, steps: int) -> tuple[float, float]:
     """Time the same work through `poise.recipes.loop.fit`, records and final checkpoint included."""
     net, s = model(), settings(steps)
-    task = ClassifyTask(net, rows, Arrays(rows.x[:1], rows.y[:1]), Order(len(rows), BATCH, 0), 1, "cpu")
+    train, held_out = tensors(rows, "cpu"), tensors(Arrays(rows.x[:1], rows.y[:1]), "cpu")
+    task = ClassifyTask(net, train, held_out, Order(len(rows), BATCH, 0), 1)
     task.evaluate = dict  # type: ignore[method-assign] - the bare loop does not evaluate either
     with tempfile.TemporaryDirectory() as folder:
         context = RunContext(Path(folder), quiet=True)

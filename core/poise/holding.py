@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,6 +15,7 @@ from poise.walk.experts import Experts
 from poise.walk.plain import computed
 
 _frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> [requires_grad before, holders]
+_names: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # adapters that have no layers on it
 _alone: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> who has it to itself
 
 
@@ -49,6 +51,27 @@ def release(tensor: Tensor) -> None:
 def who_holds(tensor: Tensor | None) -> str | None:
     """Return who has a tensor to itself, if anybody."""
     return None if tensor is None else _alone.get(tensor)
+
+
+def take_name(model: nn.Module, name: str, have: Iterable[str] = ()) -> None:
+    """Note the name of an adapter on a model.
+
+    Raises
+    ------
+    ConfigError
+        When the model has an adapter of this name.
+    """
+    taken = [*have, *_names.get(model, set())]
+    if name in taken:
+        have = ", ".join(sorted(set(taken)))
+        raise ConfigError(f"the model has an adapter named {name!r} (it has {have}): "
+                          f"attach this one under another name, or detach that one first")
+    _names.setdefault(model, set()).add(name)
+
+
+def give_name(model: nn.Module, name: str) -> None:
+    """Let a name go."""
+    _names.get(model, set()).discard(name)
 
 
 def tensor_of(weight: Weight) -> Tensor | None:

@@ -671,3 +671,22 @@ def test_metadata_of_odd_types_is_named(meta, tmp_path):
         save_bundle(tmp_path / "adapter", tensors, changed)
         with pytest.raises(FileError):
             load_adapter(small_model(), tmp_path)
+
+
+def test_a_name_is_taken_once_by_adapters_without_layers_too():
+    model = small_model()
+    first = WeightCompander(target_modules=["0"]).attach(model, "mine")
+    with pytest.raises(ConfigError, match="has an adapter named 'mine'"):
+        WeightCompander(target_modules=["3"]).attach(model, "mine")
+    WeightCompander(target_modules=["3"]).attach(model, "other")
+    first.merge()
+    WeightCompander(target_modules=["0"]).attach(model, "mine")
+
+
+def test_experts_that_are_linears_are_taken_as_linears():
+    model = tiny("switch_transformers")
+    routed = {w.name for w in weights(model) if w.role == "expert"}
+    assert routed <= set(Bone(r=2).attach(model).layers)
+    assert routed <= set(
+        WeightCompander(bound_policy="grow").attach(tiny("switch_transformers")).layers)
+    assert not any(".experts." in n for n in Bone(r=2).attach(tiny("mixtral")).layers)

@@ -14,11 +14,13 @@ from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
 from poise.holding import (
     freeze,
+    give_name,
     hold,
     refuse_frozen,
     refuse_held,
     refuse_trained,
     release,
+    take_name,
     tensor_of,
     thaw,
     who_holds,
@@ -29,7 +31,7 @@ from poise.walk.weight import Slot
 
 def choose_layers(
     model: nn.Module, what: str, target_modules: list[str] | None, exclude_modules: list[str] | None,
-    roles: tuple[str, ...] = ("linear",),
+    roles: tuple[str, ...] = ("linear",), *, fused: bool = True,
 ) -> list[Weight]:
     """Choose the weights that an adapter of layers takes.
 
@@ -39,6 +41,8 @@ def choose_layers(
         The adapter's name, for messages.
     target_modules : list of str or None
         Patterns of weights; None: every one of these roles but a language model's head and routers.
+    fused : bool
+        Take single experts of a fused parameter too, where experts are taken.
 
     Raises
     ------
@@ -46,7 +50,8 @@ def choose_layers(
         When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
         module's own arithmetic.
     """
-    chosen = choose(weights(model), target_modules, exclude_modules, roles, replaceable=True)
+    found = (w for w in weights(model) if fused or w.index is None)
+    chosen = choose(found, target_modules, exclude_modules, roles, replaceable=True)
     if target_modules is None:  # the output head stays as it is unless it is asked for
         chosen = [w for w in chosen if w.name.rpartition(".")[2] != "lm_head"]
         if not chosen:
@@ -93,9 +98,8 @@ def attach_layers(
     ConfigError
         When the model has an adapter of this name.
     """
-    if name in (have := names_on(model)):
-        raise ConfigError(f"the model has an adapter named {name!r} (it has {', '.join(have)}): attach "
-                          f"this one under another name, or detach that one first")
+    take_name(model, name, names_on(model))
+    give_name(model, name)  # its layers say it from now on
     if not adapter.freezes_base:
         _refuse_shared(chosen, name)
     theirs = adapter_parameters(model)

@@ -70,6 +70,32 @@ def _attaching(case: Case) -> None:
     expect_json(attached.report(), "report()")
     expect(attached.name == "default" and attached.active is True,
            "it is not attached as 'default', active, unless another name is given")
+    expect(hasattr(attached.adapter, "attach"), "Attached.adapter is not the component that made it")
+    if case.make is small_model:
+        with torch.no_grad():
+            same(attached.model(case.inputs[None])[0], before, "three-dimensional inputs go otherwise")
+    _gradients(case, attached)
+
+
+def _gradients(case: Case, attached: Any) -> None:
+    """What comes before an adapted layer still learns: norms and biases that both models have by one name."""
+    plain, adapted = (dict(m.eval().named_parameters()) for m in (case.make(), attached.model))
+    names = [n for n, p in plain.items() if p.ndim == 1 and n in adapted]
+    found = []
+    for model, held in ((case.make(), None), (attached.model, adapted)):
+        own = held or dict(model.eval().named_parameters())
+        flags = {n: own[n].requires_grad for n in names}
+        for n in names:
+            own[n].requires_grad_(True)
+        loss = case.output(model(case.inputs)).square().sum()
+        found.append(torch.autograd.grad(loss, [own[n] for n in names], allow_unused=True) if names else ())
+        for n in names:
+            own[n].requires_grad_(flags[n])
+    for name, want, got in zip(names, *found, strict=True):
+        expect((want is None) == (got is None), f"it cuts the gradient of {name}")
+        if want is not None:
+            error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-12))
+            expect(error < 1e-3, f"it changes the gradient of {name} at attach (by {error:.1e})")
 
 
 def _parameters(case: Case) -> None:
@@ -84,6 +110,7 @@ def _parameters(case: Case) -> None:
            "parameters outside trainable() require gradients although the base is frozen")
     optimizer = attached.optimizer(torch.optim.SGD, lr=0.1)
     expect(isinstance(optimizer, torch.optim.Optimizer), "optimizer() returns no torch optimizer")
+    expect(isinstance(optimizer, torch.optim.SGD), "optimizer(SGD) returns an optimizer of another class")
     driven = {id(p) for g in optimizer.param_groups for p in g["params"]}
     expect(live <= driven, "optimizer() leaves out trainable parameters of the model")
     groups = case.attach().optimizer(torch.optim.SGD, lr=0.123, momentum=0.7).param_groups
@@ -172,7 +199,9 @@ def _merging(case: Case) -> None:
     trained = case.trained()
     before = case.call(trained.model)
     folded = {k: v.clone() for k, v in trained.folded_state_dict().items()}
+    live = trained.model
     model = trained.merge()
+    expect(model is live, "merge returns another model than the one it was attached to")
     is_plain(model, case.make(), "merge", types=case.plain is case.make)
     same(case.call(model), before, "merge changes the output")
     kept = dict(checkpoint(model))
@@ -180,6 +209,9 @@ def _merging(case: Case) -> None:
     for name, tensor in folded.items():
         same(kept[name], tensor, f"merge leaves another {name} than folded_weights() yields")
     case.attach(model)  # nothing is left that would refuse it
+    folded_first = case.trained()
+    folded_first.fold()
+    same(case.call(folded_first.merge()), before, "merge after fold changes the output")
 
 
 def _detaching(case: Case) -> None:
@@ -194,6 +226,11 @@ def _detaching(case: Case) -> None:
     else:
         same(case.call(model), kept, "detach changes the output of a reparameterised model")
     is_plain(model, case.make(), "detach")
+    if case.adapter.freezes_base:
+        folded = case.trained()
+        folded.fold()
+        expect(torch.equal(case.call(folded.detach()), case.call(case.make())),
+               "detach after fold does not restore the frozen base")
 
 
 class _Named(nn.Module):

@@ -21,8 +21,17 @@ def _switching(case: Case) -> None:
         expect(trained.active is False, "active is not False within disable()")
         expect(torch.equal(case.call(trained.model), base), "it acts within disable()")
     expect(torch.equal(case.call(trained.model), acting), "it does not act again after disable()")
+    try:
+        with trained.disable():
+            raise KeyError
+    except KeyError:
+        pass
+    expect(trained.active is True, "it stays switched off after an exception within disable()")
     trained.active = False
     expect(torch.equal(case.call(trained.model), base), "it acts with active = False")
+    with trained.disable():
+        pass
+    expect(trained.active is False, "disable() switches on what was off before")
     trained.active = True
     expect(torch.equal(case.call(trained.model), acting), "it does not act again with active = True")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ def _sizes(case: _Case) -> None:
 
 def _layout(case: _Case) -> None:
     """The layout is that of the tensors, for any shape and before any data."""
-    for rows, columns in (tuple(case.weight.shape), (3, 17), (1, 8)):
-        weight = case.normal(rows, columns)
+    shapes = (tuple(case.weight.shape), (3, 17), (1, 8))
+    for (rows, columns), dtype in product(shapes, (torch.float32, torch.bfloat16, torch.float64)):
+        weight = case.normal(rows, columns).to(dtype)
         said = case.quantizer.layout((rows, columns), weight.dtype)
         made = {k: (tuple(t.shape), t.dtype) for k, t in case.quantizer.quantize(weight).tensors().items()}
         said = {k: (tuple(size), dtype) for k, (size, dtype) in said.items()}
@@ -107,6 +109,7 @@ def _levels(case: _Case) -> None:
 def _own_memory(case: _Case) -> None:
     weight = case.weight.clone()
     stored = case.quantizer.quantize(weight)
+    expect(torch.equal(weight, case.weight), "quantize writes to the weight that it is given")
     before = stored.dequantize().clone()
     weight.zero_()
     expect(torch.equal(stored.dequantize(), before), "it changes with the weight that it was made from")
@@ -130,6 +133,11 @@ def _round_trip(case: _Case) -> None:
     back = case.quantizer.from_tensors(tensors, tuple(case.weight.shape), stored.dtype)
     expect(torch.equal(back.dequantize(), stored.dequantize()),
            "from_tensors(tensors()) dequantizes differently")
+    first = next(iter(tensors))
+    for what, other in (("without one of its tensors", {k: v for k, v in tensors.items() if k != first}),
+                        ("with a tensor of another shape", {**tensors, first: tensors[first][:-1]})):
+        expect_refusal(lambda other=other: case.quantizer.from_tensors(
+            other, tuple(case.weight.shape), stored.dtype), f"from_tensors accepts a state {what}")
     half = case.quantizer.from_tensors(tensors, tuple(case.weight.shape), torch.bfloat16).dequantize()
     expect(half.dtype == torch.bfloat16, f"from_tensors with bfloat16 dequantizes to {half.dtype}")
 
@@ -151,6 +159,12 @@ def _other_bits(case: _Case) -> None:
 
 
 def _refusals(case: _Case) -> None:
+    for power in (-30, 30):
+        try:
+            dense = case.quantizer.quantize(case.weight * 10.0**power).dequantize()
+        except PoiseError:
+            continue
+        expect(bool(torch.isfinite(dense).all()), f"weights of size 1e{power} come back as NaN or Inf")
     for bad in (float("nan"), float("inf")):
         broken = case.weight.clone()
         broken.view(-1)[-1] = bad

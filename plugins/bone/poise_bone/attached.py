@@ -16,7 +16,8 @@ def adapt(
     exclude_modules: list[str] | None,
 ) -> AttachedBone:
     """Put Bone's layers on the matching linears and freeze all else; see `Bone.attach`."""
-    chosen = choose_layers(model, "bone", target_modules, exclude_modules)
+    chosen = choose_layers(
+        model, "bone", target_modules, exclude_modules, ("linear", "expert"), fused=False)
     for w in chosen:
         if r > w.shape[1]:
             raise ConfigError(f"bone: r={r} exceeds the {w.shape[1]} inputs of {w.name}: lower r")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from poise.adapters import HoldsAlone, adapter_parameters
 from poise.errors import FileError, RunError
 from poise.files import copy_checked
-from poise.holding import hold, release, who_holds
+from poise.holding import give_name, hold, release, take_name, who_holds
 from poise.walk import checkpoint
 from poise_compander.bounds import Finding
 from poise_compander.diagnostics import Watched, saturated_share
@@ -40,6 +40,7 @@ class Attachment(HoldsAlone, Watched):
     method = "compander"  # who speaks in messages
 
     def __init__(self, adapter: Any, model: nn.Module, name: str, holders: Iterable[nn.Module]) -> None:
+        take_name(model, name)
         self.adapter, self.model, self.name = adapter, model, name
         self.folded = self.gone = False
         self._places = {id(module): Place.of(module) for module in holders}
@@ -110,6 +111,7 @@ class Attachment(HoldsAlone, Watched):
                 place.release()
             for weight in self._held:
                 release(weight)
+            give_name(self.model, self.name)
             self.gone = True
         return self.model
 
@@ -269,10 +271,6 @@ class AttachedCompander(Attachment):
         if len(self.pairs) == 1 and self.options.learn != "layer":
             return {"pair": self.pairs[0]}
         return {f"{name}.pair": layer.scales for name, layer in self.companded.items()}
-
-    def _release(self) -> None:
-        for layer in self.companded.values():
-            release(layer.module.get_parameter("weight"))
 
     def metrics(self) -> dict[str, float]:
         """Return what is recorded at each evaluation: bands of the first layer, shares, learned pairs."""

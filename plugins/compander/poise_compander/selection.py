@@ -12,7 +12,7 @@ from poise.errors import ConfigError
 from poise.holding import refuse_frozen, who_holds
 from poise.walk import Weight, choose, weights
 
-_ROLES = ("linear", "conv")
+_ROLES = ("linear", "conv", "expert")
 _HALF = (torch.float16, torch.bfloat16)
 
 
