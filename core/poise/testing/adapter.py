@@ -78,7 +78,7 @@ def _attaching(case: Case) -> None:
 
 
 def _gradients(case: Case, attached: Any) -> None:
-    """What comes before an adapted layer still learns: norms and biases that both models have by one name."""
+    """What comes before an adapted layer still learns: norms and biases that both models have."""
     plain, adapted = (dict(m.eval().named_parameters()) for m in (case.make(), attached.model))
     names = [n for n, p in plain.items() if p.ndim == 1 and n in adapted]
     found = []
