@@ -86,12 +86,17 @@ def frozen_by_others(p: nn.Parameter) -> bool:
     return p in _frozen
 
 
-def adopt(p: nn.Parameter, beside: Iterable[nn.Parameter]) -> None:
-    """Let a new parameter of a model train, or not, as the others do that stood beside it."""
+def trains(p: nn.Parameter) -> bool:
+    """Tell whether a parameter trains, or would if no adapter froze it."""
+    return _frozen[p][0] if p in _frozen else p.requires_grad
+
+
+def adopt(p: nn.Parameter, beside: Iterable[nn.Parameter], when_free: bool = True) -> None:
+    """Let a new parameter of a model train when it is free, frozen for as long as those beside it are."""
     holders = next((_frozen[q][1] for q in beside if q in _frozen), None)
-    p.requires_grad_(holders is None)
+    p.requires_grad_(when_free and holders is None)
     if holders is not None:
-        _frozen[p] = (True, set(holders))
+        _frozen[p] = (when_free, set(holders))
 
 
 def refuse_held(chosen: Iterable[Weight], what: str) -> None:

@@ -527,6 +527,21 @@ def test_experts_that_are_all_plain_again_are_one_parameter_again(plan, tmp_path
     assert torch.allclose(call(again, IDS).logits, before, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("others", [0, 1])
+def test_experts_that_are_one_parameter_again_train_as_they_did(trained, others):
+    """Packed in part, adapted there, merged: the whole parameter is made anew, and was left frozen."""
+    model = tiny("mixtral").requires_grad_(trained)
+    quantize_model(model, Affine(8, 8), {"experts.3.down": 8})
+    other = [LowRank(target_modules=["q_proj"]).attach(model, "other") for _ in range(others)]
+    LowRank(target_modules=["experts.3.down"]).attach(model).merge()
+    for one in other:
+        assert not model.model.layers[0].mlp.experts.down_proj.requires_grad
+        one.detach()
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert set(flags.values()) == {trained}, flags
+
+
 def test_a_block_of_experts_gets_its_config_back():
     model = tiny("mixtral")
     model.set_experts_implementation("grouped_mm")

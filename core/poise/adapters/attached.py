@@ -13,6 +13,7 @@ from poise.adapters.layer import AdaptedLayer, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
 from poise.holding import (
+    adopt,
     freeze,
     give_name,
     hold,
@@ -23,6 +24,7 @@ from poise.holding import (
     take_name,
     tensor_of,
     thaw,
+    trains,
     who_holds,
 )
 from poise.walk import Weight, checkpoint, choose, refuse_tied, weights
@@ -284,6 +286,7 @@ class AttachedLayers:
         return self._leave()
 
     def _leave(self) -> nn.Module:
+        before = {p: trains(p) for p in self.model.parameters()}
         for name, layer in self.layers.items():
             slot = self._slots[name]
             top = slot.get()
@@ -292,9 +295,17 @@ class AttachedLayers:
                 above[-1].base = layer.base
             else:
                 slot.put(layer.base)
+        self._adopt_fused(before)
         self.gone = True
         thaw(self)
         return self.model
+
+    def _adopt_fused(self, before: dict[nn.Parameter, bool]) -> None:
+        """Let experts that are one parameter again train as they did apart."""
+        gone = before.keys() - set(self.model.parameters())
+        for p in self.model.parameters():
+            if p not in before:
+                adopt(p, before, when_free=all(before[q] for q in gone if q.shape == p.shape[1:]))
 
     # ------------------------------------------------------------ saving
 
