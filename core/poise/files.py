@@ -260,7 +260,7 @@ def _write_each(
     for name, tensor in pairs:
         if not isinstance(name, str) or name in seen or name == "__metadata__":
             raise FileError(f"{name!r} comes twice, or is no name for a tensor")
-        if not hasattr(tensor, "element_size") or tensor.layout.__str__() != "torch.strided":
+        if not hasattr(tensor, "element_size") or str(tensor.layout) != "torch.strided":
             raise FileError(f"{name} is no dense tensor but a {type(tensor).__name__}")
         seen.add(name)
         size = tensor.numel() * tensor.element_size()
@@ -304,7 +304,8 @@ def _move_shards(fresh: Path, folder: Path, stem: str, homes: list[list[str]], t
             write_json(index, {"metadata": {"total_size": total}, "weight_map": mapped})
     except BaseException:
         for name in [*names, index.name]:
-            (folder / name).unlink(missing_ok=True) if (folder / name).is_file() else None
+            if (folder / name).is_file():
+                (folder / name).unlink()
         for old in aside:
             os.replace(old, folder / old.name)
         raise

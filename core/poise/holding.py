@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -19,20 +18,20 @@ _names: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # adapters
 _alone: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> who has it to itself
 
 
-def freeze(parameters: Iterable[nn.Parameter], holder: Any) -> None:
-    """Stop parameters from training for as long as one holder needs that."""
+def freeze(parameters: Iterable[nn.Parameter], holder: object) -> None:
+    """Stop parameters from training for as long as one holder needs that: an object made for it alone."""
     for p in parameters:
         if p not in _frozen:
             _frozen[p] = (p.requires_grad, set())
-        _frozen[p][1].add(id(holder))
+        _frozen[p][1].add(holder)
         p.requires_grad_(False)
 
 
-def thaw(holder: Any) -> None:
+def thaw(holder: object) -> None:
     """Let a holder go; a parameter that nobody else froze trains again if it did before."""
-    for p in [p for p, (_, holders) in _frozen.items() if id(holder) in holders]:
+    for p in [p for p, (_, holders) in _frozen.items() if holder in holders]:
         before, holders = _frozen[p]
-        holders.discard(id(holder))
+        holders.discard(holder)
         if not holders:
             p.requires_grad_(before)
             del _frozen[p]
@@ -53,19 +52,17 @@ def who_holds(tensor: Tensor | None) -> str | None:
     return None if tensor is None else _alone.get(tensor)
 
 
-def take_name(model: nn.Module, name: str, have: Iterable[str] = ()) -> None:
-    """Note the name of an adapter on a model.
-
-    Raises
-    ------
-    ConfigError
-        When the model has an adapter of this name.
-    """
-    taken = [*have, *_names.get(model, set())]
+def refuse_name(model: nn.Module, name: str, others: Iterable[str] = ()) -> None:
+    """Raise `ConfigError` when the model has an adapter of this name, noted here or among others."""
+    taken = sorted({*others, *_names.get(model, set())})
     if name in taken:
-        have = ", ".join(sorted(set(taken)))
-        raise ConfigError(f"the model has an adapter named {name!r} (it has {have}): "
-                          f"attach this one under another name, or detach that one first")
+        raise ConfigError(f"the model has an adapter named {name!r} (it has {', '.join(taken)}): attach "
+                          f"this one under another name, or detach that one first")
+
+
+def take_name(model: nn.Module, name: str) -> None:
+    """Note the name of an adapter that has no layers to say it; refused as `refuse_name` does."""
+    refuse_name(model, name)
     _names.setdefault(model, set()).add(name)
 
 

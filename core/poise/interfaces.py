@@ -203,9 +203,7 @@ class Quantizer(Protocol):
         """
         ...
 
-    def from_tensors(
-        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Any:
+    def from_tensors(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Any:
         """Rebuild what `tensors()` returned; it may keep these tensors instead of copies."""
         ...
 
@@ -398,7 +396,6 @@ class Tracker(Protocol):
 
 
 __all__ = [
-    "Adapter", "Aggregator", "Arrays", "Attached", "Data", "Example",
-    "FittedAggregator", "Model", "Parts", "QuantizedTensor", "Quantizer", "Recipe",
-    "Splits", "Tokenizer", "Tracker",
+    "Adapter", "Aggregator", "Arrays", "Attached", "Data", "Example", "FittedAggregator", "Model", "Parts",
+    "QuantizedTensor", "Quantizer", "Recipe", "Splits", "Tokenizer", "Tracker",
 ]

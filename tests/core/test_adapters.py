@@ -501,6 +501,17 @@ def test_what_is_written_to_a_folded_weight_is_not_lost():
     assert torch.equal(call(attached.merge()), want)
 
 
+@pytest.mark.parametrize("moved", [lambda m: m.flip(0), lambda m: m.flip(1), lambda m: m.flip(0, 1)])
+def test_values_that_change_places_under_a_fold_are_seen(moved):
+    model = small_model()
+    attached = randomize(Bone(r=4).attach(model))
+    attached.fold()
+    w = next(weights(model))
+    w.write(moved(w.read()))
+    with pytest.raises(ConfigError, match="was written to after fold"):
+        attached.unfold()
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_what_a_fold_keeps_is_cast_with_the_model(packed):
     model = small_model()
@@ -540,6 +551,28 @@ def test_experts_that_are_one_parameter_again_train_as_they_did(trained, others)
         one.detach()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     assert set(flags.values()) == {trained}, flags
+
+
+def test_experts_of_two_layers_train_as_each_did():
+    """Equal shapes in two layers, of which one was frozen: each fused parameter goes by its own parts."""
+    model = tiny("mixtral")
+    model.model.layers[0].mlp.experts.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    quantize_model(model, Affine(8, 8), {"experts.3.down": 8})
+    LowRank(target_modules=["experts.3.down"]).attach(model).merge()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", "cls.predictions.decoder"), ("llama", "lm_head")])
+def test_the_output_head_is_known_by_the_model_not_by_its_name(kind, head):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = AutoConfig.for_model(kind, vocab_size=32, hidden_size=16, intermediate_size=32,
+                                  num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False)
+    auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    taken = LowRank().attach(auto.from_config(config)).layers
+    assert taken and head not in taken
+    assert head in LowRank(target_modules=[head]).attach(auto.from_config(config)).layers
 
 
 def test_a_block_of_experts_gets_its_config_back():

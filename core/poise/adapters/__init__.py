@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from poise.adapters.attached import (
-    AttachedLayers,
-    HoldsAlone,
-    adapter_parameters,
-    attach_layers,
-    choose_layers,
-)
-from poise.adapters.layer import AdaptedLayer
+from poise.adapters.attached import AttachedLayers, HoldsAlone
+from poise.adapters.attaching import attach_layers, choose_layers
+from poise.adapters.layer import AdaptedLayer, adapter_parameters
 from poise.adapters.saved import load_adapter, save_adapter
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""An adapter that freezes its base, on a model: several may be there, by name."""
+"""An adapter's layers on a model, from attach to merge: several may be there, by name."""
 
 from __future__ import annotations
 
@@ -9,134 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters.layer import AdaptedLayer, refuse_inactive
+from poise.adapters.layer import AdaptedLayer, adapter_parameters, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
-from poise.holding import (
-    adopt,
-    freeze,
-    give_name,
-    hold,
-    refuse_frozen,
-    refuse_held,
-    refuse_trained,
-    release,
-    take_name,
-    tensor_of,
-    thaw,
-    trains,
-    who_holds,
-)
-from poise.walk import Weight, checkpoint, choose, refuse_tied, weights
+from poise.holding import adopt, freeze, hold, release, tensor_of, thaw, trains, who_holds
+from poise.walk import checkpoint
+from poise.walk.experts import Experts, ExpertSlot
 from poise.walk.weight import Slot
-
-
-def choose_layers(
-    model: nn.Module, what: str, target_modules: list[str] | None, exclude_modules: list[str] | None,
-    roles: tuple[str, ...] = ("linear",), *, fused: bool = True,
-) -> list[Weight]:
-    """Choose the weights that an adapter of layers takes.
-
-    Parameters
-    ----------
-    what : str
-        The adapter's name, for messages.
-    target_modules : list of str or None
-        Patterns of weights; None: every one of these roles but a language model's head and routers.
-    fused : bool
-        Take single experts of a fused parameter too, where experts are taken.
-
-    Raises
-    ------
-    ConfigError
-        When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
-        module's own arithmetic.
-    """
-    found = (w for w in weights(model) if fused or w.index is None)
-    chosen = choose(found, target_modules, exclude_modules, roles, replaceable=True)
-    if target_modules is None:  # the output head stays as it is unless it is asked for
-        chosen = [w for w in chosen if w.name.rpartition(".")[2] != "lm_head"]
-        if not chosen:
-            raise ConfigError(f"{what}: no linear layer to adapt (the head is adapted only when named)")
-    refuse_tied(chosen, what)
-    refuse_held(chosen, what)
-    for w in chosen:
-        refuse_wrapped(w, what)
-    return chosen
-
-
-def refuse_wrapped(w: Weight, what: str) -> None:
-    """Raise `ConfigError` for a layer whose product is not that of its weight alone: it has hooks, or a
-    `forward` of its own. An adapter's change, and its fold, would be something else there."""
-    layer = w.layer
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-        raise ConfigError(f"{what}: {w.name} has forward hooks, or a forward of its own: remove them "
-                          f"first, or exclude it")
-
-
-def adapter_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that belong to adapters' layers."""
-    return {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.own_parameters()}
-
-
-def attach_layers(
-    model: nn.Module, layers: Mapping[str, AdaptedLayer], chosen: list[Weight], *, adapter: Any, name: str,
-    cls: type[AttachedLayers] | None = None,
-) -> Any:
-    """Put a layer before each chosen weight, freeze all else, and return what is attached.
-
-    Parameters
-    ----------
-    layers : mapping of weight name to layer, each made around `Weight.layer`
-    adapter : component
-        Whose options these are.
-    name : str
-        Of this adapter on this model.
-    cls : type, optional
-        A subclass of `AttachedLayers`, for a method with a report of its own.
-
-    Raises
-    ------
-    ConfigError
-        When the model has an adapter of this name.
-    """
-    take_name(model, name, names_on(model))
-    give_name(model, name)  # its layers say it from now on
-    if not adapter.freezes_base:
-        _refuse_shared(chosen, name)
-    theirs = adapter_parameters(model)
-    base = [p for p in model.parameters() if id(p) not in theirs] if adapter.freezes_base else []
-    refuse_trained(base, name)
-    slots = {}
-    for w in chosen:
-        layers[w.name].adapter = name
-        assert w.slot is not None
-        w.slot.put(layers[w.name])
-        slots[w.name] = w.slot
-    made = cls or (AttachedLayers if adapter.freezes_base else ReparameterizedLayers)
-    attached = made(adapter, model, name, dict(layers), slots)
-    freeze(base, attached)
-    return attached
-
-
-def _refuse_shared(chosen: list[Weight], name: str) -> None:
-    """Raise `ConfigError` for a weight that an adapter whose base trains cannot have to itself."""
-    refuse_frozen((t for w in chosen if isinstance(t := tensor_of(w), nn.Parameter)), name)
-    for w in chosen:
-        if w.adapters:
-            raise ConfigError(f"{name}: {w.name} is adapted by {w.adapters[0]!r}, and this adapter holds "
-                              f"its weights alone: call merge() or detach() on that first")
-        if w.stored is not None:
-            raise ConfigError(f"{name}: {w.name} is packed and cannot train: exclude it, or take an "
-                              f"adapter that freezes its base")
-
-
-def names_on(model: nn.Module) -> list[str]:
-    """Return the names of the adapters on a model, in the order in which they act on a weight."""
-    found = {}
-    for w in weights(model):
-        found |= dict.fromkeys(w.adapters)
-    return list(found)
 
 
 class HoldsAlone:
@@ -172,10 +51,12 @@ class AttachedLayers:
 
     def __init__(
         self, adapter: Any, model: nn.Module, name: str, layers: dict[str, Any], slots: dict[str, Slot],
+        base: list[nn.Parameter],
     ) -> None:
         self.adapter, self.model, self.name, self.layers = adapter, model, name, layers
-        self._slots = slots
+        self._slots, self._freezes = slots, object()
         self.gone = False
+        freeze(base, self._freezes)
 
     # ------------------------------------------------------------ training
 
@@ -286,26 +167,31 @@ class AttachedLayers:
         return self._leave()
 
     def _leave(self) -> nn.Module:
-        before = {p: trains(p) for p in self.model.parameters()}
+        apart = self._experts_apart()
         for name, layer in self.layers.items():
             slot = self._slots[name]
-            top = slot.get()
-            above = list(_above(top, layer))
+            above = list(_above(slot.get(), layer))
             if above:  # later adapters stand on it
                 above[-1].base = layer.base
             else:
                 slot.put(layer.base)
-        self._adopt_fused(before)
+        for module, parameter, flags in apart:  # what is one parameter again trains as its parts did
+            fused = getattr(module, parameter)
+            if isinstance(fused, nn.Parameter):
+                adopt(fused, self.model.parameters(), when_free=all(flags))
         self.gone = True
-        thaw(self)
+        thaw(self._freezes)
         return self.model
 
-    def _adopt_fused(self, before: dict[nn.Parameter, bool]) -> None:
-        """Let experts that are one parameter again train as they did apart."""
-        gone = before.keys() - set(self.model.parameters())
-        for p in self.model.parameters():
-            if p not in before:
-                adopt(p, before, when_free=all(before[q] for q in gone if q.shape == p.shape[1:]))
+    def _experts_apart(self) -> list[tuple[nn.Module, str, list[bool]]]:
+        """Return where this adapter acts on experts of which each is a parameter, and what trains there."""
+        places = {(id(s.module), s.parameter): s for s in self._slots.values() if isinstance(s, ExpertSlot)}
+        found = []
+        for slot in places.values():
+            held = getattr(slot.module, slot.parameter)
+            if isinstance(held, Experts) and held.fused is None:
+                found.append((slot.module, slot.parameter, [trains(p) for p in held.plain_parameters()]))
+        return found
 
     # ------------------------------------------------------------ saving
 

@@ -164,7 +164,7 @@ class AdaptedLayer(nn.Module):
     @property
     def untouched(self) -> bool:
         """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
-        return not self.folded or _hash(self.weight_beneath.read()) == self._before[1]
+        return not self.folded or torch.equal(_hash(self.weight_beneath.read()), self._before[1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)
@@ -176,9 +176,10 @@ class AdaptedLayer(nn.Module):
         return self
 
 
-def _hash(tensor: Tensor) -> int:
-    """Return a number that tells of other values."""
-    return int(torch.hash_tensor(tensor.contiguous()).view(torch.int64))
+def _hash(matrix: Tensor) -> Tensor:
+    """Return numbers that tell of other values: one a row and one a column, as a hash forgets the order."""
+    dense = matrix.contiguous()
+    return torch.cat([torch.hash_tensor(dense, dim=1), torch.hash_tensor(dense, dim=0)]).view(torch.int64)
 
 
 def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
@@ -186,3 +187,8 @@ def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
     if not layer.active:
         raise ConfigError(f"{layer.adapter}: it is not active, and {verb} would change the output: set "
                           f"active = True first")
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that belong to adapters' layers."""
+    return {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.own_parameters()}

@@ -10,7 +10,7 @@ from torch import nn
 from poise.errors import ConfigError, DataError, nearest
 from poise.holding import tensor_of, who_holds
 from poise.quantizers.layers import PackedLinear
-from poise.walk import Weight, covered, weights
+from poise.walk import Weight, covered, has_own_forward, weights
 from poise.walk.experts import ExpertSlot, PlainExpert
 from poise.walk.plain import computed
 
@@ -79,7 +79,7 @@ def _refuse_wrapped(w: Weight) -> None:
             raise ConfigError(f"{w.name}: {foreign} stands in for an expert of its block: undo that first")
     elif layer is not w.module:
         raise ConfigError(f"{w.name}: {type(layer).__name__} stands in its place: undo that first")
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+    if has_own_forward(layer):
         raise ConfigError(f"{w.name} has forward hooks, or a forward of its own, which a packed layer "
                           f"would drop: remove them first, or leave it out of the plan")
 

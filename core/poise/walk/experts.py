@@ -185,6 +185,11 @@ class Experts(nn.Module):
                 self.layers[str(number)] = PlainExpert(one, self.transposed)
         self.fused = None
 
+    def plain_parameters(self) -> list[nn.Parameter]:
+        """Return the matrices of experts that have a parameter of their own, adapted ones too."""
+        plain = (m for m in self.layers.modules() if isinstance(m, PlainExpert))
+        return [one.weight for one in plain]
+
     def fuse(self) -> None:
         """Give the module a fused parameter again, once every expert is a plain one."""
         plain = [self.layers[str(n)] for n in range(self.n) if str(n) in self.layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -263,7 +264,7 @@ def _whole(files: _Files, name: str, pieces: list[_Piece], kind: Family) -> Weig
         raise FileError(f"{files.directory}: {', '.join(p.key for p in pieces)} do not stack: {shapes}")
     flip = name.rpartition(".")[2] in kind.flipped
     rows_of = sum(s[0] for s in shapes)
-    shape = (shapes[0][1], rows_of) if flip else (rows_of, _product(shapes[0][1:]))
+    shape = (shapes[0][1], rows_of) if flip else (rows_of, math.prod(shapes[0][1:]))
     one = len(pieces) == 1 and not flip
 
     def read(rows: slice | None) -> Tensor:
@@ -289,13 +290,6 @@ def _role(name: str, key: str, dimensions: int) -> str:
     if dimensions > 2:
         return "conv"
     return "embedding" if _EMBEDDING.fullmatch(name.rpartition(".")[2]) else "linear"
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _weight(

@@ -95,6 +95,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return "Conv1D" in names and hasattr(module, "nf")
 
 
+def has_own_forward(layer: nn.Module) -> bool:
+    """Tell whether a layer does more than its kind: forward hooks, or a `forward` set on the object."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
 def _orientation(module: nn.Module, tensor: Tensor) -> tuple[Callable, Callable]:
     """Return the maps from a parameter to its matrix (out, in) and back."""
     if is_conv1d(module):

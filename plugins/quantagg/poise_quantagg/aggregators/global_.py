@@ -7,8 +7,6 @@ import numpy as np
 from poise_quantagg import programs
 from poise_quantagg.aggregators.fitted import LinearFit
 
-RESOLUTIONS = ("coarse", "medium", "fine")
-
 
 def exact(resolution: str, Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray,
           simplex: bool = True) -> LinearFit:

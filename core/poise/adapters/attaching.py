@@ -1,0 +1,125 @@
+"""Choose the weights that an adapter of layers takes, and put its layers there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from poise.adapters.attached import AttachedLayers, ReparameterizedLayers
+from poise.adapters.layer import AdaptedLayer, adapter_parameters
+from poise.errors import ConfigError
+from poise.holding import refuse_frozen, refuse_held, refuse_name, refuse_trained, tensor_of
+from poise.walk import Weight, choose, has_own_forward, refuse_tied, weights
+
+
+def choose_layers(
+    model: nn.Module, what: str, target_modules: list[str] | None, exclude_modules: list[str] | None,
+    roles: tuple[str, ...] = ("linear",), *, fused: bool = True,
+) -> list[Weight]:
+    """Choose the weights that an adapter of layers takes.
+
+    Parameters
+    ----------
+    what : str
+        The adapter's name, for messages.
+    target_modules : list of str or None
+        Patterns of weights; None: every one of these roles but a language model's head and routers.
+    fused : bool
+        Take single experts of a fused parameter too, where experts are taken.
+
+    Raises
+    ------
+    ConfigError
+        When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
+        module's own arithmetic.
+    """
+    found = (w for w in weights(model) if fused or w.index is None)
+    chosen = choose(found, target_modules, exclude_modules, roles, replaceable=True)
+    if target_modules is None:  # the output head stays as it is unless it is asked for
+        heads = _heads(model)
+        chosen = [w for w in chosen if not _is_head(w, heads)]
+        if not chosen:
+            raise ConfigError(f"{what}: no linear layer to adapt (the head is adapted only when named)")
+    refuse_tied(chosen, what)
+    refuse_held(chosen, what)
+    for w in chosen:
+        _refuse_wrapped(w, what)
+    return chosen
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Return the ids of the layers that transformers' models at or below a module call their output."""
+    asked = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
+    return {id(head) for ask in asked if callable(ask) and (head := ask()) is not None}
+
+
+def _is_head(w: Weight, heads: set[int]) -> bool:
+    made = w.slot.get() if w.slot is not None else w.module
+    return id(made) in heads or w.name.rpartition(".")[2] == "lm_head"
+
+
+def _refuse_wrapped(w: Weight, what: str) -> None:
+    """Raise `ConfigError` for a layer whose product is not that of its weight alone: an adapter's change,
+    and its fold, would be something else there."""
+    if has_own_forward(w.layer):
+        raise ConfigError(f"{what}: {w.name} has forward hooks, or a forward of its own: remove them "
+                          f"first, or exclude it")
+
+
+def attach_layers(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], chosen: list[Weight], *, adapter: Any, name: str,
+    cls: type[AttachedLayers] | None = None,
+) -> Any:
+    """Put a layer before each chosen weight, freeze all else, and return what is attached.
+
+    Parameters
+    ----------
+    layers : mapping of weight name to layer, each made around `Weight.layer`
+    adapter : component
+        Whose options these are.
+    name : str
+        Of this adapter on this model.
+    cls : type, optional
+        A subclass of `AttachedLayers`, for a method with a report of its own.
+
+    Raises
+    ------
+    ConfigError
+        When the model has an adapter of this name.
+    """
+    refuse_name(model, name, names_on(model))
+    if not adapter.freezes_base:
+        _refuse_shared(chosen, name)
+    theirs = adapter_parameters(model)
+    base = [p for p in model.parameters() if id(p) not in theirs] if adapter.freezes_base else []
+    refuse_trained(base, name)
+    slots = {}
+    for w in chosen:
+        layers[w.name].adapter = name
+        assert w.slot is not None
+        w.slot.put(layers[w.name])
+        slots[w.name] = w.slot
+    made = cls or (AttachedLayers if adapter.freezes_base else ReparameterizedLayers)
+    return made(adapter, model, name, dict(layers), slots, base)
+
+
+def _refuse_shared(chosen: list[Weight], name: str) -> None:
+    """Raise `ConfigError` for a weight that an adapter whose base trains cannot have to itself."""
+    refuse_frozen((t for w in chosen if isinstance(t := tensor_of(w), nn.Parameter)), name)
+    for w in chosen:
+        if w.adapters:
+            raise ConfigError(f"{name}: {w.name} is adapted by {w.adapters[0]!r}, and this adapter holds "
+                              f"its weights alone: call merge() or detach() on that first")
+        if w.stored is not None:
+            raise ConfigError(f"{name}: {w.name} is packed and cannot train: exclude it, or take an "
+                              f"adapter that freezes its base")
+
+
+def names_on(model: nn.Module) -> list[str]:
+    """Return the names of the adapters on a model, in the order in which they act on a weight."""
+    found = {}
+    for w in weights(model):
+        found |= dict.fromkeys(w.adapters)
+    return list(found)
