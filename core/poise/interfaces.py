@@ -67,7 +67,7 @@ class Splits:
     ----------
     train, validation, test : Arrays, or sequence of Example
     provenance : dict
-        Source, licence, checksums, sizes, and what was done to the data (plain JSON values).
+        Source, licence, checksums, sizes, what was done to the data (plain JSON values).
     spec : dict
         What a model needs to know: `input_shape` and `n_classes` for images and tables,
         `columns` and `target` for tables.
@@ -203,7 +203,9 @@ class Quantizer(Protocol):
         """
         ...
 
-    def from_tensors(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    def from_tensors(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Any:
         """Rebuild what `tensors()` returned; it may keep these tensors instead of copies."""
         ...
 
