@@ -160,7 +160,7 @@ def test_a_run_with_model_quantizer_and_adapter_leaves_a_plain_directory(tmp_pat
     context.records.close()
     assert metrics["loss_after"] < metrics["loss_before"]
     again = CausalLM(path=str(tmp_path / "folded"))
-    held_out = pack(Sums().load().test, again.tokenizer(), 16, False)
+    held_out = pack(Sums().load().validation, again.tokenizer(), 16, False)
     model = again.build()
     assert all(type(m).__name__ != "PackedLinear" for m in model.modules())
     assert held_out_loss(model, held_out, 4, "cpu") == pytest.approx(metrics["loss_after"], rel=1e-5)

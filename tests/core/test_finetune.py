@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +15,14 @@ from hypothesis import strategies as st
 
 from poise.config import Train
 from poise.errors import DataError
-from poise.interfaces import Example, Parts, Splits
+from poise.interfaces import Arrays, Example, Parts, Splits
 from poise.models.components import CausalLM
 from poise.models.tokenizers import ByteTokenizer
 from poise.recipes import finetune
-from poise.recipes.components import Finetune
+from poise.recipes.components import Classify, Finetune
 from poise.recipes.finetune import (
     IGNORE,
+    FinetuneTask,
     attention_mask,
     encode,
     exact_match,
@@ -28,6 +32,7 @@ from poise.recipes.finetune import (
     pack,
     token_losses,
 )
+from poise.recipes.loop import Order, build_optimizer, fit
 from poise.runs.context import RunContext
 
 BYTES, EOS = ByteTokenizer(), 256
@@ -198,6 +203,27 @@ def test_logits_are_compared_in_fp32():
     assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(want), rel=1e-3)
 
 
+def test_two_parts_are_one_batch_whatever_their_tokens():
+    """Rows bear 1 to 18 targets: the mean is over tokens, and the parts of a step are different rows."""
+    rows = pack([*EXAMPLES, Example("3 + 4 = ", "7, which is odd"), Example("x", "yz")], BYTES, 64, False)
+    found = []
+    for batch_size, accumulate in ((6, 1), (3, 2), (2, 3), (1, 6)):
+        model = llama().train()
+        task = FinetuneTask(model, rows, rows, Order(len(rows), batch_size, 3), accumulate, "cpu")
+        train = Train(steps=4, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", lr=0.05,
+                      eval_every=0, checkpoint_every=0)
+        fit(task, build_optimizer(train, model), train, quiet=True)
+        found.append(dict(model.named_parameters()))
+    with torch.no_grad():
+        by_token = held_out_loss(model, rows, 2, "cpu")
+        assert float(task.loss(rows)) == pytest.approx(by_token, rel=1e-5)
+        by_row = sum(held_out_loss(model, rows.rows(torch.tensor([i])), 1, "cpu") for i in range(len(rows)))
+    assert by_token != pytest.approx(by_row / len(rows), rel=1e-2)  # the two means are not the same here
+    for other in found[1:]:
+        for name, p in found[0].items():
+            assert torch.allclose(other[name], p, rtol=1e-3, atol=1e-5), name
+
+
 # ------------------------------------------------------------------ answers
 
 
@@ -255,6 +281,47 @@ def test_the_recipe_learns_and_leaves_a_model_that_scores_the_same(tmp_path):
     assert metrics["loss_after"] < 0.7 * metrics["loss_before"]
     assert context.records.notes["data"] == {"source": "here"}
     again = CausalLM(path=str(tmp_path / "folded"))
-    held_out = pack(Sums().load().test, again.tokenizer(), 16, False)
-    loss = held_out_loss(again.build(), held_out, 8, "cpu")
-    assert loss == pytest.approx(metrics["loss_after"], rel=1e-6)
+    for split, name in (("validation", "loss_after"), ("test", "test_loss")):
+        rows = pack(getattr(Sums().load(), split), again.tokenizer(), 16, False)
+        loss = held_out_loss(again.build(), rows, 8, "cpu")
+        assert loss == pytest.approx(metrics[name], rel=1e-6), name
+
+
+def recorded(directory):
+    return [(r["step"], r["name"], r["value"]) for r in map(json.loads, open(directory / "metrics.jsonl"))
+            if not r["name"].endswith("seconds")]
+
+
+def test_nothing_before_the_end_depends_on_test_rows(tmp_path):
+    """The same run with other test rows: the same records and weights; another test loss."""
+    train = Train(steps=6, batch_size=4, lr=1e-2, eval_every=2, checkpoint_every=2)
+    metrics = []
+    for name, answer in (("a", "7"), ("b", "9")):
+        data = SimpleNamespace(load=lambda seed, answer=answer: replace(
+            Sums().load(), test=[Example("1+1=", answer, answer)] * 3))
+        context = RunContext(tmp_path / name, quiet=True)
+        context.records.open()
+        model = CausalLM(architecture="LlamaForCausalLM", hidden_size=16)
+        parts = Parts(data=data, model=model, train=train)
+        metrics.append(Finetune(length=16).run(parts, context))
+        context.records.close()
+    assert recorded(tmp_path / "a") == recorded(tmp_path / "b")
+    assert metrics[0].pop("test_loss") != metrics[1].pop("test_loss")
+    for m in metrics:
+        m.pop("step_seconds")
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("recipe", [Finetune(length=16), Classify()], ids=["finetune", "classify"])
+def test_a_split_without_rows_is_refused(recipe, split, tmp_path):
+    empty = [] if isinstance(recipe, Finetune) else Arrays(np.zeros((0, 3)), np.zeros(0, np.int64))
+    some = Sums().load() if isinstance(recipe, Finetune) else Splits(
+        *[Arrays(np.zeros((4, 3)), np.zeros(4, np.int64))] * 3, {}, {"input_shape": [3], "n_classes": 2})
+    data = SimpleNamespace(load=lambda seed: replace(some, **{split: empty}))
+    parts = Parts(data=data, model=CausalLM(architecture="LlamaForCausalLM", hidden_size=16),
+                  train=Train(steps=1), names={"data": "mine"})
+    context = RunContext(tmp_path, quiet=True)
+    context.records.open()
+    with pytest.raises(DataError, match=f"data=mine gives no {split} rows.* raise data.{split}"):
+        recipe.run(parts, context)

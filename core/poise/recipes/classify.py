@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poise.errors import ConfigError
 from poise.interfaces import Arrays, Parts, Splits
 from poise.recipes.loop import Order, build_optimizer, fit, load_trained
-from poise.recipes.prepare import evaluating, finish, observed, prepare, save_final, sizes
+from poise.recipes.prepare import evaluating, finish, load_splits, observed, prepare, save_final, sizes
 from poise.runs.context import RunContext, seed_for
 
 Rows = tuple[Tensor, Tensor]  # inputs (n, ...) and classes (n,)
@@ -95,8 +95,7 @@ def score(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 def run(parts: Parts, context: RunContext, *, normalise: bool, augment: str) -> dict[str, float]:
     """Train, evaluate on the test split, save; see `Classify`."""
     assert parts.data is not None and parts.train is not None
-    splits = parts.data.load(context.seed)
-    context.note("data", splits.provenance)
+    splits = load_splits(parts, context)
     rows = loaded(splits, normalise, context.device)
     if augment != "none" and rows["train"][0].ndim != 4:
         raise ConfigError(f"recipe.augment={augment} is for images; the data has rows of shape "

@@ -39,13 +39,17 @@ class Classify:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Adapt or train a causal language model; the loss is on completions only."""
+    """Adapt or train a causal language model; the loss is on completions only.
+
+    `loss_before`, `loss_after` and `validation_loss` are taken on validation rows; `test_loss` and
+    `exact_match` on test rows, once, at the end.
+    """
 
     length: int = option(256, "tokens per sequence; longer examples are cut", low=8, unit="tokens")
     packing: bool = option(True, "put several examples into one sequence, attention kept apart")
-    eval_examples: int = option(64, "held-out examples used for the loss", low=1)
+    eval_examples: int = option(64, "validation and test examples that each loss is taken on", low=1)
     generate: int = option(
-        0, "held-out examples answered by greedy generation for exact match; 0: none", low=0
+        0, "test examples answered by greedy generation for exact match; 0: none", low=0
     )
     new_tokens: int = option(128, "longest generated answer", low=1, unit="tokens")
     save_folded: bool = option(True, "end by writing folded/, a plain transformers directory")

@@ -15,7 +15,16 @@ from poise.config import Train
 from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Parts, Tokenizer
 from poise.recipes.loop import Order, build_optimizer, fit
-from poise.recipes.prepare import evaluating, finish, folded_weights, keep_adapter, observed, prepare, sizes
+from poise.recipes.prepare import (
+    evaluating,
+    finish,
+    folded_weights,
+    keep_adapter,
+    load_splits,
+    observed,
+    prepare,
+    sizes,
+)
 from poise.runs.context import RunContext
 
 IGNORE = -100  # the label of positions that bear no loss
@@ -225,8 +234,7 @@ def run(
 ) -> dict[str, float]:
     """Train, evaluate before and after, fold, save; see `Finetune`."""
     assert parts.data is not None and parts.train is not None and parts.model is not None
-    splits = parts.data.load(context.seed)
-    context.note("data", splits.provenance)
+    splits = load_splits(parts, context)
     tokenizer = parts.model.tokenizer()  # type: ignore[attr-defined]
     if any(not e.prompt for e in splits.test[:generate]):
         raise ConfigError(
@@ -234,11 +242,14 @@ def run(
             f"data={parts.names.get('data')} is plain text: write recipe.generate=0"
         )
     train = pack(splits.train, tokenizer, length, packing)
-    held_out = pack(splits.test[:eval_examples], tokenizer, length, False)
+    validation, test = (pack(rows[:eval_examples], tokenizer, length, False)
+                        for rows in (splits.validation, splits.test))
     model, attached = prepare(parts, context, splits.spec)
     order = Order(len(train), parts.train.batch_size, context.seed_for("order"))
-    task = FinetuneTask(model, train, held_out, order, parts.train.accumulate, context.device, attached)
+    task = FinetuneTask(model, train, validation, order, parts.train.accumulate, context.device, attached)
     metrics = _train(parts.train, task, attached, context)
+    with evaluating(attached):  # the test rows are looked at once, when nothing is left to choose
+        metrics["test_loss"] = held_out_loss(model, test, order.batch_size, context.device)
     if generate:
         metrics["exact_match"] = exact_match(model, tokenizer, splits.test[:generate], new_tokens, context)
     finish(attached, context)
@@ -263,7 +274,7 @@ def _train(train: Train, task: FinetuneTask, attached: Any, context: RunContext)
 
 
 def _first_loss(context: RunContext) -> float:
-    """Return the held-out loss before training, which a resumed run finds in its records."""
+    """Return the validation loss before training, which a resumed run finds in its records."""
     from poise.runs.records import read_rows
 
     rows = read_rows(context.directory / "metrics.jsonl")

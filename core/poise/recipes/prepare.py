@@ -7,14 +7,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from poise.adapters import save_adapter
-from poise.errors import ConfigError
+from poise.errors import ConfigError, DataError
 from poise.files import save_bundle
 from poise.hooks import Cached, Drawn, Observed
-from poise.interfaces import Parts
+from poise.interfaces import Parts, Splits
 from poise.quantizers.whole import quantize_model, stored_bytes
 from poise.runs.context import RunContext
 from poise.runs.records import read_rows
 from poise.walk import checkpoint, count
+
+
+def load_splits(parts: Parts, context: RunContext) -> Splits:
+    """Load a run's data and note where it is from.
+
+    Raises
+    ------
+    DataError
+        When a split is empty: training chooses by validation rows, and test rows are looked at once.
+    """
+    assert parts.data is not None
+    splits = parts.data.load(context.seed)
+    context.note("data", splits.provenance)
+    for name in ("train", "validation", "test"):
+        if not len(getattr(splits, name)):
+            raise DataError(f"data={parts.names.get('data')} gives no {name} rows, and this recipe needs "
+                            f"some: raise data.{name}, or give it more rows")
+    return splits
 
 
 def prepare(parts: Parts, context: RunContext, spec: dict[str, Any] | None) -> tuple[Any, Any]:

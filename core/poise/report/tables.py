@@ -98,7 +98,7 @@ def metric_names(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
             raise ConfigError(f"--metric {p} matches none of: {', '.join(names)}")
     if patterns:
         return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-    preferred = ("test_accuracy", "best_test_accuracy", "test_loss", "loss_before", "loss_after",
+    preferred = ("test_accuracy", "best_test_accuracy", "loss_before", "loss_after", "test_loss",
                  "perplexity", "exact_match", "trainable_parameters", "model_bytes", "step_seconds")
     chosen = [n for n in preferred if n in names]
     return chosen or names[:SHOWN]
