@@ -12,6 +12,8 @@ import pytest
 from cli_helpers import TINY, call, cut_back, edit_json
 
 import poise
+from poise.report.tables import compare, tables
+from poise.runs.records import Run
 
 
 @pytest.fixture
@@ -162,7 +164,75 @@ def test_compare_of_a_sweep_of_several_kinds_is_refused(capsys, here):
 
 
 def test_a_metric_that_is_not_finite_is_shown_as_such():
-    from poise.report.tables import difference, number, spread
+    from poise.report.numbers import difference, number, spread
 
     assert number(float("nan")) == "nan" and number(float("inf")) == "inf"
     assert "nan" in spread([1.0, float("nan")]) and "nan" in difference([1.0, float("nan")])
+
+
+# ------------------------------------------------------------------ statistics, and repeats
+
+
+def run_of(folder, seed, choice="a", **metrics):
+    """A finished run as read from its records."""
+    return Run(folder, {"seed": seed, "tag": "t", "model": {"entry": choice}}, {"state": "done"},
+               {k: float(v) for k, v in metrics.items()}, {}, [], {})
+
+
+def cells(runs, title, metric="loss"):
+    (table,) = [t for t in tables(runs, [metric]) if t.title.startswith(title)]
+    return [row[1:] for row in table.rows]
+
+
+LOSS = {"a": {0: 1.0, 1: 4.0, 2: 2.0, 3: 9.0}, "b": {2: 4.0, 0: 2.0, 1: 7.0}}  # in no order
+
+
+def test_published_statistics_of_known_numbers():
+    """sd with n - 1; pairs by seed, whatever the order; other minus first; t with the root of n."""
+    runs = [run_of(Path(f"{c}{s}"), s, c, loss=v) for c, seeds in LOSS.items() for s, v in seeds.items()]
+    for order in (runs, [*runs[:1], *runs[:0:-1]]):
+        assert sorted(cells(order, "Runs")) == [["3", "4.333 ± 2.5"], ["4", "4 ± 3.6"]]
+        assert cells(order, "Paired") == [["3", "+2 ± 1 (t=3.5)"]]
+    assert cells(runs[::-1], "Paired") == [["3", "-2 ± 1 (t=-3.5)"]]
+
+
+def test_compare_subtracts_the_first_from_the_second(here):
+    for name, seeds in LOSS.items():
+        for seed, value in seeds.items():
+            folder = here / name / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "resolved.yaml").write_text(f"seed: {seed}\nmodel:\n  entry: {name}\n")
+            (folder / "status.json").write_text('{"state": "done"}')
+            (folder / "summary.json").write_text(f'{{"metrics": {{"loss": {value}}}}}')
+    assert rows(compare("a", "b", "csv"))[-1] == ["loss", "4 ± 3.6", "4.333 ± 2.5", "+2 ± 1 (t=3.5)"]
+    assert rows(compare("b", "a", "csv"))[-1] == ["loss", "4.333 ± 2.5", "4 ± 3.6", "-2 ± 1 (t=-3.5)"]
+
+
+def test_a_run_that_is_repeated_counts_once():
+    runs = [run_of(Path(f"{c}{s}"), s, c, loss=v, step_seconds=s + 1)
+            for c, seeds in LOSS.items() for s, v in seeds.items()]
+    again = [run_of(Path(f"again/{r.directory}"), r.config["seed"], r.config["model"]["entry"],
+                    loss=r.metrics["loss"], step_seconds=r.metrics["step_seconds"] + 2) for r in runs]
+    for title in ("Runs", "Paired"):
+        assert cells([*runs, *again, *again], title) == cells(runs, title)
+    assert cells([*runs, *again], "Runs", "step_seconds")[0] == ["4", "3.5 ± 1.3"]
+    nan = [run_of(Path(n), 0, loss=float("nan")) for n in "xy"]
+    assert cells(nan, "Runs") == [["1", "nan"]]
+
+
+@pytest.mark.parametrize("other", [{"loss": 1.5}, {}], ids=["another value", "none"])
+def test_repeats_that_differ_are_named_and_no_mean_is_taken(other):
+    runs = [run_of(Path(f"{c}{s}"), s, c, loss=v) for c, seeds in LOSS.items() for s, v in seeds.items()]
+    runs.append(run_of(Path("odd"), 0, "a", **other))
+    assert cells(runs, "Runs") == [["4", "-"], ["3", "4.333 ± 2.5"]]
+    assert cells(runs, "Paired") == [["3", "-"]]
+    assert cells(runs, "Repeats that differ") == [["0", "loss", "a0", "odd"]]
+
+
+def test_a_sweep_that_is_run_twice_says_what_it_said_once(capsys, here):
+    sweep = [*TINY, "--multirun", "model.hidden=[8],[12]", "seed=0,1", "tag=twice"]
+    texts = []
+    for name in ("one", "two"):
+        call(capsys, "run", *sweep, f"hydra.sweep.dir={here}/all/{name}").is_done()
+        texts.append(call(capsys, "report", "all", "--format", "csv", "--metric", "*_loss").is_done().out)
+    assert texts[0] == texts[1] and texts[0].count("±") > 4

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from poise.files import write_text
 from poise.report import plots
-from poise.report.tables import Table, group, metric_names, recipe_report, tables, varied_keys
+from poise.report.groups import group, varied_keys
+from poise.report.tables import Table, metric_names, recipe_report, tables
 from poise.runs.records import Run, find_runs, load_run
 
 _STYLE = """
@@ -56,8 +57,9 @@ def section(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[str]:
     pictures = [plots.curves(groups, n) for n in ("validation_loss", "loss")]
     pictures += [plots.dots(groups, n) for n in metric_names(done, metrics)[:2]]
     parts += [image(p) for p in pictures if p]
-    parts += [image(data, title) for title, data in recipe_report(done)[1]]
-    for run in done:
+    once = [r for g in groups.values() for r in g.agreed]
+    parts += [image(data, title) for title, data in recipe_report(once)[1]]
+    for run in once:
         for path in sorted((run.directory / "figures").glob("*.png")):
             parts.append(image(path.read_bytes(), path.stem.replace("_", " ")))
     for run in runs:

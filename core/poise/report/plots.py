@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from poise.errors import require
-from poise.runs.records import Run
+from poise.report.groups import Group
 
 COLOURS = ("#0b6e99", "#d1495b", "#3b7a57", "#8e6c8a", "#edae49", "#5c5c5c")
 
@@ -29,12 +29,12 @@ def png(fig: Any) -> bytes:
     return out.getvalue()
 
 
-def curves(groups: Mapping[str, Sequence[Run]], name: str) -> bytes | None:
+def curves(groups: Mapping[str, Group], name: str) -> bytes | None:
     """Draw one metric over steps, a line per run, a colour per group; None when nothing to draw."""
     fig, axes = figure()
     drawn = False
-    for i, (label, runs) in enumerate(groups.items()):
-        for j, run in enumerate(runs):
+    for i, (label, group) in enumerate(groups.items()):
+        for j, run in enumerate(group.runs):
             steps, values = run.series(name)
             if len(steps) < 2:
                 continue
@@ -48,10 +48,9 @@ def curves(groups: Mapping[str, Sequence[Run]], name: str) -> bytes | None:
     return png(fig) if drawn else None
 
 
-def dots(groups: Mapping[str, Sequence[Run]], name: str) -> bytes | None:
+def dots(groups: Mapping[str, Group], name: str) -> bytes | None:
     """Draw one final metric, a row per group, a dot per seed, same seeds joined; None if trivial."""
-    rows = {g: {r.config.get("seed"): r.metrics[name] for r in runs if name in r.metrics}
-            for g, runs in groups.items()}
+    rows = {label: group.values(name) for label, group in groups.items()}
     if len(rows) < 2 or max(len(v) for v in rows.values()) < 2:
         return None
     fig, axes = figure(height=0.7 + 0.45 * len(rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import fnmatch
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any
 from poise.errors import ConfigError
 from poise.hooks import Reported
 from poise.registry import installed
+from poise.report.groups import Group, group, varied_keys
+from poise.report.numbers import difference, number, spread
 from poise.runs.records import Run, find_runs, load_run
 from poise.runs.trackers import flat
 
-_NOT_A_CHOICE = ("version", "tag", "seed")
 SHOWN = 8  # metrics shown when none are asked for
 
 
@@ -54,13 +54,14 @@ def tables(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[Table]:
     """Return the summary table, paired differences, the runs' own tables, and what did not finish."""
     done = [r for r in runs if r.state == "done"]
     names = metric_names(done, metrics)
-    varied = varied_keys(runs)
-    groups = group(done, varied)
-    found = [summary(groups, varied, names)]
+    groups = group(done, varied_keys(runs))
+    found = [summary(groups, names)]
     if len(groups) > 1:
-        found.append(paired(groups, varied, names))
-    found += recipe_report(done)[0]
-    found += [t for r in done[:12] for t in own_tables(r, runs)]
+        found.append(paired(groups, names))
+    found.append(clashes(groups))
+    once = [r for g in groups.values() for r in g.agreed]
+    found += recipe_report(once)[0]
+    found += [t for r in once[:12] for t in own_tables(r, runs)]
     return [*found, unfinished(runs)]
 
 
@@ -104,75 +105,37 @@ def metric_names(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
     return chosen or names[:SHOWN]
 
 
-def varied_keys(runs: Sequence[Run]) -> list[str]:
-    """Return the configuration keys, seeds apart, in which the runs differ.
-
-    Options of a component count only among runs that chose the same component.
-    """
-    configs = [flat(r.config) for r in runs]
-    keys = list(dict.fromkeys(k for c in configs for k in c if k not in _NOT_A_CHOICE))
-    varied = []
-    for key in keys:
-        head, _, rest = key.partition(".")
-        entries = {c.get(f"{head}.entry") for c in configs}
-        having = [c[key] for c in configs if key in c]
-        differs = len({repr(v) for v in having}) > 1
-        if differs and (rest == "entry" or not (rest and len(entries) > 1 and _follows(configs, key))):
-            varied.append(key)
-    return varied
-
-
-def _follows(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Tell whether a key's value follows from which component was chosen."""
-    head = key.partition(".")[0]
-    seen: dict[Any, set[str]] = {}
-    for c in configs:
-        if key in c:
-            seen.setdefault(c.get(f"{head}.entry"), set()).add(repr(c[key]))
-    return all(len(v) == 1 for v in seen.values())
-
-
-def label(run: Run, varied: Sequence[str]) -> str:
-    """Return the choices that set a run apart from the others."""
-    values = flat(run.config)
-    parts = [f"{k.removesuffix('.entry')}={values[k]}" for k in varied if k in values]
-    return " ".join(parts) or run.config.get("tag", "run")
-
-
-def group(runs: Sequence[Run], varied: Sequence[str]) -> dict[str, list[Run]]:
-    """Group runs that differ only in their seed."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(label(run, varied), []).append(run)
-    return groups
-
-
-def summary(groups: Mapping[str, list[Run]], varied: Sequence[str], names: list[str]) -> Table:
+def summary(groups: Mapping[str, Group], names: list[str]) -> Table:
     """Return mean ± sd over seeds of every metric, a row per group."""
-    rows = []
-    for name, runs in groups.items():
-        values = [spread([r.metrics[n] for r in runs if n in r.metrics]) for n in names]
-        rows.append([name, str(len(runs)), *values])
+    rows = [[name, str(len(g.runs)), *(spread(list(g.values(n).values())) for n in names)]
+            for name, g in groups.items()]
     return Table("Runs", ["choices", "runs", *names], rows)
 
 
-def paired(groups: Mapping[str, list[Run]], varied: Sequence[str], names: list[str]) -> Table:
+def paired(groups: Mapping[str, Group], names: list[str]) -> Table:
     """Return differences to the first group over the seeds that both have."""
     (base_name, base), *others = groups.items()
-    by_seed = {r.config.get("seed"): r for r in base}
     rows = []
-    for name, runs in others:
-        pairs = [(r, by_seed[s]) for r in runs if (s := r.config.get("seed")) in by_seed]
-        if not pairs:
-            continue
-        cells = [
-            difference([a.metrics[n] - b.metrics[n] for a, b in pairs
-                        if n in a.metrics and n in b.metrics])
-            for n in names
-        ]
-        rows.append([name, str(len(pairs)), *cells])
+    for name, other in others:
+        seeds = {r.config.get("seed") for r in base.runs} & {r.config.get("seed") for r in other.runs}
+        if seeds:
+            rows.append([name, str(len(seeds)), *(difference(differences(base, other, n)) for n in names)])
     title = f"Paired differences to: {base_name} (same seeds; mean ± sd, t)"
     return Table(title, ["choices", "pairs", *names], rows)
+
+
+def differences(base: Group, other: Group, metric: str) -> list[float]:
+    """Return other minus base at every seed that both have."""
+    left, right = base.values(metric), other.values(metric)
+    return [right[seed] - left[seed] for seed in left if seed in right]
+
+
+def clashes(groups: Mapping[str, Group]) -> Table:
+    """Return which repeats of one choice and seed differ."""
+    rows = [[name, _cell(c.seed), ", ".join(c.metrics), str(c.a.directory), str(c.b.directory)]
+            for name, g in groups.items() for c in g.clashes]
+    title = "Repeats that differ (same choices, same seed: such a metric is a dash)"
+    return Table(title, ["choices", "seed", "metrics", "run", "another run"], rows)
 
 
 def own_tables(run: Run, among: Sequence[Run]) -> list[Table]:
@@ -213,65 +176,29 @@ def compare(
     choices = Table("Choices that differ", ["key", str(a), str(b)], rows)
     done = [[r for r in side if r.state == "done"] for side in sides]
     names = metric_names([*done[0], *done[1]], metrics or ["*"])
+    groups = {str(path): _one(runs) for path, runs in zip((a, b), done, strict=True)}
     values = Table("Metrics", ["metric", str(a), str(b), "b - a"], [
-        [n, *_both(done, n)] for n in names
+        [n, *_both(groups[str(a)], groups[str(b)], n)] for n in names
     ])
     left_out = unfinished([r for side in sides for r in side])
-    found = [t for t in (choices, values, left_out) if t.rows]
+    found = [t for t in (choices, values, clashes(groups), left_out) if t.rows]
     return "\n\n".join(t.render(form) for t in found) or "nothing differs, and no run is done"
 
 
-def _both(done: Sequence[Sequence[Run]], name: str) -> list[str]:
-    left, right = (
-        {r.config.get("seed"): r.metrics[name] for r in side if name in r.metrics} for side in done
-    )
-    common = [s for s in left if s in right]
-    if common:
-        change = difference([right[s] - left[s] for s in common])
+def _one(runs: Sequence[Run]) -> Group:
+    """Return runs of one kind as a group."""
+    return next(iter(group(runs, []).values()), Group([], []))
+
+
+def _both(a: Group, b: Group, name: str) -> list[str]:
+    left, right = a.values(name), b.values(name)
+    if common := differences(a, b, name):
+        change = difference(common)
     elif left and right:
         change = number(statistics.fmean(right.values()) - statistics.fmean(left.values()))
     else:
         change = "-"
     return [spread(list(left.values())), spread(list(right.values())), change]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean ± sd, or the one value."""
-    if not values:
-        return "-"
-    if len(set(values)) == 1:
-        return number(values[0])
-    if not all(map(math.isfinite, values)):
-        return "nan"  # statistics has no mean and sd of what is not a number
-    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values), 2)}"
-
-
-def difference(values: Sequence[float]) -> str:
-    """Return mean ± sd of paired differences and their t value."""
-    if not values:
-        return "-"
-    if not all(map(math.isfinite, values)):
-        return "nan"
-    mean = statistics.fmean(values)
-    if abs(mean) < 1e-12 * max(map(abs, values), default=0.0):
-        mean = 0.0  # what is left of a sum that cancels
-    if len(values) == 1:
-        return f"{mean:+.4g}"
-    if not any(values):
-        return "0"
-    sd = statistics.stdev(values)
-    t = mean / (sd / math.sqrt(len(values))) if sd > 0 else math.copysign(math.inf, mean)
-    return f"{mean:+.4g} ± {number(sd, 2)} (t={t:.1f})"
-
-
-def number(value: float, digits: int = 4) -> str:
-    """Return a number the way a person would write it."""
-    value = float(value)
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.{digits}g}"
 
 
 def _cell(value: Any) -> str:
