@@ -556,12 +556,32 @@ def test_a_bad_plan_is_refused_and_nothing_is_changed(plan, words):
 
 
 def test_a_tied_weight_is_left_alone_or_refused_by_name():
-    layer = nn.Linear(4, 4)
-    model = nn.Sequential(layer, nn.Linear(4, 4), layer)
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    other.weight = layer.weight
+    model = nn.Sequential(layer, nn.Linear(4, 4), other)
     with pytest.raises(ConfigError, match="0 is tied with 2"):
         quantize_model(copy.deepcopy(model), AbsMax(), {"0": 4})
     assert list(quantize_model(model, AbsMax())["quantized"]) == ["1"]
-    assert model[0] is model[2] is layer
+    assert model[0] is layer and model[2] is other
+
+
+@pytest.mark.parametrize("plan", [None, {"0": 4}, {"*": 4}])
+def test_a_layer_that_is_registered_twice_is_packed_in_both_places(plan):
+    """It was left as it was, and listed as kept, without a word."""
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    once = nn.Sequential(copy.deepcopy(layer))
+    made = quantize_model(model, AbsMax(bits=4), plan)
+    quantize_model(once, AbsMax(bits=4))
+    assert list(made["quantized"]) == ["0"] and not made["kept"]
+    assert model[0] is model[2] and isinstance(model[0], PackedLinear)
+    assert torch.equal(model(x), once(once(x).tanh()))
+    assert [n for n, _ in checkpoint(model)] == [
+        "0.weight", "0.bias", "2.weight", "2.bias"]
+    again = nn.Sequential(layer, nn.Tanh(), layer)
+    quantize_model(again, AbsMax(bits=4))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

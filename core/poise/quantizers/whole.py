@@ -109,7 +109,7 @@ def resolve(
     """
     found = [w for w in found if w.role in (*ROLES, "router")]
     if plan is None:
-        return [(w, quantizer) for w in found if not _only_if_named(w) and not w.tied_with]
+        return [(w, quantizer) for w in found if not _only_if_named(w) and not w.tied_layers]
     if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
         raise ConfigError(f"a plan is a mapping of names or patterns to bits or quantizers, not {plan!r}")
     by_name: dict[str, Any] = {}
@@ -132,8 +132,8 @@ def _only_if_named(w: Weight) -> bool:
 
 
 def _refuse(w: Weight) -> None:
-    if w.tied_with:
-        raise ConfigError(f"plan: {w.name} is tied with {', '.join(w.tied_with)}: leave it out")
+    if w.tied_layers:
+        raise ConfigError(f"plan: {w.name} is tied with {', '.join(w.tied_layers)}: leave it out")
     if not w.replaceable:
         raise ConfigError(f"plan: {w.name} takes part in its module's own arithmetic, which a packed layer "
                           f"cannot: leave it out")
@@ -178,6 +178,9 @@ def _place(packed: list[tuple[Weight, Any, Any]]) -> None:
             replaced = PlainExpert(w.plain(w.read()), experts.transposed)
         elif isinstance(replaced, PackedLinear):  # packed before: the plain layer is the same
             replaced = replaced.like
-        w.slot.put(PackedLinear(stored, quantizer, bias, replaced))
+        layer = PackedLinear(stored, quantizer, bias, replaced)
+        for slot in (w.slot, *w.again.values()):  # one layer may be registered in several places
+            assert slot is not None
+            slot.put(layer)
     for experts in fused.values():
         experts.unfuse()

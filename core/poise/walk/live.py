@@ -30,7 +30,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
         found.setdefault(weight.key, []).append(weight)
     for first, *others in found.values():
         names = tuple(dict.fromkeys(w.name for w in others if w.name != first.name))
-        yield replace(first, tied_with=names) if names else first
+        mine = first.module, first.parameter
+        again = {w.name: w.slot for w in others if (w.module, w.parameter) == mine}
+        yield replace(first, tied_with=names, again=again) if names else first
 
 
 def held(module: nn.Module, path: str) -> Iterator[Weight]:

@@ -95,6 +95,8 @@ class Weight:
         projections, nor in LSTM and GRU, which read the tensor directly.
     tied_with : tuple of str
         Other names of the same tensor.
+    again : dict of name to Slot
+        Those of `tied_with` where not only the tensor but the whole layer is the same.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Weight:
     adapters: tuple[str, ...] = ()
     replaceable: bool = False
     tied_with: tuple[str, ...] = ()
+    again: dict[str, Slot | None] = field(default_factory=dict, repr=False)
     slot: Slot | None = field(default=None, repr=False)
     plain: Callable[[Tensor], Tensor] = field(default=lambda matrix: matrix, repr=False)
     """A matrix (out, in) in the form in which the plain model holds it."""
@@ -123,6 +126,11 @@ class Weight:
     def numel(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def tied_layers(self) -> tuple[str, ...]:
+        """Names of other layers with the same tensor; a layer that is registered twice is one layer."""
+        return tuple(name for name in self.tied_with if name not in self.again)
 
     @property
     def layer(self) -> nn.Module:

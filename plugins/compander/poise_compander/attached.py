@@ -17,9 +17,10 @@ from poise.files import copy_checked
 from poise.holding import give_name, hold, release, take_name, who_holds
 from poise.walk import checkpoint
 from poise_compander.bounds import Finding
+from poise_compander.coverage import Coverage
 from poise_compander.diagnostics import Watched, saturated_share
 from poise_compander.functions import named
-from poise_compander.plain import Place
+from poise_compander.plain import Home, Place
 from poise_compander.scales import Scales
 from poise_compander.settings import Settings
 
@@ -33,20 +34,24 @@ class Attachment(HoldsAlone, Watched):
         The one whose `attach` was called; nothing here looks into it.
     model : nn.Module
     name : str
-    holders : iterable of nn.Module
-        The modules whose weight is reparameterized, while it is still plain.
+    homes : iterable of Home
+        Where the weights are that are reparameterized, while they are still plain.
+    coverage : Coverage
+        What share of the model they are; told here, and part of every report.
     """
 
     method = "compander"  # who speaks in messages
 
-    def __init__(self, adapter: Any, model: nn.Module, name: str, holders: Iterable[nn.Module]) -> None:
+    def __init__(self, adapter: Any, model: nn.Module, name: str, homes: Iterable[Home],
+                 coverage: Coverage) -> None:
         take_name(model, name)
-        self.adapter, self.model, self.name = adapter, model, name
+        self.adapter, self.model, self.name, self.coverage = adapter, model, name, coverage
         self.folded = self.gone = False
-        self._places = {id(module): Place.of(module) for module in holders}
-        self._held = [place.module.get_parameter("weight") for place in self._places.values()]
+        self._places = {home: Place.of(home) for home in homes}
+        self._held = [home.plain for home in self._places]
         for weight in self._held:
             hold(weight, self.method)
+        coverage.tell(self.method)
 
     # -------------------------------------------------------------- what the methods differ in
 
@@ -133,17 +138,17 @@ class Attachment(HoldsAlone, Watched):
 
 @dataclass
 class Layer:
-    """One companded weight: the modules that hold it (several when it is tied), and its pair."""
+    """One companded weight: where it is (in several places when it is tied), and its pair."""
 
     name: str
-    holders: list[nn.Module]
+    homes: list[Home]
     scales: Scales
     finding: Finding
 
     @property
-    def module(self) -> nn.Module:
-        """The first module that holds the weight."""
-        return self.holders[0]
+    def home(self) -> Home:
+        """The first place where it is."""
+        return self.homes[0]
 
 
 class AttachedCompander(Attachment):
@@ -161,9 +166,10 @@ class AttachedCompander(Attachment):
     """
 
     def __init__(
-        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer]
+        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer],
+        coverage: Coverage,
     ) -> None:
-        super().__init__(adapter, model, name, [m for layer in companded for m in layer.holders])
+        super().__init__(adapter, model, name, [h for layer in companded for h in layer.homes], coverage)
         self.options = settings
         self.function = named(settings.function)
         self.companded = {layer.name: layer for layer in companded}
@@ -219,7 +225,10 @@ class AttachedCompander(Attachment):
     @property
     def layers(self) -> dict[str, nn.Module]:
         """The modules whose weights are companded, by name."""
-        return {name: layer.module for name, layer in self.companded.items()}
+        return {name: layer.home.module for name, layer in self.companded.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.w(name) for name in self.companded}
 
     @property
     def pairs(self) -> list[Scales]:
@@ -287,7 +296,8 @@ class AttachedCompander(Attachment):
         report: dict[str, Any] = {
             "method": "compander", "function": self.options.function, "path": self.options.path,
             "learn": self.options.learn, "decay_on": "v" if self.options.decays_v else "w",
-            "layers": len(found), "near_bound": sum(f.near for f in found.values()),
+            **self.coverage.report(), "layers": len(found),
+            "near_bound": sum(f.near for f in found.values()),
             "over_bound": sum(f.over for f in found.values()), "bound_policy": self.options.bound_policy,
             "at_bound": {n: {"largest": f.largest, "near": f.near, "over": f.over}
                          for n, f in found.items() if f.near or f.over},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from poise_compander.quantizer import CompandedMatrix
     from poise_compander.weight_norm import AttachedWeightNorm
 
-_TARGETS = "patterns of layers to take; null: all linears and convolutions"
+_TARGETS = "patterns of layers to take; null: all linears, convolutions and experts"
 _EXCLUDED = "patterns of layers to leave alone; null: none"
 _EXTREME = 1e6  # of a and b: beyond it float32 has no digits left for v, or for its square
 
@@ -46,7 +46,7 @@ def _check_function(name: str) -> None:
 
 @dataclass(frozen=True)
 class WeightCompander:
-    """w = Psi(v) = a psi(v / b) on every weight of linears and convolutions; v is what trains.
+    """w = Psi(v) = a psi(v / b) on every weight of linears, convolutions and experts; v is what trains.
 
     The network's output does not change at attach: v = Psi^-1(w). On the fast path the model keeps plain
     weights w, and what attach returns owns v; on the reference path the model owns v, and torch's

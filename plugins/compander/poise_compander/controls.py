@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from poise.files import copy_checked
 from poise_compander.attached import Attachment
+from poise_compander.coverage import Coverage
+from poise_compander.plain import Home
 from poise_compander.selection import choose_companded, refuse_held
 
 
@@ -25,11 +27,11 @@ def match_rates(
     ConfigError
         When no layer matches, or something reparameterizes a weight.
     """
-    chosen = choose_companded(model, target_modules, exclude_modules)
+    chosen, coverage = choose_companded(model, target_modules, exclude_modules)
     for one in chosen:
         refuse_held("lr_matched", one)
-    layers = {one.name: one.holders[0] for one in chosen}
-    return AttachedLrMatched(adapter, model, name, layers, a, b, decay_on)
+    homes = {one.name: one.homes[0] for one in chosen}
+    return AttachedLrMatched(adapter, model, name, homes, coverage, a, b, decay_on)
 
 
 class AttachedLrMatched(Attachment):
@@ -37,10 +39,15 @@ class AttachedLrMatched(Attachment):
 
     method = "lr_matched"
 
-    def __init__(self, adapter: Any, model: nn.Module, name: str, layers: dict[str, nn.Module], a: float,
-                 b: float, decay_on: str) -> None:
-        super().__init__(adapter, model, name, layers.values())
-        self.layers, self.factor, self.decay_on = layers, (a / b) ** 2, decay_on
+    def __init__(self, adapter: Any, model: nn.Module, name: str, homes: dict[str, Home],
+                 coverage: Coverage, a: float, b: float, decay_on: str) -> None:
+        super().__init__(adapter, model, name, homes.values(), coverage)
+        self.homes, self.factor, self.decay_on = homes, (a / b) ** 2, decay_on
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules whose weights have another rate, by name."""
+        return {name: home.module for name, home in self.homes.items()}
 
     def trainable(self) -> list[dict[str, Any]]:
         """Return the chosen weights, and all else that trains."""
@@ -50,7 +57,10 @@ class AttachedLrMatched(Attachment):
         return [{"params": own}, {"params": rest}] if rest else [{"params": own}]
 
     def _own(self) -> dict[str, nn.Parameter]:
-        return {name: layer.get_parameter("weight") for name, layer in self.layers.items()}
+        return {name: home.plain for name, home in self.homes.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self._own().items()}
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a torch optimizer with the scaled rate on the chosen weights."""
@@ -72,5 +82,6 @@ class AttachedLrMatched(Attachment):
         copy_checked(self.state_dict(), tensors, "lr_matched")
 
     def report(self) -> dict[str, Any]:
-        """Return the factor and the number of layers."""
-        return {"method": "lr_matched", "effective_lr_factor": self.factor, "layers": len(self.layers)}
+        """Return the factor, the number of layers, and what share of the model they are."""
+        return {"method": "lr_matched", "effective_lr_factor": self.factor, "layers": len(self.homes),
+                **self.coverage.report()}

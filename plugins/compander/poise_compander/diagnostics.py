@@ -85,11 +85,13 @@ def layer_table(attached: Seen) -> list[dict[str, Any]]:
 class Watched:
     """What a run records and draws of an adapter, whatever the adapter does to its layers."""
 
-    layers: Mapping[str, nn.Module]
+    def weights(self) -> dict[str, Tensor]:
+        """Return the present weights by layer name, detached."""
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
         """Return what is recorded at each evaluation: bands of the first layer, the share near zero."""
-        return observed(self.layers)
+        return observed(self.weights())
 
     def draw(self, folder: Path, rows: list[dict[str, Any]]) -> None:
         """Draw recorded bands and pairs over the steps into a folder."""
@@ -98,9 +100,8 @@ class Watched:
         draw(folder, rows)
 
 
-def observed(layers: Mapping[str, nn.Module]) -> dict[str, float]:
+def observed(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Return what is recorded at each evaluation: bands of the first layer's weights, share near zero."""
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}  # type: ignore[union-attr]
     first = next(iter(weights))
     found = {f"bands/{first}/{p:g}": value for p, value in zip(PERCENTILES, bands(weights[first]))}
     near = sum(int((w.abs() < ZERO).sum()) for w in weights.values())

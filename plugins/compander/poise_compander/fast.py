@@ -21,6 +21,7 @@ from poise.errors import ConfigError, FileError, RunError
 from poise_compander import native, update, writers
 from poise_compander.attached import AttachedCompander, Layer
 from poise_compander.bounds import below, beyond
+from poise_compander.coverage import Coverage
 from poise_compander.optimizers import (
     ADAPTIVE,
     CompandedOptimizer,
@@ -47,9 +48,10 @@ class FastCompander(AttachedCompander):
     """
 
     def __init__(
-        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer]
+        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer],
+        coverage: Coverage,
     ) -> None:
-        super().__init__(adapter, settings, model, name, companded)
+        super().__init__(adapter, settings, model, name, companded, coverage)
         writers.watch()
         with torch.no_grad():
             self._v = {layer.name: self._inverse(layer) for layer in companded}
@@ -61,7 +63,8 @@ class FastCompander(AttachedCompander):
         ]
 
     def parameter(self, name: str) -> nn.Parameter:
-        parameter = self.companded[name].module._parameters["weight"]  # get_parameter costs a step too much
+        home = self.companded[name].home
+        parameter = home.module._parameters[home.parameter]  # get_parameter costs a step too much
         assert parameter is not None
         return parameter
 

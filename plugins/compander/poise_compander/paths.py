@@ -24,7 +24,7 @@ def compand(
     model: nn.Module, settings: Settings, *, adapter: Any = None, name: str = "default",
     target_modules: list[str] | None = None, exclude_modules: list[str] | None = None,
 ) -> AttachedCompander:
-    """Reparameterize the weights of linears and convolutions, in place.
+    """Reparameterize the weights of linears, convolutions and experts, in place.
 
     Parameters
     ----------
@@ -43,7 +43,8 @@ def compand(
         bound (with "raise"). The model is then as it was.
     """
     function = named(settings.function)
-    chosen = choose_companded(model, target_modules, exclude_modules)
+    chosen, coverage = choose_companded(model, target_modules, exclude_modules,
+                                        computed=settings.path == "reference")
     for one in chosen:
         refuse_held("compander", one)
         refuse_unfit(one)
@@ -54,8 +55,8 @@ def compand(
             if found[one.name].over and settings.bound_policy == "clamp":
                 own = local(one.weight)
                 own.copy_(clamped(function, own, settings.a))
-    layers = [Layer(one.name, one.holders, pairs[one.name], found[one.name]) for one in chosen]
-    return PATHS[settings.path](adapter, settings, model, name, layers)
+    layers = [Layer(one.name, one.homes, pairs[one.name], found[one.name]) for one in chosen]
+    return PATHS[settings.path](adapter, settings, model, name, layers, coverage)
 
 
 def _pairs(settings: Settings, function: Function, found: Mapping[str, Finding],

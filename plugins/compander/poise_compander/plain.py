@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -40,34 +40,63 @@ def _prefix(path: str) -> str:
 
 
 @dataclass(frozen=True)
+class Home:
+    """A parameter's name in a module: where a weight lives."""
+
+    module: nn.Module
+    parameter: str = "weight"
+
+    @property
+    def tensor(self) -> Any:
+        """What the module holds there: a parameter, or what is computed in its place."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def plain(self) -> nn.Parameter:
+        """The parameter, which nothing computes."""
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def parts(self) -> Any:
+        """What the weight is computed from."""
+        return self.module.parametrizations[self.parameter]  # type: ignore[index, union-attr]
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether torch's parametrize computes it."""
+        return parametrize.is_parametrized(self.module, self.parameter)
+
+    def compute_by(self, how: nn.Module) -> None:
+        """Have torch's parametrize compute it from now on."""
+        parametrize.register_parametrization(self.module, self.parameter, how)
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a weight stands in its module, and whether it trains, before it is reparameterized."""
 
-    module: nn.Module
+    home: Home
     order: tuple[str, ...]
     trains: bool
 
     @staticmethod
-    def of(module: nn.Module) -> Place:
-        """Return the place of a module's weight."""
-        return Place(module, tuple(module._parameters), module.get_parameter("weight").requires_grad)
+    def of(home: Home) -> Place:
+        """Return the place of a weight that is plain."""
+        return Place(home, tuple(home.module._parameters), home.plain.requires_grad)
 
     def free(self) -> None:
         """Leave the computed weight as a plain parameter, where it was among the others."""
-        module, own = self.module, self.module._parameters
+        module, parameter = self.home.module, self.home.parameter
+        own = module._parameters
         with torch.enable_grad():  # without, torch would make a buffer of a weight of several parts
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        if "weight" not in own:  # frozen parts
-            module.register_parameter("weight", nn.Parameter(_popped(module), requires_grad=False))
+            parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
+        if parameter not in own:  # frozen parts
+            weight: Any = module._buffers.pop(parameter)
+            module.register_parameter(parameter, nn.Parameter(weight.detach(), requires_grad=False))
         found = {name: own[name] for name in (*self.order, *own) if name in own}
         own.clear()
         own.update(found)
 
     def release(self) -> None:
         """Have the weight train, or not, as it did."""
-        self.module.get_parameter("weight").requires_grad_(self.trains)
-
-
-def _popped(module: nn.Module) -> Tensor:
-    weight: Any = module._buffers.pop("weight")
-    return weight.detach()
+        self.home.plain.requires_grad_(self.trains)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poise.errors import ConfigError, FileError, RunError
+from poise.walk.plain import computed
 from poise_compander import update
 from poise_compander.attached import AttachedCompander, Layer
 from poise_compander.bounds import below, beyond
+from poise_compander.coverage import Coverage
 from poise_compander.optimizers import (
     ADAPTIVE,
     CompandedOptimizer,
@@ -99,27 +101,28 @@ class ReferenceCompander(AttachedCompander):
     """A compander by parametrizations; `layer.weight` is computed, and v is a parameter of the model."""
 
     def __init__(
-        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer]
+        self, adapter: Any, settings: Settings, model: nn.Module, name: str, companded: list[Layer],
+        coverage: Coverage,
     ) -> None:
-        super().__init__(adapter, settings, model, name, companded)
+        super().__init__(adapter, settings, model, name, companded, coverage)
         self._unfolded: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in companded:
             _register(layer)
         self._hook = model.register_load_state_dict_pre_hook(_take_plain)
 
     def parameter(self, name: str) -> nn.Parameter:
-        return _parts(self.companded[name].module).original
+        return self.companded[name].home.parts.original
 
     def v(self, name: str) -> Tensor:
         return self._unfolded[name][0] if self.folded else self.parameter(name)
 
     def w(self, name: str) -> Tensor:
         with torch.no_grad():
-            return _weight(self.companded[name].module).detach()
+            return self.companded[name].home.tensor.detach()
 
     def psi(self, name: str) -> Psi:
         """Return the parametrization of a layer."""
-        return _parts(self.companded[name].module)[0]
+        return self.companded[name].home.parts[0]
 
     def optimizer(self, cls: type, **options: Any) -> ReferenceOptimizer:
         return companded_optimizer(self, ReferenceOptimizer, cls, options)
@@ -137,19 +140,19 @@ class ReferenceCompander(AttachedCompander):
         self.check_untouched()  # before the first weight is made plain
         for name, layer in self.companded.items():
             v = self.parameter(name).detach().clone()
-            for holder in layer.holders:
-                _parts(holder).original.data.copy_(v)  # the holder before has left w there
-                self._places[id(holder)].free()
-            self._unfolded[name] = v, _weight(layer.module).detach().clone()
+            for home in layer.homes:
+                home.parts.original.data.copy_(v)  # the home before has left w there
+                self._places[home].free()
+            self._unfolded[name] = v, layer.home.tensor.detach().clone()
 
     def _unfold(self) -> None:
         for name, layer in self.companded.items():  # nothing is changed before every weight is known to fit
             a = layer.scales.numbers()[0]
-            if fault := beyond(self.function, _weight(layer.module), a, name):
+            if fault := beyond(self.function, layer.home.tensor, a, name):
                 raise ConfigError(f"compander: {fault}")
         for name, (v, w) in self._unfolded.items():
             layer = self.companded[name]
-            untouched = torch.equal(_weight(layer.module), w)
+            untouched = torch.equal(layer.home.tensor, w)
             _register(layer)
             if untouched:
                 self.parameter(name).data.copy_(v)
@@ -160,38 +163,27 @@ class ReferenceCompander(AttachedCompander):
         self._hook.remove()
 
 
-def _parts(module: Any) -> Any:
-    """Return what a module's weight is computed from."""
-    return module.parametrizations["weight"]
-
-
-def _weight(module: Any) -> Tensor:
-    return module.weight
-
-
 def _register(layer: Layer) -> None:
-    """Parametrize every holder of a weight by the same v."""
-    plain = _weight(layer.module).detach().clone()
-    for holder in layer.holders:
-        holder.get_parameter("weight").data.copy_(plain)  # the holder before has put v there
-        parametrize.register_parametrization(holder, "weight", Psi(layer.scales))
+    """Parametrize every home of a weight by the same v."""
+    plain = layer.home.tensor.detach().clone()
+    for home in layer.homes:
+        home.plain.data.copy_(plain)  # the home before has put v there
+        home.compute_by(Psi(layer.scales))
 
 
 def _take_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a plain checkpoint load: `X.weight` becomes v where the model has `X` companded."""
     for path, held in module.named_modules(remove_duplicate=False):
         where = f"{prefix}{path}.".lstrip(".")
-        plain = state_dict.get(f"{where}weight")
-        if plain is None or not parametrize.is_parametrized(held, "weight"):
-            continue
-        psi = _parts(held)[0]
-        if isinstance(psi, Psi):
-            if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
-                raise FileError(f"compander: {fault}; none of its weights was loaded")
-            del state_dict[f"{where}weight"]
-            state_dict[f"{where}parametrizations.weight.original"] = psi.right_inverse(plain)
-            for key, value in psi.state_dict().items():
-                state_dict.setdefault(f"{where}parametrizations.weight.0.{key}", value)
+        for parameter, parts in computed(held).items():
+            plain = state_dict.get(f"{where}{parameter}")
+            if plain is not None and isinstance(psi := parts[0], Psi):
+                if fault := beyond(psi.scales.function, plain, psi.scales.numbers()[0], path):
+                    raise FileError(f"compander: {fault}; none of its weights was loaded")
+                del state_dict[f"{where}{parameter}"]
+                state_dict[f"{where}parametrizations.{parameter}.original"] = psi.right_inverse(plain)
+                for key, value in psi.state_dict().items():
+                    state_dict.setdefault(f"{where}parametrizations.{parameter}.0.{key}", value)
 
 
 class ReferenceOptimizer(CompandedOptimizer):

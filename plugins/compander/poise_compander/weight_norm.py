@@ -12,6 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from poise.errors import ConfigError
 from poise.files import copy_checked
 from poise_compander.attached import Attachment
+from poise_compander.coverage import Coverage
+from poise_compander.plain import Home
 from poise_compander.selection import choose_layers, refuse_held
 
 
@@ -26,7 +28,7 @@ def normalize_rows(
     ConfigError
         When no layer matches, a weight is reparameterized or tied, or one of its rows is zero.
     """
-    chosen = choose_layers(model, target_modules, exclude_modules)
+    chosen, coverage = choose_layers(model, target_modules, exclude_modules)
     for one in chosen:
         refuse_held("weight_norm", one)
         if one.tied_with:
@@ -36,7 +38,8 @@ def normalize_rows(
         if zero:
             raise ConfigError(f"weight_norm: {one.name} has {zero} rows of zeros, which have no direction: "
                               f"initialise it, or exclude it")
-    return AttachedWeightNorm(adapter, model, name, {one.name: one.holders[0] for one in chosen})
+    layers = {one.name: one.homes[0].module for one in chosen}
+    return AttachedWeightNorm(adapter, model, name, layers, coverage)
 
 
 class AttachedWeightNorm(Attachment):
@@ -53,8 +56,9 @@ class AttachedWeightNorm(Attachment):
 
     method = "weight_norm"
 
-    def __init__(self, adapter: Any, model: nn.Module, name: str, layers: dict[str, nn.Module]) -> None:
-        super().__init__(adapter, model, name, layers.values())
+    def __init__(self, adapter: Any, model: nn.Module, name: str, layers: dict[str, nn.Module],
+                 coverage: Coverage) -> None:
+        super().__init__(adapter, model, name, map(Home, layers.values()), coverage)
         self.layers = layers
         self._folded: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._hooks = {name: _normalize(layer) for name, layer in layers.items()}
@@ -71,7 +75,7 @@ class AttachedWeightNorm(Attachment):
     def _fold(self) -> None:
         for name, layer in self.layers.items():
             g, v = (t.detach().clone() for t in self._parts(name))
-            self._places[id(layer)].free()
+            self._places[Home(layer)].free()
             for hook in self._hooks.pop(name):
                 del layer._load_state_dict_pre_hooks[hook]
             self._folded[name] = g, v, layer.get_parameter("weight").detach().clone()
@@ -87,6 +91,9 @@ class AttachedWeightNorm(Attachment):
                     own.copy_(before)
         self._folded = {}
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: Home(layer).tensor.detach() for name, layer in self.layers.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return every norm and direction: `NAME.g`, `NAME.v`."""
         return {f"{name}.{key}": t.detach() for name in self.layers
@@ -99,8 +106,8 @@ class AttachedWeightNorm(Attachment):
         copy_checked(self.state_dict(), tensors, "weight_norm")
 
     def report(self) -> dict[str, Any]:
-        """Return the number of layers."""
-        return {"method": "weight_norm", "layers": len(self.layers)}
+        """Return the number of layers, and what share of the model they are."""
+        return {"method": "weight_norm", "layers": len(self.layers), **self.coverage.report()}
 
     def _parts(self, name: str) -> tuple[Tensor, Tensor]:
         layer: Any = self.layers[name]
