@@ -7,6 +7,7 @@ builds them, so a saved configuration is data and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from poise.registry import KINDS
 
 CONFIG_VERSION = 2
 MOST_THREADS = 1024
+LONGEST_TAG = 200
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 def _part(kind: str, part: Any) -> dict[str, Any]:
     if not isinstance(part, Mapping) or not isinstance(part.get("entry"), str):
         raise ConfigError(f"{kind}={part!r} is not a component: write {kind}=NAME")
+    if part["entry"] == "none" and len(part) > 1:
+        named = next(key for key in part if key != "entry")
+        raise ConfigError(f"{kind}.{named}={part[named]!r}: {kind}=none has no options; choose one with "
+                          f"{kind}=NAME (poise list {kind})")
     return dict(part)
 
 
@@ -137,8 +143,10 @@ def _check_values(config: RunConfig) -> None:
             raise ConfigError(f"{key}={value!r}: allowed is {type_name(hint)}")
     if not 1 <= config.threads <= MOST_THREADS:
         raise ConfigError(f"threads={config.threads}: allowed is 1 to {MOST_THREADS}")
-    if not config.tag or set("/\\") & set(config.tag) or config.tag in (".", ".."):
+    if not config.tag or set("/\\\0") & set(config.tag) or config.tag in (".", ".."):
         raise ConfigError(f"tag={config.tag!r}: a tag names one folder; use a word without / or \\")
+    if len(os.fsencode(config.tag)) > LONGEST_TAG:
+        raise ConfigError(f"tag={config.tag[:40]}...: a tag names a folder; at most {LONGEST_TAG} bytes")
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: allowed is 0 <= seed < 2**63")
 

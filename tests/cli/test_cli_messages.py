@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from cli_helpers import TINY, call, python
 
@@ -47,6 +49,25 @@ WRONG = {
     "another version": ("version=99", "version=99", "version 2"),
     "no override": ("seed", "'seed'", "KEY=VALUE"),
     "a group that is taken away": ("~model", "model"),
+    "a number for a group": ("adapter=1", "adapter=1", "name of one choice", "poise list adapter"),
+    "no number for a group": ("model=nan", "model=nan", "name of one choice"),
+    "a truth for a group": ("data=true", "data=true", "name of one choice"),
+    "a number for an experiment": ("experiment=1", "experiment=1", "name of one choice"),
+    "a number for a launcher": ("launcher=1", "launcher=1", "name of one choice"),
+    "two experiments": ("experiment=[a,b]", "experiment=[a,b]", "name of one choice"),
+    "no key": ("+=a", "+=a"),
+    "a number for what is taken away": ("~data=1", "~data=1"),
+    "a number for a folder of settings": ("paths=1", "paths=1", "must be a string"),
+    "a number for Hydra": ("hydra=1", "hydra=1"),
+    "a list for training": ("train=[1]", "train=[1]"),
+    "an option of no adapter": ("+adapter.r=64", "adapter.r=64", "adapter=none has no options"),
+    "an option of no quantizer": ("+quantizer.bits=4", "quantizer.bits=4", "quantizer=none has no options"),
+    "a folder that is not there": ("hydra.searchpath=[nope]", "hydra.searchpath", "nope"),
+    "an empty folder of a run": ("hydra.run.dir=", "hydra.run.dir is empty"),
+    "a launcher that is none": ("hydra.launcher=1", "hydra.launcher=1"),
+    "loggers that are none": ("hydra.verbose=3", "hydra.verbose=3"),
+    "a value nested too deeply": ("tag=" + "[" * 500 + "]" * 500, "tag=[[", "nested too deeply"),
+    "a tag longer than a folder's name": ("tag=" + "x" * 300, "tag=xxx", "200 bytes"),
     "unknown flag": ("--frobnicate", "'--frobnicate'", "--multirun", "--cfg"),
 }
 
@@ -56,6 +77,60 @@ def test_a_wrong_word_is_refused_in_one_line(capsys, here, typed, words):
     refused = call(capsys, "run", typed).refuses(2, *words)
     assert refused.out == ""
     assert list(here.iterdir()) == [], "a refused run leaves nothing behind"
+
+
+HEAD = "# @package _global_\n"
+FILES = {  # an experiment's text, and what the line about it must hold
+    "tab": ("train:\n\tlr: 1\n", "line 3", "cannot start any token"),
+    "a key twice": ("seed: 1\nseed: 2\n", "line 3", "duplicate key seed"),
+    "undefined alias": ("tag: *nope\n", "line 2", "undefined alias 'nope'"),
+    "empty defaults": ("defaults:\nseed: 1\n", "experiment=odd", "defaults must be a list"),
+    "a word for defaults": ("defaults: none\n", "experiment=odd", "defaults must be a list"),
+    "a number in defaults": ("defaults: [1]\n", "experiment=odd", "defaults"),
+    "two documents": ("seed: 1\n---\nseed: 2\n", "line 3", "single document"),
+    "itself": ("defaults:\n  - odd\n", "experiment=odd", "leads back to itself"),
+    "hydra is null": ("hydra: null\n", "line 2", "hydra is a mapping"),
+    "a list": ("- 1\n", "holds no mapping"),
+    "a number": ("7\n", "holds no mapping"),
+    "a control character": ("tag: a\x00b\n", "special characters"),
+    "a foreign object": ("tag: !!python/object:os.system {}\n", "line 2", "constructor"),
+    "deep nesting": ("tag: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+    "many levels": ("".join(f"{' ' * i}a{i}:\n" for i in range(60)), "line 42", "nested too deeply"),
+    "an alias within itself": ("tag: &a [*a, *a]\n", "line 2", "within itself"),
+    "aliases that multiply": ("a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 12)), "aliases stand for"),
+    "an interpolation of itself": ("tag: ${tag}\n", "interpolation"),
+    "too long": ("#" * (1 << 20) + "\n", "bytes"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["run", "sweep", "shown"])
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(capsys, here, name, how):
+    text, *words = FILES[name]
+    (here / "yaml" / "experiment").mkdir(parents=True)
+    (here / "yaml" / "experiment" / "odd.yaml").write_text(HEAD + text)
+    flags = {"run": [], "sweep": ["--multirun", "seed=0,1"], "shown": ["--cfg", "job"]}[how]
+    found = call(capsys, "run", *flags, "experiment=odd", f"hydra.searchpath=[file://{here / 'yaml'}]")
+    if how == "shown" and "interpolation" in words:  # shown as it is written
+        return found.is_done() and None
+    found.refuses(2, *words)
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("data", [b"tag: \xe9\xff\n", "tag: x\n".encode("utf-16")])
+def test_a_file_that_is_not_utf8_is_named(capsys, here, data):
+    (here / "yaml" / "experiment").mkdir(parents=True)
+    (here / "yaml" / "experiment" / "odd.yaml").write_bytes(HEAD.encode() + data)
+    call(capsys, "run", "experiment=odd", f"hydra.searchpath=[file://{here / 'yaml'}]").refuses(
+        2, "odd.yaml", "not UTF-8")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(capsys, here):
+    (here / "yaml" / "experiment").mkdir(parents=True)
+    os.mkfifo(here / "yaml" / "experiment" / "odd.yaml")
+    call(capsys, "run", "experiment=odd", f"hydra.searchpath=[file://{here / 'yaml'}]").refuses(
+        2, "odd.yaml", "no regular file")
 
 
 def test_an_empty_folder_for_records_does_not_mean_the_root(capsys, here):

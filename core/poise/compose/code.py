@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,22 @@ def refuse_code(whole: DictConfig) -> None:
         Naming the key: a callback, a `_target_` that is not Hydra's own, a class of a logging handler, or a
         package on the search path that no plugin brings.
     """
+    _refuse_odd(OmegaConf.to_container(whole.hydra, resolve=False))
     for key, value in leaves(OmegaConf.to_container(whole, resolve=False), ""):
         refuse_key(key, value)
     refuse_search_path(OmegaConf.to_container(whole.hydra.searchpath, resolve=False))
+
+
+def _refuse_odd(hydra: Any) -> None:
+    """Refuse values of Hydra's own node that it takes without a look, and trips over when jobs start."""
+    for name in ("launcher", "sweeper"):
+        if not isinstance(hydra[name], dict) or "_target_" not in hydra[name]:
+            raise ConfigError(f"hydra.{name}={hydra[name]!r} is no {name}: write {name}=NAME, or options "
+                              f"of it (hydra.{name}.KEY=VALUE)")
+    verbose = hydra["verbose"]
+    if not isinstance(verbose, (bool, str)) and not (
+            isinstance(verbose, list) and all(isinstance(name, str) for name in verbose)):
+        raise ConfigError(f"hydra.verbose={verbose!r}: allowed is true, false, or names of loggers")
 
 
 def refuse_key(key: str, value: Any) -> None:
@@ -50,6 +64,9 @@ def refuse_search_path(paths: Any) -> None:
         if "pkg://" in str(path) and str(path) not in known:
             raise ConfigError(f"hydra.searchpath: {path} would be imported; give a folder, or let a plugin "
                               f"register its package (registry.add_conf)")
+        folder = str(path).removeprefix("file://")
+        if isinstance(path, str) and "://" not in folder and not os.path.isdir(folder):
+            raise ConfigError(f"hydra.searchpath: no folder {folder}")
 
 
 def _starts(value: Any, prefixes: tuple[str, ...]) -> bool:

@@ -48,6 +48,8 @@ def compose(overrides: list[str]) -> Composed:
         if not whole.paths.out:
             raise ConfigError("paths.out is empty: write paths.out=DIR, the folder runs are written to")
         config = None if hydra.mode == RunMode.MULTIRUN else from_hydra(whole)
+        if not hydra.run.dir:
+            raise ConfigError("hydra.run.dir is empty: write hydra.run.dir=DIR, the folder of this run")
         explicit = any(o.startswith("hydra.run.dir=") for o in overrides)
         return Composed(config, Path(hydra.run.dir), explicit)
 

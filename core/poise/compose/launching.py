@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from poise.compose.composing import composed, from_hydra, sweep_directory
-from poise.compose.messages import one_line_errors
+from poise.compose.messages import KNOWN, one_line_errors
 from poise.compose.overrides import check_overrides, is_sweep, open_key
 from poise.compose.schema import HYDRA_VERSION_BASE, conf_root, install
 from poise.config import RunConfig
@@ -41,7 +41,8 @@ def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
         for number, chosen in enumerate(jobs):
             _check(number, len(jobs), chosen)
         directory = sweep_directory(whole, single)
-        argv = ["--multirun", *overrides, f"hydra.sweep.dir={_quoted(directory)}"]
+    argv = ["--multirun", *overrides, f"hydra.sweep.dir={_quoted(directory)}"]
+    with one_line_errors(overrides, KNOWN):
         _hydra_main(argv, quiet, {_TOTAL: str(len(jobs))})
     return [_outcome(path) for path in find_runs([directory])]
 
@@ -61,7 +62,8 @@ _built: dict[str, Built] = {}  # parts that `_check` has built, by configuration
 def _check(number: int, total: int, chosen: list[str]) -> None:
     try:
         with one_line_errors(chosen):
-            built = build_parts(from_hydra(composed(chosen)))
+            config = from_hydra(composed(chosen))
+        built = build_parts(config)
     except ConfigError as error:
         raise ConfigError(f"job {number + 1} of {total} ({' '.join(chosen)}): {error}") from None
     _built[_key(built.config)] = built

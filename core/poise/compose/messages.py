@@ -15,15 +15,24 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from poise.compose.overrides import is_sweep, several_values
 from poise.compose.schema import GROUPS, TOP, initialized
 from poise.config import PARTS, Train
-from poise.errors import ConfigError, nearest
+from poise.errors import ConfigError, PoiseError, nearest
+
+SHOWN = 80  # characters of a long override
+KNOWN = (HydraException, OmegaConfBaseException)
 
 
 @contextlib.contextmanager
-def one_line_errors(overrides: list[str]) -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's errors within the block into one-line `ConfigError`s."""
+def one_line_errors(overrides: list[str], of: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turn errors within the block into one-line `ConfigError`s.
+
+    Where nothing but composing goes on, every error means that the configuration cannot be composed: of odd
+    ones Hydra raises many a ValueError, AssertionError and RecursionError. Elsewhere, `of` is `KNOWN`.
+    """
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except PoiseError:
+        raise
+    except of as error:
         raise ConfigError(explain(error, overrides)) from None
 
 
@@ -34,7 +43,7 @@ def explain(error: BaseException, overrides: list[str]) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_choice(str(error.missing_cfg_file or ""), list(error.options or []), text)
     if unknown := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text):
-        return _unknown_key(unknown[1], overrides)
+        return _unknown_key(unknown[1], overrides, text)
     if isinstance(cause, MissingMandatoryValue) or "Missing mandatory value" in text:
         key = getattr(cause, "full_key", None) or text.split(":")[-1].strip()
         return f"{key} has no value: write {key}=VALUE"
@@ -42,7 +51,24 @@ def explain(error: BaseException, overrides: list[str]) -> str:
         return _unresolved(getattr(cause, "full_key", ""), text)
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return several_values(ambiguous[1])
-    return _as_said(error, overrides)
+    if isinstance(error, KNOWN):
+        return _as_said(error, overrides)
+    blamed = _blamed(overrides)
+    if isinstance(error, RecursionError):
+        return f"{blamed}it is nested too deeply, or a defaults list leads back to itself"
+    return f"{blamed}{text or type(error).__name__}"
+
+
+def _blamed(overrides: list[str]) -> str:
+    """Return the override without which the others compose."""
+    for given in overrides:
+        try:
+            with initialized():
+                hydra_compose("config", overrides=[o for o in overrides if o != given and not is_sweep(o)])
+        except Exception:
+            continue
+        return f"{given[:SHOWN]}: "
+    return ""
 
 
 def _missing_choice(missing: str, options: list[str], text: str) -> str:
@@ -59,11 +85,13 @@ def _missing_choice(missing: str, options: list[str], text: str) -> str:
     )
 
 
-def _unknown_key(key: str, overrides: list[str]) -> str:
+def _unknown_key(key: str, overrides: list[str], text: str) -> str:
     given = next((o for o in overrides if o.lstrip("+~").split("=")[0] == key), key)
     head, _, rest = key.partition(".")
     if head in [f.name for f in dataclasses.fields(Train)]:
         return f"{given}: no key or group {head!r}; did you mean 'train.{key}'?"
+    if not rest and head in TOP:
+        return f"{given}: {text}"
     if head not in TOP:
         return f"{given}: no key or group {head!r}{nearest(head, [*TOP, 'experiment', 'launcher'])}"
     chosen, options = _options_of(head, [o for o in overrides if o != given])

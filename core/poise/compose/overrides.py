@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
 from poise.compose.code import leaves, refuse_key, refuse_search_path
@@ -15,6 +15,8 @@ from poise.compose.schema import GROUPS
 from poise.config import PARTS
 from poise.errors import ConfigError
 from poise.registry import installed
+
+CHOSEN = (*GROUPS, "launcher")  # groups of which one is chosen by name
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -31,22 +33,39 @@ def check_overrides(overrides: list[str]) -> None:
             parsed = parser.parse_override(text)
         except HydraException:
             raise ConfigError(_grammar_help(text)) from None
+        except RecursionError:
+            raise ConfigError(f"{text[:40]}...: the value is nested too deeply") from None
         key = parsed.key_or_group
+        if not key:
+            raise ConfigError(_grammar_help(text))
         _refuse_code(key, parsed)
-        if key in GROUPS and parsed.value() is None and not parsed.is_delete():
-            raise ConfigError(f"{text}: a group has no null; write {key}=none")
+        if key in CHOSEN:
+            for value in _values(parsed):
+                _check_choice(text, key, value, parsed.is_delete())
 
 
 def _refuse_code(key: str, parsed: Override) -> None:
     """Refuse what would be imported before Hydra has a look; the composed whole is looked at again."""
-    values = parsed.value()
-    values = values.list if isinstance(values, ChoiceSweep) else [values]
-    if key == "hydra.searchpath":
-        for value in values:
+    for value in _values(parsed):
+        if key == "hydra.searchpath":
             refuse_search_path(value)
-    for value in values:
         for inner, leaf in leaves(value, key):
             refuse_key(inner, leaf)
+
+
+def _values(parsed: Override) -> list[Any]:
+    """Return the one value of an override, or those of a sweep."""
+    value = parsed.value()
+    return list(value.list) if isinstance(value, ChoiceSweep) else [value]
+
+
+def _check_choice(text: str, key: str, value: Any, taken_away: bool) -> None:
+    """Refuse what is not the name of one choice of a group, nor options of the present one."""
+    if value is None and not taken_away:
+        raise ConfigError(f"{text}: a group has no null; write {key}=none")
+    if not isinstance(value, (str, QuotedString, dict, type(None))):
+        hint = f" (see: poise list {key})" if key in PARTS else ""
+        raise ConfigError(f"{text}: {key} takes the name of one choice, not {str(value)[:40]}{hint}")
 
 
 def _grammar_help(text: str) -> str:
@@ -89,7 +108,7 @@ def is_sweep(text: str) -> bool:
     """Tell whether an override gives several values, as a sweep takes them."""
     try:
         return OverridesParser.create().parse_override(text).is_sweep_override()
-    except HydraException:
+    except (HydraException, RecursionError):
         return False
 
 

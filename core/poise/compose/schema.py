@@ -19,6 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING
 
+from poise.compose.sources import install_sources
 from poise.config import PARTS, RunConfig, Train
 from poise.errors import ConfigError
 from poise.options import default_of, option_fields
@@ -83,6 +84,7 @@ TOP = tuple(f.name for f in dataclasses.fields(_Root))  # keys of the composed f
 def install() -> None:
     """Make the search path and a node for every registered component known to Hydra; idempotent."""
     Plugins.instance().register(_PoiseSearchPath)
+    install_sources()
     store = ConfigStore.instance()
     store.store(name="poise_schema", node=_Root)
     store.store(group="train", name="default", node=_node("Train", Train, entry=None))
