@@ -99,9 +99,14 @@ class NetRegressor(QuantileRegressor):
         self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None,
         parts: Sequence[np.ndarray], progress: Callable[[str], None] | None = None,
     ) -> list[NetRegressor]:
-        """Return one fitted regressor per part (row numbers), all trained together."""
+        """Return one fitted regressor per part (row numbers), all trained together.
+
+        Rows of weight 0 leave their parts: they set no scale and stop no training.
+        """
         from poise_quantagg.checks import check_levels
 
+        if sample_weight is not None:
+            parts = [rows[sample_weight[rows] > 0] for rows in parts]
         found = []
         for network in self._train(X, y, sample_weight, parts, progress):
             one = type(self)(**self.get_params(deep=False))
