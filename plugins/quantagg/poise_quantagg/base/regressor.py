@@ -83,10 +83,8 @@ class PerLevelRegressor(QuantileRegressor):
 
     def _fit(self, X, y, sample_weight) -> None:
         self.trained_ = coarse_grid(self.levels_, self.grid)
-        self.estimators_ = [
-            self._estimator(float(level)).fit(X, y, sample_weight=sample_weight)
-            for level in self.trained_
-        ]
+        weight = {} if sample_weight is None else {"sample_weight": sample_weight}  # not all take one
+        self.estimators_ = [self._estimator(float(level)).fit(X, y, **weight) for level in self.trained_]
 
     def _predict(self, X, levels) -> np.ndarray:
         q = np.column_stack([estimator.predict(X) for estimator in self.estimators_])
