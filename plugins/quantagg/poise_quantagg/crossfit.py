@@ -18,7 +18,7 @@ from poise.errors import ConfigError, RunError, require
 from poise_quantagg.cache import key_of, load, save
 from poise_quantagg.checks import QuantileWarning, check_levels, finite, same_rows, weighing_rows
 from poise_quantagg.folds import folds_of_weighed
-from poise_quantagg.grid import interpolate
+from poise_quantagg.grid import interpolate, mean_of_folds
 from poise_quantagg.jobs import Job, Result, Work, fit, jobs_of, label, quantiles_of
 from poise_quantagg.scores import pinball
 
@@ -72,7 +72,7 @@ class CrossFit:
         """
         if self.whole:
             return np.stack([quantiles_of(n, f, X, self.levels) for n, f in self.whole.items()], axis=1)
-        return np.mean(self.predict_folds(X), axis=0)
+        return mean_of_folds(self.predict_folds(X))
 
     def predict_folds(self, X: np.ndarray) -> np.ndarray:
         """Return the predictions of each fold's models, shape (K, len(X), p, m)."""
@@ -274,7 +274,7 @@ def _gathered(
             Z[work.held[k], j] = _at_levels(own, k, "held", work.levels)
         if extras is not None:
             last = [K] if refit == "all" else range(K)
-            extras.append(np.mean([_at_levels(own, k, "extra", work.levels) for k in last], axis=0))
+            extras.append(mean_of_folds(np.stack([_at_levels(own, k, "extra", work.levels) for k in last])))
         fitted[name] = [_joined(own, k) for k in range(len(work.train))]
     whole = {name: fits.pop() for name, fits in fitted.items()} if refit == "all" else {}
     return CrossFit(Z, fold, work.levels, fitted, whole,

@@ -28,7 +28,7 @@ from poise_quantagg.crossfit import CrossFit
 from poise_quantagg.stacker import QuantileStacker
 from poise_quantagg.storage import dump, undump
 
-KIND, VERSION = "quantile_ensemble", 2
+KIND, VERSION = "quantile_ensemble", 3
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import DataError, FileError
+from poise_quantagg.atoms import settled
 from poise_quantagg.checks import finite, row_blocks
 
 
@@ -48,6 +49,8 @@ class LinearFit:
     objective, gap : float, optional
         Mean pinball loss on the rows of the fit where it was minimised, and how far at most it is
         above the optimum; in the unit of y.
+    atoms : array, shape (2, k), optional
+        Values that predictions take where they are those but for rounding (`atoms.atoms_of`).
     """
 
     w: np.ndarray
@@ -55,10 +58,11 @@ class LinearFit:
     intercept: np.ndarray | None = None
     objective: float | None = None
     gap: float | None = None
+    atoms: np.ndarray | None = None
 
     @property
     def linear(self) -> bool:
-        """Whether a prediction is the weighted sum and nothing else."""
+        """Whether a prediction is the weighted sum and nothing else, rounding aside."""
         return self.intercept is None
 
     def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
@@ -73,7 +77,7 @@ class LinearFit:
         out = np.empty((len(Z), self.m))
         for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
             out[block] = self._sum(Z[block])
-        return out if self.intercept is None else out + self.intercept
+        return settled(out if self.intercept is None else out + self.intercept, self.atoms)
 
     def _sum(self, Z: np.ndarray) -> np.ndarray:
         if self.w.ndim == 1:
@@ -91,6 +95,8 @@ class LinearFit:
         arrays = {"w": self.w}
         if self.intercept is not None:
             arrays["intercept"] = np.asarray(self.intercept)
+        if self.atoms is not None:
+            arrays["atoms"] = self.atoms
         return arrays, {"kind": "linear", "m": self.m, "objective": self.objective, "gap": self.gap}
 
     @classmethod
@@ -103,7 +109,8 @@ class LinearFit:
             For what is saved of another kind.
         """
         check_kind(meta, "linear")
-        return cls(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"], meta["gap"])
+        return cls(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"], meta["gap"],
+                   arrays.get("atoms"))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from poise.errors import DataError
 from poise_quantagg.aggregators.fitted import check_kind, check_predictions
+from poise_quantagg.atoms import settled
 from poise_quantagg.checks import finite, row_blocks
 
 
@@ -56,6 +57,8 @@ class GateFit:
         Mean pinball loss on the validation rows, sorted, in the unit of y.
     leaderboard : tuple of dict
         All configurations tried, best first.
+    atoms : array, shape (2, k), optional
+        As for `LinearFit`.
     """
 
     params: dict[str, np.ndarray]
@@ -66,6 +69,7 @@ class GateFit:
     band: int | None = None
     score: float | None = None
     leaderboard: tuple[dict[str, Any], ...] = ()
+    atoms: np.ndarray | None = None
     linear = False
     needs_features = True
 
@@ -92,7 +96,7 @@ class GateFit:
                 out[block] = np.einsum("npm,npm->nm", w, Z[block])
             else:
                 out[block] = np.einsum("npvm,npv->nm", w, Z[block], optimize=True)
-        return out
+        return settled(out, self.atoms)
 
     def weights(self, X: np.ndarray | None = None) -> np.ndarray:
         """Return the weights at rows X: (n, p), (n, p, m) or (n, p, m_in, m_out).
@@ -142,6 +146,8 @@ class GateFit:
         """Return what `from_tensors` needs: arrays, and plain values."""
         arrays = {f"gate.{name}": array for name, array in self.params.items()}
         arrays |= {"features.mean": self.features.mean, "features.scale": self.features.scale}
+        if self.atoms is not None:
+            arrays["atoms"] = self.atoms
         meta = {name: getattr(self, name) for name in ("resolution", "p", "m", "band", "score")}
         return arrays, {"kind": "gate", **meta, "leaderboard": list(self.leaderboard)}
 
@@ -158,4 +164,4 @@ class GateFit:
         params = {k.removeprefix("gate."): v for k, v in arrays.items() if k.startswith("gate.")}
         return cls(params, meta["resolution"], int(meta["p"]), int(meta["m"]),
                    Features(arrays["features.mean"], arrays["features.scale"]), meta["band"], meta["score"],
-                   tuple(meta["leaderboard"]))
+                   tuple(meta["leaderboard"]), arrays.get("atoms"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from poise.errors import FileError
+from poise_quantagg.atoms import atoms_of, settled
 from poise_quantagg.base.regressor import QuantileRegressor
 from poise_quantagg.grid import interpolate
 
@@ -15,7 +16,7 @@ class LinearRegressor(QuantileRegressor):
     Minimises mean pinball + alpha * sum |slope|, as scikit-learn's `QuantileRegressor` does.
     """
 
-    _arrays = ("coef_", "intercept_", "mean_", "scale_")
+    _arrays = ("coef_", "intercept_", "mean_", "scale_", "atoms_")
 
     def __init__(self, *, levels, alpha=0.0):
         self.levels = levels
@@ -24,6 +25,7 @@ class LinearRegressor(QuantileRegressor):
     def _fit(self, X, y, sample_weight) -> None:
         from poise_quantagg.programs import linear
 
+        self.atoms_ = atoms_of(y)
         self.mean_, scale = X.mean(axis=0), X.std(axis=0)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, np.inf)
         s = np.ones(len(y)) if sample_weight is None else sample_weight
@@ -33,7 +35,7 @@ class LinearRegressor(QuantileRegressor):
         return (X - self.mean_) / self.scale_
 
     def _predict(self, X, levels):
-        q = self._standard(X) @ self.coef_ + self.intercept_
+        q = settled(self._standard(X) @ self.coef_ + self.intercept_, self.atoms_)
         return interpolate(q, self.levels_, levels)
 
     def tensors(self):
