@@ -113,7 +113,7 @@ def read_json(path: Path | str) -> Any:
 def _refuse_special(path: Path) -> None:
     """Raise `FileError` for what is there and no regular file: a pipe would keep its reader waiting."""
     if path.exists() and not path.is_file():
-        raise FileError(f"{path} is no regular file: remove it")
+        raise FileError(f"cannot read {path}: it is no regular file")
 
 
 def plain(value: Any) -> Any:

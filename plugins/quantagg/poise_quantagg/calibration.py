@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from poise_quantagg import saved
 from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning
 from poise_quantagg.conformal import CVPlus, SplitCQR
 from poise_quantagg.grid import interpolate
@@ -89,8 +90,19 @@ class Calibration:
 
     @classmethod
     def from_tensors(cls, arrays: Mapping[str, np.ndarray], levels: np.ndarray) -> Calibration:
-        """Rebuild what `tensors` returned."""
-        return cls(arrays["calibration.y"], arrays["calibration.q"], arrays.get("calibration.fold"), levels)
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError, DataError
+            For arrays that calibrate nothing.
+        """
+        y, fold = saved.array(arrays, "calibration.y", (None,)), None
+        if "calibration.fold" in arrays:
+            fold = saved.array(arrays, "calibration.fold", y.shape, "i")
+        found = cls(y, saved.array(arrays, "calibration.q", (len(y), len(levels))), fold, levels)
+        _ = found.pairs
+        return found
 
 
 def warn_ranks(sample_weight: np.ndarray | None) -> None:

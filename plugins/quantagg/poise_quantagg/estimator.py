@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, FileError, require
+from poise.errors import ConfigError, FileError, PoiseError, require
 from poise_quantagg.calibration import Calibration, warn_ranks
 from poise_quantagg.checks import (
     QuantileWarning,
@@ -223,8 +224,6 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         warn_crossing(Z, self.model_names_, stacklevel=5, mended=self.isotonize is not None)
         return stacker
 
-    # -------------------------------------------------------------- calibration
-
     def _calibrate(self, y: np.ndarray, q: np.ndarray, fold: np.ndarray | None) -> None:
         self.calibration_ = Calibration(y, q, fold, self.levels_)
         self.conformal_ = self.calibration_.pairs
@@ -378,10 +377,11 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         saved = Ensemble.load(path)
         try:
             estimator = cls(**saved.params)
-        except TypeError as error:
+            estimator._restore(saved)
+            estimator._check_options(sys.maxsize)  # the number of rows is not kept
+            return estimator
+        except (TypeError, PoiseError) as error:
             raise FileError(f"{path} is damaged: {error}") from None
-        estimator._restore(saved)
-        return estimator
 
     def _restore(self, saved: Ensemble) -> None:
         self.levels_, self.n_features_in_ = saved.cross_fit.levels, saved.n_features

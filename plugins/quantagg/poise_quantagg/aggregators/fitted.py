@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import DataError, FileError
+from poise_quantagg import saved
 from poise_quantagg.atoms import settled
 from poise_quantagg.checks import finite, row_blocks
 
@@ -106,11 +107,15 @@ class LinearFit:
         Raises
         ------
         FileError
-            For what is saved of another kind.
+            For what is saved of another kind, or makes no weights.
         """
         check_kind(meta, "linear")
-        return cls(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"], meta["gap"],
-                   arrays.get("atoms"))
+        m = saved.number(meta, "m", 1)
+        given = np.asarray(arrays.get("w"))
+        w = saved.array(arrays, "w", (None, m, m)[: max(1, min(given.ndim, 3))])
+        intercept = saved.array(arrays, "intercept", (m,)) if "intercept" in arrays else None
+        return cls(w, m, intercept, meta["objective"], meta["gap"],
+                   saved.atoms(arrays) if "atoms" in arrays else None)
 
 
 @dataclass(frozen=True)
@@ -160,4 +165,4 @@ class FittedMedian:
             For what is saved of another kind.
         """
         check_kind(meta, "median")
-        return cls(int(meta["p"]), int(meta["m"]))
+        return cls(saved.number(meta, "p", 1), saved.number(meta, "m", 1))
