@@ -138,6 +138,12 @@ def test_a_lie_in_any_file_is_refused_by_name_or_does_no_harm(saved, tmp_path):
     ("ensemble", lambda a, m: (a | {"calibration.fold": a["calibration.fold"] * 2}, m), "folds"),
     ("ensemble", lambda a, m: (a | {"calibration.q": a["calibration.q"][:, :2]}, m), r"calibration\.q"),
     ("ensemble", lambda a, m: ({k: v for k, v in a.items() if k != "calibration.y"}, m), r"calibration\.y"),
+    ("ensemble", lambda a, m: (a, m | {"features": ["a"]}), "1 names are given for 3 features"),
+    ("ensemble", lambda a, m: (a, m | {"parts": {k.replace("l_0_1", "l_9_9"): v
+                                                for k, v in m["parts"].items()}}),
+     "model_0_1 is missing, or no part"),
+    ("ensemble", lambda a, m: (a | {"calibration.fold": np.arange(60) % 3}, m), "of 3 folds, and there"),
+    ("ensemble", lambda a, m: (a, m | {"nested": 1}), "1 nested weights for 2 folds"),
     ("stacker", lambda a, m: (a, m | {"n_models": 10**12}), "n_models"),
     ("stacker", lambda a, m: (a, m | {"n_models": 3}), "3 models"),
     ("stacker", lambda a, m: (a, m | {"aggregator": "nowhere"}), "'nowhere'"),

@@ -126,6 +126,8 @@ class Ensemble:
         levels, names = check_levels(meta["params"]["levels"]), saved.words(meta, "models")
         folds, whole = saved.number(meta, "folds", 1), saved.number(meta, "whole", 0, 1)
         nested = saved.number(meta, "nested", 0, folds)
+        if nested not in (0, folds):
+            raise FileError(f"there are {nested} nested weights for {folds} folds: expected 0 or {folds}")
         _check_parts(folder, meta["parts"], len(names), folds + whole, nested)
         columns = {name: [_model(folder / f"model_{j}_{k}") for k in range(folds + whole)]
                    for j, name in enumerate(names)}
@@ -154,8 +156,6 @@ class Ensemble:
         fits, X = self.cross_fit, np.zeros((1, self.n_features))
         if self.feature_names and len(self.feature_names) != self.n_features:
             raise FileError(f"{len(self.feature_names)} names are given for {self.n_features} features")
-        if len(self.nested) not in (0, self._folds):
-            raise FileError(f"there are {len(self.nested)} nested weights and {self._folds} folds")
         if any(not np.array_equal(s.levels_, fits.levels) for s in (self.stacker, *self.nested)):
             raise FileError("the levels of the weights are not those of the ensemble")
         finite("a prediction", self.stacker.predict(fits.predict(X), X), 2)
