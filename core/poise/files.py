@@ -101,12 +101,19 @@ def read_json(path: Path | str) -> Any:
     FileError
         When it is missing or not JSON.
     """
+    _refuse_special(Path(path))
     try:
         return json.loads(Path(path).read_bytes().decode())
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON (torn or altered): {error}") from None
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise `FileError` for what is there and no regular file: a pipe would keep its reader waiting."""
+    if path.exists() and not path.is_file():
+        raise FileError(f"cannot read {path}: it is no regular file")
 
 
 def plain(value: Any) -> Any:
@@ -183,7 +190,11 @@ def load_arrays(stem: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]
     from safetensors.numpy import load
 
     meta = load_meta(stem)
-    return load(_tensors(Path(stem)).read_bytes()), meta
+    try:
+        return load(_tensors(Path(stem)).read_bytes()), meta
+    except Exception as error:  # no tensors, or of a kind that NumPy does not have (bfloat16: a KeyError)
+        raise FileError(f"{_tensors(Path(stem))} holds no arrays of NumPy: {type(error).__name__}: "
+                        f"{error}") from None
 
 
 def load_meta(stem: Path | str) -> dict[str, Any]:
@@ -203,6 +214,7 @@ def load_meta(stem: Path | str) -> dict[str, Any]:
         )
     if not data.exists():
         raise FileError(f"{data} is missing")
+    _refuse_special(data)
     if data.stat().st_size != index["bytes"]:
         raise FileError(
             f"{data} is torn: {data.stat().st_size} bytes instead of {index['bytes']}"

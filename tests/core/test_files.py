@@ -313,6 +313,19 @@ def test_what_cannot_be_read_is_named(place, tmp_path):
         read_json(tmp_path / place)
 
 
+def test_a_pipe_is_no_file_of_a_bundle(tmp_path):
+    save_arrays(tmp_path / "it", {"a": np.zeros(2)}, {})
+    for end in ("json", "safetensors"):
+        whole = (tmp_path / f"it.{end}").read_bytes()
+        (tmp_path / f"it.{end}").unlink()
+        os.mkfifo(tmp_path / f"it.{end}")
+        with pytest.raises(FileError, match=rf"cannot read .*it\.{end}: it is no regular file"):
+            load_arrays(tmp_path / "it")  # and does not wait for a writer
+        (tmp_path / f"it.{end}").unlink()
+        (tmp_path / f"it.{end}").write_bytes(whole)
+    assert load_arrays(tmp_path / "it")[0]["a"].shape == (2,)
+
+
 def test_the_checksum_is_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert checksum(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -42,7 +42,8 @@ def wrap(model: Any) -> Any:
 def per_level(estimator: Any, parameter: str) -> PerLevel:
     """Return a component that fits one clone per level, the level set by `parameter`.
 
-    For example `per_level(GradientBoostingRegressor(loss="quantile"), "alpha")`.
+    For example `per_level(GradientBoostingRegressor(loss="quantile"), "alpha")`. An estimator whose loss
+    does not look at the parameter predicts the same at all levels: its fit is refused with a `ConfigError`.
 
     Raises
     ------
@@ -60,10 +61,12 @@ class Wrapped:
     """A component around an estimator; `build` clones it."""
 
     estimator: Any
+    levels: Sequence[float] = ()  # those that a fit is checked at; cross-fitting sets them
 
     def build(self, spec: Mapping[str, Any] | None = None) -> Any:
         """Return an unfitted `WrappedRegressor`."""
-        return WrappedRegressor(require("sklearn.base", "quantagg").clone(self.estimator, safe=False))
+        clone = require("sklearn.base", "quantagg").clone(self.estimator, safe=False)
+        return WrappedRegressor(clone, self.levels)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class PerLevel:
 class WrappedRegressor:
     """Fits the estimator and asks it for quantiles in the way it understands."""
 
-    def __init__(self, estimator: Any) -> None:
-        self.estimator = estimator
+    def __init__(self, estimator: Any, levels: Sequence[float] = ()) -> None:
+        self.estimator, self.levels = estimator, levels
 
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None):
         """Fit; sample weights are passed on when the estimator takes them.
@@ -96,7 +99,7 @@ class WrappedRegressor:
         Raises
         ------
         ConfigError
-            When weights are given to an estimator that takes none.
+            When weights are given to an estimator that takes none; when it predicts the same at all levels.
         """
         if sample_weight is None:
             self.estimator.fit(X, y)
@@ -104,7 +107,22 @@ class WrappedRegressor:
             self.estimator.fit(X, y, sample_weight=sample_weight)
         else:
             raise ConfigError(f"{type(self.estimator).__name__}.fit takes no sample_weight: fit without")
+        self._check(X, y)
         return self
+
+    def _check(self, X: np.ndarray, y: np.ndarray) -> None:
+        from poise_quantagg.base.clones import checked_rows, same_at_all_levels
+
+        if len(self.levels) < 2:
+            return
+        rows = checked_rows(len(y))
+        q = self.predict_quantiles(X[rows], self.levels)
+        if q.shape != (len(rows), len(self.levels)) or not np.isfinite(q).all():
+            return  # said with the model's name when it predicts
+        if same_at_all_levels(q, y[rows], np.asarray(self.levels)):
+            raise ConfigError(f"{type(self.estimator).__name__} predicts the same at every level from "
+                              f"{self.levels[0]:g} to {self.levels[-1]:g}: it does not look at the "
+                              f"levels that it is asked for; set its option for quantiles, or leave it out")
 
     def predict_quantiles(self, X: np.ndarray, levels: Sequence[float]) -> np.ndarray:
         """Return quantiles, shape (n, m).

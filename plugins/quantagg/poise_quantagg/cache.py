@@ -2,6 +2,7 @@
 
 Nothing is pickled: kept are predictions, and the models that have a form of arrays and plain values.
 Another model that was not fitted in this process is fitted again, the same, should new rows ask for it.
+Every file says the key that it was written under: one that was moved, torn or altered is done again.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import PoiseError, RunError
-from poise.files import load_arrays, plain, save_arrays
+from poise.errors import FileError, PoiseError, RunError
+from poise.files import load_arrays, plain, read_json, save_arrays, write_json
 from poise.version import __version__
 from poise_quantagg.jobs import Job, Result, Work, fit
 from poise_quantagg.storage import dump, storable, undump
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 TRAINERS = ("scikit-learn", "quantile-forest", "lightgbm", "catboost", "xgboost-cpu", "xgboost", "torch")
 
 
@@ -48,10 +49,15 @@ class Again:
 
     def _read(self) -> list[Any]:
         try:
-            return [undump(*load_arrays(self.folder / f"{self.key}_{i}"))
-                    for i in range(len(self.job.folds))]
-        except PoiseError:  # not there, or damaged
+            return [self._one(i) for i in range(len(self.job.folds))]
+        except PoiseError:  # not there, damaged, or of another job
             return []
+
+    def _one(self, part: int) -> Any:
+        arrays, meta = load_arrays(self.folder / f"{self.key}_{part}")
+        if (meta.pop("key", None), meta.pop("part", None)) != (self.key, part):
+            raise FileError(f"{self.folder / self.key}_{part} was written under another name")
+        return undump(arrays, meta)
 
     def _fitted(self) -> list[Any]:
         work = self.work
@@ -111,22 +117,57 @@ def save(folder: Path, key: str, result: Result) -> None:
     """Write a finished job: its models first, so that one whose key is there is whole."""
     for i, model in enumerate(result.fitted):
         if storable(model):
-            save_arrays(folder / f"{key}_{i}", *dump(key, model))
+            arrays, meta = dump(key, model)
+            save_arrays(folder / f"{key}_{i}", arrays, {**meta, "key": key, "part": i})
     arrays = {f"held_{i}": a for i, a in enumerate(result.held) if a is not None}
     arrays |= {f"extra_{i}": a for i, a in enumerate(result.extra) if a is not None}
-    save_arrays(folder / key, arrays, {"parts": len(result.held)})
+    save_arrays(folder / key, arrays, {"key": key})
 
 
 def load(folder: Path, key: str, job: Job, work: Work) -> Result | None:
-    """Return a finished job, or None when it is not there or damaged (then it is done again)."""
+    """Return a finished job, or None when it is not there, damaged, or another one: it is done again."""
     from poise_quantagg.base.regressor import Later
 
-    if not (folder / f"{key}.json").exists():
-        return None
     try:
         arrays, meta = load_arrays(folder / key)
     except PoiseError:
         return None
-    parts, again = range(meta["parts"]), Again(job, work, folder, key)
+    if meta != {"key": key} or {k: a.shape for k, a in arrays.items()} != _shapes(job, work) \
+            or not all(a.dtype == np.float64 and np.isfinite(a).all() for a in arrays.values()):
+        return None
+    parts, again = range(len(job.folds)), Again(job, work, folder, key)
     return Result([arrays.get(f"held_{i}") for i in parts], [arrays.get(f"extra_{i}") for i in parts],
                    [Later(functools.partial(again.model, i), job.levels) for i in parts])
+
+
+def _shapes(job: Job, work: Work) -> dict[str, tuple[int, int]]:
+    """Return the names and shapes of the arrays that `save` writes of a job."""
+    m = len(job.levels)
+    held = {f"held_{i}": (len(work.held[k]), m) for i, k in enumerate(job.folds) if k < len(work.held)}
+    if work.extra is None:
+        return held
+    return held | {f"extra_{i}": (len(work.extra), m) for i in range(len(job.folds))}
+
+
+# ------------------------------------------------------------------ plain values
+
+
+def keep(path: Path, key: str, value: Any) -> None:
+    """Write plain values under a key, with a checksum of both."""
+    value = plain(value)
+    write_json(path, {"key": key, "value": value, "sha256": _digest(key, value)})
+
+
+def kept(path: Path, key: str) -> Any:
+    """Return what `keep` wrote under this key; None when it is not there, damaged, or another one."""
+    try:
+        found = read_json(path)
+    except PoiseError:
+        return None
+    if not isinstance(found, dict) or set(found) != {"key", "value", "sha256"} or found["key"] != key:
+        return None
+    return found["value"] if found["sha256"] == _digest(key, found["value"]) else None
+
+
+def _digest(key: str, value: Any) -> str:
+    return hashlib.sha256(json.dumps([key, value], sort_keys=True).encode()).hexdigest()

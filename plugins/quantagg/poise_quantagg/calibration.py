@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from poise_quantagg import saved
 from poise_quantagg.checks import LEVEL_TOLERANCE, QuantileWarning
 from poise_quantagg.conformal import CVPlus, SplitCQR
 from poise_quantagg.grid import interpolate
@@ -89,5 +90,34 @@ class Calibration:
 
     @classmethod
     def from_tensors(cls, arrays: Mapping[str, np.ndarray], levels: np.ndarray) -> Calibration:
-        """Rebuild what `tensors` returned."""
-        return cls(arrays["calibration.y"], arrays["calibration.q"], arrays.get("calibration.fold"), levels)
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError, DataError
+            For arrays that calibrate nothing.
+        """
+        y, fold = saved.array(arrays, "calibration.y", (None,)), None
+        if "calibration.fold" in arrays:
+            fold = saved.array(arrays, "calibration.fold", y.shape, "i")
+        found = cls(y, saved.array(arrays, "calibration.q", (len(y), len(levels))), fold, levels)
+        _ = found.pairs
+        return found
+
+
+def warn_ranks(sample_weight: np.ndarray | None) -> None:
+    """Say that calibration counts rows once, where their weights differ.
+
+    Weighted ranks (Tibshirani et al. 2019) need the weight of each new row, which nobody gives here, and
+    carry no guarantee for CV+.
+
+    Warns
+    -----
+    QuantileWarning
+        For positive weights that are not all equal.
+    """
+    if sample_weight is None or len(np.unique(sample_weight[sample_weight > 0])) < 2:
+        return
+    warnings.warn("sample_weight differs between rows, and calibration counts every row of positive weight "
+                  "once: intervals cover new rows like those given, not rows drawn in proportion to the "
+                  "weights", QuantileWarning, stacklevel=3)

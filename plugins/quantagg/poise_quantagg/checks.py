@@ -223,15 +223,27 @@ def row_weights(sample_weight: np.ndarray | Sequence | None, n: int) -> np.ndarr
     return weight / weight.mean()
 
 
+def weighing_rows(sample_weight: np.ndarray | Sequence, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows have a positive weight, (n,), bool, and those weights with mean 1.
+
+    Raises
+    ------
+    DataError
+        As `row_weights`.
+    """
+    used = row_weights(sample_weight, n) > 0
+    return used, row_weights(np.asarray(sample_weight)[used], int(used.sum()))
+
+
 @dataclass(frozen=True)
 class FitRows:
-    """Checked rows for fitting an aggregator.
+    """Checked rows for fitting an aggregator, without those of weight 0.
 
     Parameters
     ----------
     Z : array, shape (n, p, m)
     y, s : array, shape (n,)
-        Targets, and row weights with mean 1.
+        Targets, and positive row weights with mean 1.
     X : array, shape (n, d), or None
     levels : array, shape (m,)
     validation : (Z, y, X) or None
@@ -250,7 +262,8 @@ def fit_rows(
 ) -> FitRows:
     """Return the checked rows for fitting an aggregator, nothing copied that need not be.
 
-    With `keep_float32` a float32 Z stays one; all else becomes float64.
+    With `keep_float32` a float32 Z stays one; all else becomes float64. Rows of weight 0 leave here: they
+    count in no mean, number of rows or choice of an aggregator.
 
     Raises
     ------
@@ -270,7 +283,12 @@ def fit_rows(
                             f"must be the same")
         if X is not None and held[2] is not None and held[2].shape[1] != X.shape[1]:
             raise DataError(f"validation X has {held[2].shape[1]} features; X has {X.shape[1]}")
-    return FitRows(Z, y, X, tau, row_weights(sample_weight, len(y)), held)
+    if sample_weight is None:
+        return FitRows(Z, y, X, tau, np.ones(len(y)), held)
+    used, s = weighing_rows(sample_weight, len(y))
+    if not used.all():
+        Z, y, X = Z[used], y[used], None if X is None else X[used]
+    return FitRows(Z, y, X, tau, s, held)
 
 
 def _rows(what: str, Z, y, X, needs_features: bool, keep_float32: bool = False):

@@ -16,9 +16,9 @@ import numpy as np
 
 from poise.errors import ConfigError, RunError, require
 from poise_quantagg.cache import key_of, load, save
-from poise_quantagg.checks import QuantileWarning, check_levels, finite, row_weights, same_rows
-from poise_quantagg.folds import make_folds
-from poise_quantagg.grid import interpolate
+from poise_quantagg.checks import QuantileWarning, check_levels, finite, same_rows, weighing_rows
+from poise_quantagg.folds import folds_of_weighed
+from poise_quantagg.grid import interpolate, mean_of_folds
 from poise_quantagg.jobs import Job, Result, Work, fit, jobs_of, label, quantiles_of
 from poise_quantagg.scores import pinball
 
@@ -33,7 +33,7 @@ class CrossFit:
     ----------
     Z : array, shape (n, p, m)
         Z[i, j] comes from model j fitted without the fold of row i; in the unit of y. NaN for rows
-        that no fold held out (`fold` -1, early rows of time splits).
+        that no fold held out (`fold` -1: early rows of time splits, rows of weight 0).
     fold : array, shape (n,), int
     levels : array, shape (m,)
     models : dict of name to fitted regressors, one per fold
@@ -72,7 +72,7 @@ class CrossFit:
         """
         if self.whole:
             return np.stack([quantiles_of(n, f, X, self.levels) for n, f in self.whole.items()], axis=1)
-        return np.mean(self.predict_folds(X), axis=0)
+        return mean_of_folds(self.predict_folds(X))
 
     def predict_folds(self, X: np.ndarray) -> np.ndarray:
         """Return the predictions of each fold's models, shape (K, len(X), p, m)."""
@@ -117,6 +117,7 @@ def cross_fit(
     n_jobs : int
         Processes of joblib. The result does not depend on it.
     sample_weight, groups : array, shape (n,), optional
+        A row of weight 0 is in no fold and trains no model, as if it were not there.
     refit : {"bag", "all"}
         New rows are predicted by the mean over the K models of the folds, or by one more model fitted
         on all rows.
@@ -139,15 +140,19 @@ def cross_fit(
     """
     X, y, tau = finite("X", X, 2), finite("y", y, 1), check_levels(levels)
     same_rows("X", X, len(y))
-    weight = None if sample_weight is None else row_weights(sample_weight, len(y))
+    used, weight = np.ones(len(y), dtype=bool), None
+    if sample_weight is not None:
+        used, positive = weighing_rows(sample_weight, len(y))
+        weight = np.zeros(len(y))
+        weight[used] = positive
     if not models:
         raise ConfigError("no models to cross-fit: give at least one")
     if refit not in REFITS:
         raise ConfigError(f"refit={refit!r}: allowed is one of {', '.join(REFITS)}")
-    parts = make_folds(X, y, folds, seed, groups)
+    parts = folds_of_weighed(X, y, folds, seed, groups, used)
     train = [np.asarray(rows) for rows, _ in parts]
     if refit == "all":
-        train.append(np.arange(len(y)))
+        train.append(np.flatnonzero(used))
     held = [np.asarray(rows) for _, rows in parts]
     if extra is not None:
         extra = finite("extra", extra, 2)
@@ -199,13 +204,15 @@ def pair_predictions(
 
 
 def leaderboard(
-    y: np.ndarray, Z: np.ndarray, ensemble: np.ndarray, names: Sequence[str], levels: np.ndarray
+    y: np.ndarray, Z: np.ndarray, ensemble: np.ndarray, names: Sequence[str], levels: np.ndarray,
+    sample_weight: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Return the mean pinball loss of every model's Z (n, p, m) and of the ensemble (n, m), best first."""
-    table = [{"model": name, "oof_pinball": pinball(y, np.sort(Z[:, j], axis=1), levels)}
-             for j, name in enumerate(names)]
-    # its weights have seen these rows; for the few numbers that they are, that flatters little
-    table.append({"model": "ensemble (in sample)", "oof_pinball": pinball(y, ensemble, levels)})
+    # the ensemble's weights have seen these rows; for the few numbers that they are, that flatters little
+    shown = [*((name, np.sort(Z[:, j], axis=1)) for j, name in enumerate(names)),
+             ("ensemble (in sample)", ensemble)]
+    table = [{"model": name, "oof_pinball": pinball(y, q, levels, sample_weight=sample_weight)}
+             for name, q in shown]
     return sorted(table, key=lambda row: row["oof_pinball"])
 
 
@@ -267,7 +274,7 @@ def _gathered(
             Z[work.held[k], j] = _at_levels(own, k, "held", work.levels)
         if extras is not None:
             last = [K] if refit == "all" else range(K)
-            extras.append(np.mean([_at_levels(own, k, "extra", work.levels) for k in last], axis=0))
+            extras.append(mean_of_folds(np.stack([_at_levels(own, k, "extra", work.levels) for k in last])))
         fitted[name] = [_joined(own, k) for k in range(len(work.train))]
     whole = {name: fits.pop() for name, fits in fitted.items()} if refit == "all" else {}
     return CrossFit(Z, fold, work.levels, fitted, whole,

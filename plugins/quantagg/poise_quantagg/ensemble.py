@@ -13,6 +13,7 @@ holds the checksums of all the others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import FileError, MissingExtra
+from poise.errors import FileError, MissingExtra, PoiseError
 from poise.files import checksum, load_arrays, remove_bundle, save_arrays
+from poise_quantagg import saved
 from poise_quantagg.calibration import Calibration
-from poise_quantagg.checks import is_number
+from poise_quantagg.checks import QuantileWarning, check_levels, finite, is_number
 from poise_quantagg.crossfit import CrossFit
 from poise_quantagg.stacker import QuantileStacker
 from poise_quantagg.storage import dump, undump
 
-KIND, VERSION = "quantile_ensemble", 2
+KIND, VERSION = "quantile_ensemble", 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Ensemble:
         save_arrays(folder / "ensemble", arrays, {
             "kind": KIND, "version": VERSION, "params": self.params, "models": list(fits.models),
             "parts": {part: checksum(folder / f"{part}.json") for part in parts},
-            "folds": len(next(iter(fits.models.values()))), "whole": bool(fits.whole),
+            "folds": self._folds, "whole": int(bool(fits.whole)),
             "n_features": self.n_features, "leaderboard": self.leaderboard,
             "features": self.feature_names, "nested": len(self.nested),
         })
@@ -109,34 +111,103 @@ class Ensemble:
             raise FileError(f"{folder} holds {meta.get('kind')!r} of version {meta.get('version')!r}, not "
                             f"a {KIND} of version {VERSION}")
         try:
-            for part, expected in meta["parts"].items():
-                if checksum(folder / f"{part}.json") != expected:
-                    raise FileError(f"{folder / part}.json is altered, or of another ensemble: save it "
-                                    f"again")
-            return cls._read(folder, arrays, meta)
-        except FileNotFoundError as error:
-            raise FileError(f"{error.filename} is missing") from None
+            found = cls._read(folder, arrays, meta)
+            found.check()
+            return found
         except MissingExtra:  # what the models need is not installed: the files are sound
             raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except PoiseError as error:
+            raise FileError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+        except Exception as error:  # checksums say that bytes are whole, not who wrote them
             raise FileError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
 
     @classmethod
     def _read(cls, folder: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Ensemble:
-        levels = np.asarray(meta["params"]["levels"], dtype=float)
-        count = meta["folds"] + meta["whole"]
-        columns = {name: [undump(*load_arrays(folder / f"model_{j}_{k}")) for k in range(count)]
-                   for j, name in enumerate(meta["models"])}
-        whole = {name: models.pop() for name, models in columns.items()} if meta["whole"] else {}
+        levels, names = check_levels(meta["params"]["levels"]), saved.words(meta, "models")
+        folds, whole = saved.number(meta, "folds", 1), saved.number(meta, "whole", 0, 1)
+        nested = saved.number(meta, "nested", 0, folds)
+        if nested not in (0, folds):
+            raise FileError(f"there are {nested} nested weights for {folds} folds: expected 0 or {folds}")
+        _check_parts(folder, meta["parts"], len(names), folds + whole, nested)
+        columns = {name: [_model(folder / f"model_{j}_{k}") for k in range(folds + whole)]
+                   for j, name in enumerate(names)}
+        at_end = {name: models.pop() for name, models in columns.items()} if whole else {}
         nothing = np.empty((0, len(columns), len(levels)))
+        fold = saved.array(arrays, "fold", (None,), "i")
+        calibrated = any(name.startswith("calibration.") for name in arrays)
         return cls(
-            params=meta["params"], n_features=int(meta["n_features"]), feature_names=list(meta["features"]),
-            cross_fit=CrossFit(nothing, arrays["fold"], levels, columns, whole),
+            params=meta["params"], n_features=saved.number(meta, "n_features", 1),
+            feature_names=saved.words(meta, "features"),
+            cross_fit=CrossFit(nothing, fold, levels, columns, at_end),
             stacker=QuantileStacker.load(folder / "stacker"),
-            nested=[QuantileStacker.load(folder / f"nested_{i}") for i in range(meta["nested"])],
-            calibration=Calibration.from_tensors(arrays, levels) if "calibration.y" in arrays else None,
-            leaderboard=meta["leaderboard"],
+            nested=[QuantileStacker.load(folder / f"nested_{i}") for i in range(nested)],
+            calibration=Calibration.from_tensors(arrays, levels) if calibrated else None,
+            leaderboard=_board(meta["leaderboard"]),
         )
+
+    def check(self) -> None:
+        """Predict one row in every way, which fails where parts do not fit one another.
+
+        Raises
+        ------
+        FileError, DataError
+            For parts of other models, levels or features; for predictions that are not finite.
+        """
+        fits, X = self.cross_fit, np.zeros((1, self.n_features))
+        if self.feature_names and len(self.feature_names) != self.n_features:
+            raise FileError(f"{len(self.feature_names)} names are given for {self.n_features} features")
+        if any(not np.array_equal(s.levels_, fits.levels) for s in (self.stacker, *self.nested)):
+            raise FileError("the levels of the weights are not those of the ensemble")
+        finite("a prediction", self.stacker.predict(fits.predict(X), X), 2)
+        if self.calibration is None:
+            return
+        folds, stackers = fits.predict_folds(X), self.nested or [self.stacker] * self._folds
+        q = np.stack([s.predict(Z, X) for s, Z in zip(stackers, folds)])
+        if (fold := self.calibration.fold) is None:
+            q = q[0]
+        elif fold.max() != self._folds - 1:
+            raise FileError(f"calibration rows are of {fold.max() + 1} folds, and there are {self._folds}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantileWarning)
+            self.calibration.interval(q, 2 * min(fits.levels[0], 0.4))
+
+    @property
+    def _folds(self) -> int:
+        return len(next(iter(self.cross_fit.models.values())))
+
+
+def _check_parts(folder: Path, parts: Mapping[str, Any], models: int, fits: int, nested: int) -> None:
+    """Raise `FileError` unless these are the files of so many models, fits of each and nested weights."""
+    if not models or len(parts) != models * fits + 1 + nested:  # first: they may be said to be billions
+        raise FileError(f"{folder}/ensemble.json names {len(parts)} parts, {models} models, {fits} fits of "
+                        f"each and {nested} nested weights: they do not belong together")
+    own = {f"model_{j}_{k}" for j in range(models) for k in range(fits)}
+    if odd := sorted(parts.keys() ^ (own | {"stacker"} | {f"nested_{i}" for i in range(nested)})):
+        raise FileError(f"{folder}/ensemble.json: {odd[0]} is missing, or no part of an ensemble")
+    for part, expected in parts.items():
+        if _checksum(folder / f"{part}.json") != expected:
+            raise FileError(f"{folder / part}.json is altered, or of another ensemble: save it again")
+
+
+def _checksum(path: Path) -> str:
+    """Return the checksum of a file of the ensemble; `FileError` for what is none."""
+    if not path.is_file():
+        raise FileError(f"{path} is no regular file" if path.exists() else f"{path} is missing")
+    return checksum(path)
+
+
+def _model(stem: Path) -> Any:
+    try:
+        return undump(*load_arrays(stem))
+    except FileError as error:
+        raise FileError(str(error) if str(stem) in str(error) else f"{stem}: {error}") from None
+
+
+def _board(rows: Any) -> list[dict[str, Any]]:
+    for row in rows:
+        if set(row) != {"model", "oof_pinball"} or not isinstance(row["oof_pinball"], (int, float)):
+            raise FileError(f"the leaderboard has the row {str(row)[:60]}: expected a model and its loss")
+    return rows
 
 
 def plain_params(params: Mapping[str, Any], levels: np.ndarray) -> dict[str, Any]:

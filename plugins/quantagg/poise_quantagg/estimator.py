@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, FileError, require
-from poise_quantagg.calibration import Calibration
-from poise_quantagg.checks import QuantileWarning, check_levels, is_number, open_unit, refuse_not_finite
+from poise.errors import ConfigError, FileError, PoiseError, require
+from poise_quantagg.calibration import Calibration, warn_ranks
+from poise_quantagg.checks import (
+    QuantileWarning,
+    check_levels,
+    is_number,
+    open_unit,
+    refuse_not_finite,
+    row_weights,
+)
 from poise_quantagg.components.checked import LEVELS
 from poise_quantagg.conformal import nested_fold_arrays
 from poise_quantagg.crossfit import cross_fit, leaderboard, pair_predictions
 from poise_quantagg.defaults import choose_models
 from poise_quantagg.ensemble import Ensemble, plain_params
-from poise_quantagg.folds import bound_to_rows, check_cv, hold_out
+from poise_quantagg.folds import calibration_rows, check_cv, check_groups
 from poise_quantagg.grid import interpolate
 from poise_quantagg.scores import pinball
 from poise_quantagg.stacker import CROSSING, QuantileStacker, warn_crossing
@@ -69,7 +77,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
     levels_ : array, shape (m,)
     stacker_ : QuantileStacker
     oof_quantiles_ : array, shape (n, p, m)
-        Out-of-fold predictions; NaN for rows that no fold held out.
+        Out-of-fold predictions; NaN for rows that no fold held out, and those of weight 0.
     model_names_ : list of str
         In the order of the weights.
     leaderboard_ : list of dict
@@ -120,8 +128,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         X : array or frame, shape (n, d)
         y : array or series, shape (n,)
         sample_weight : array, shape (n,), optional
-            Weights of rows in the base models, the weights' program and the leaderboard. Folds, bootstraps
-            and conformal ranks do not know them: a weight of 2 is not the same as a row given twice.
+            Weights of rows in the base models, the weights' program and the leaderboard. A row of weight 0
+            is as good as not given. Folds, bootstraps and conformal ranks do not know other weights: one
+            of 2 is not the same as a row given twice.
         groups : array, shape (n,), optional
             Rows of one group stay in one fold.
 
@@ -131,6 +140,11 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             For options that cannot be used, among them more folds than rows.
         DataError, ValueError
             For rows that cannot be used.
+
+        Warns
+        -----
+        QuantileWarning
+            Once, where intervals are calibrated though positive weights differ.
         """
         validation = require("sklearn.utils.validation", "quantagg")
         for name in FITTED:  # a fit that fails leaves nothing of the one before
@@ -141,12 +155,16 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             sample_weight = validation._check_sample_weight(sample_weight, X, dtype=np.float64,
                                                             ensure_non_negative=True)
         y = np.asarray(y, dtype=np.float64)
+        used = np.flatnonzero(row_weights(sample_weight, len(y)) > 0)
         self.levels_ = check_levels(LEVELS if self.levels is None else self.levels)
-        self._check_options(len(y))
+        self._check_options(len(used))
+        if self.conformal is not None:
+            warn_ranks(sample_weight)
         if self.conformal == "split":
-            held, rest = self._held_out(len(y), groups)
-            self._fit_rows(*(None if part is None else np.asarray(part)[rest]
-                             for part in (X, y, sample_weight, groups)))
+            groups = None if groups is None else check_groups(groups, len(y))[1]
+            parts = calibration_rows(len(used), self.cv, self.random_state, _at(groups, used))
+            held, rest = (used[part] for part in parts)
+            self._fit_rows(X[rest], y[rest], _at(sample_weight, rest), _at(groups, rest))
             self._calibrate(y[held], self._quantiles(X[held]), None)
             return self
         self._fit_rows(X, y, sample_weight, groups)
@@ -159,11 +177,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal is not None and self.conformal not in CONFORMAL:
             raise ConfigError(f"conformal={self.conformal!r}: allowed is one of {', '.join(CONFORMAL)} "
                               f"or None")
-        check_cv(self.cv, n)
-        if self.conformal == "split" and not is_number(self.cv) and bound_to_rows(self.cv):
-            raise ConfigError(f"conformal='split' keeps rows drawn at random away from all fitting, and "
-                              f"cv={type(self.cv).__name__} names rows by their place: use "
-                              f"conformal='cv+', or a number of folds")
+        check_cv(self.cv, n, apart=self.conformal == "split")
         if not is_number(self.random_state) or self.random_state < 0:
             raise ConfigError(f"random_state={self.random_state!r}: allowed is a whole number >= 0")
         if self.n_jobs is not None and (not is_number(self.n_jobs) or self.n_jobs == 0):
@@ -176,8 +190,12 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         if self.conformal == "nested" and is_number(self.cv) and self.cv < 3:
             raise ConfigError(f"conformal='nested' needs at least 3 folds, not cv={self.cv}")
 
+    def _models(self, X: np.ndarray, sample_weight: np.ndarray | None) -> dict[str, Any]:
+        n = len(X) if sample_weight is None else int(np.count_nonzero(sample_weight))
+        return choose_models(self.estimators, n, X.shape[1], self.random_state)
+
     def _fit_rows(self, X, y, sample_weight, groups) -> None:
-        models = choose_models(self.estimators, len(X), X.shape[1], self.random_state)
+        models = self._models(X, sample_weight)
         say = (lambda what: print(f"[quantagg] {what}", flush=True)) if self.verbose else None
         self.cross_fit_ = cross_fit(
             models, X, y, self.levels_, folds=self.cv, seed=self.random_state, n_jobs=self.n_jobs,
@@ -188,7 +206,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         rows = self.cross_fit_.covered
         Z = self.cross_fit_.Z[rows]
         self.leaderboard_ = leaderboard(y[rows], Z, self.stacker_.predict(Z, X[rows]), self.model_names_,
-                                        self.levels_)
+                                        self.levels_, _at(sample_weight, rows))
 
     def _stacker(self) -> QuantileStacker:
         return QuantileStacker(
@@ -202,12 +220,9 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         Z = Z if rows.all() else Z[rows]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", CROSSING, QuantileWarning)  # said with the models' names
-            stacker.fit(Z, y[rows], X[rows],
-                        sample_weight=None if sample_weight is None else sample_weight[rows])
+            stacker.fit(Z, y[rows], X[rows], sample_weight=_at(sample_weight, rows))
         warn_crossing(Z, self.model_names_, stacklevel=5, mended=self.isotonize is not None)
         return stacker
-
-    # -------------------------------------------------------------- calibration
 
     def _calibrate(self, y: np.ndarray, q: np.ndarray, fold: np.ndarray | None) -> None:
         self.calibration_ = Calibration(y, q, fold, self.levels_)
@@ -223,39 +238,23 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
 
     def _nested(self, X, y, sample_weight):
         """Return out-of-fold quantiles by weights that saw no row of the fold, and those weights."""
-        fold = self.cross_fit_.fold
+        models = {n: m for n, m in self._models(X, sample_weight).items() if n in self.model_names_}
+        rows = slice(None) if sample_weight is None else sample_weight > 0
+        X, y, fold, Z_oof = X[rows], y[rows], self.cross_fit_.fold[rows], self.cross_fit_.Z[rows]
+        sample_weight = _at(sample_weight, rows)
         if (fold < 0).any() or fold.max() < 2:
             raise ConfigError("conformal='nested' needs at least 3 folds that hold out every row")
-        models = choose_models(self.estimators, len(X), X.shape[1], self.random_state)
-        models = {n: m for n, m in models.items() if n in self.model_names_}
         pairs = pair_predictions(models, X, y, self.levels_, fold, n_jobs=self.n_jobs,
                                  sample_weight=sample_weight, cache=self.cache)
         oof, stackers = np.empty((len(y), len(self.levels_))), []
         for k, (rows, Z) in enumerate(nested_fold_arrays(pairs, fold)):
-            weight = None if sample_weight is None else sample_weight[rows]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", QuantileWarning)
-                stackers.append(self._stack(Z, y[rows], X[rows], weight, np.ones(len(rows), dtype=bool)))
+                stackers.append(self._stack(Z, y[rows], X[rows], _at(sample_weight, rows),
+                                            np.ones(len(rows), dtype=bool)))
             held = fold == k
-            oof[held] = stackers[k].predict(self.cross_fit_.Z[held], X[held])
+            oof[held] = stackers[k].predict(Z_oof[held], X[held])
         return oof, stackers
-
-    def _held_out(self, n: int, groups: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return a fifth of the rows, or as many whole groups as it takes, and the other rows.
-
-        Raises
-        ------
-        ConfigError
-            When too little is left to fit.
-        """
-        held, rest = hold_out(n, max(1, n // 5), [self.random_state, 3], groups)
-        if not len(rest):
-            raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
-                              "nothing is left to fit: give more groups, or groups=None")
-        if is_number(self.cv) and self.cv > len(rest):
-            raise ConfigError(f"cv={self.cv} with {len(rest)} rows left beside the calibration rows: give "
-                              f"more rows or fewer folds")
-        return held, rest
 
     # -------------------------------------------------------------- predicting
 
@@ -345,8 +344,6 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         pandas = require("pandas", "tabular")
         return pandas.DataFrame(q, index=getattr(X, "index", None), columns=np.round(levels, 10))
 
-    # -------------------------------------------------------------- files
-
     def save(self, path: str | Path) -> None:
         """Write the fitted ensemble into the directory `path`: safetensors and JSON, no pickle.
 
@@ -380,10 +377,11 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
         saved = Ensemble.load(path)
         try:
             estimator = cls(**saved.params)
-        except TypeError as error:
+            estimator._restore(saved)
+            estimator._check_options(sys.maxsize)  # the number of rows is not kept
+            return estimator
+        except (TypeError, PoiseError) as error:
             raise FileError(f"{path} is damaged: {error}") from None
-        estimator._restore(saved)
-        return estimator
 
     def _restore(self, saved: Ensemble) -> None:
         self.levels_, self.n_features_in_ = saved.cross_fit.levels, saved.n_features
@@ -395,3 +393,7 @@ class QuantileAggregatorRegressor(_base.RegressorMixin, _base.BaseEstimator):
             self.nested_ = saved.nested
         if saved.calibration is not None:
             self.calibration_, self.conformal_ = saved.calibration, saved.calibration.pairs
+
+
+def _at(array: np.ndarray | None, rows: Any) -> np.ndarray | None:
+    return None if array is None else array[rows]

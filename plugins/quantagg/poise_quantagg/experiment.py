@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, nearest
-from poise.files import read_json, write_json
 from poise.interfaces import Parts, Splits
 from poise.registry import build, entries
 from poise_quantagg import scores
+from poise_quantagg.cache import keep, kept
 from poise_quantagg.checks import QuantileWarning, level_index
 from poise_quantagg.conformal import CVPlus
 from poise_quantagg.crossfit import cross_fit
@@ -112,13 +112,14 @@ def _all_splits(
     with context.progress(settings.splits * jobs, "models and aggregators") as bar:
         for number in range(settings.splits):
             seed = context.seed + number
-            kept = folder / SPLITS / f"{seed}.json"
-            if kept.is_file():  # finished before the run was interrupted
-                done = _read_split(kept)
+            file, key = folder / SPLITS / f"{seed}.json", f"split {seed}"
+            before = kept(file, key)  # finished before the run was interrupted
+            if before is not None:
+                done = _numbers(before)
                 bar.advance(jobs, note=f"split {seed}: kept from before")
             else:
                 done = _split(settings, parts, seed, folder, bar, first=number == 0)
-                write_json(kept, done)
+                keep(file, key, done)
             rows += done["rows"]
             for key, value in done["notes"].items():
                 context.note(key, value)
@@ -149,9 +150,8 @@ def _split(
     return {"rows": rows, "data": _data_name(parts, splits), "levels": len(found.levels), "notes": notes}
 
 
-def _read_split(path: Path) -> dict[str, Any]:
-    """Return what `_split` had returned; JSON holds infinite lengths as text."""
-    done = read_json(path)
+def _numbers(done: dict[str, Any]) -> dict[str, Any]:
+    """Return what `_split` had returned from what was kept, which holds infinite lengths as text."""
     words = ("split", "name", "kind")
     rows = [{k: v if k in words else float(v) for k, v in row.items()} for row in done["rows"]]
     return {**done, "rows": rows}

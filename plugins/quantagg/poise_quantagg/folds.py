@@ -51,12 +51,45 @@ def make_folds(
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(int(folds))]
 
 
-def check_cv(cv: Any, n: int) -> None:
-    """Raise `ConfigError` for what makes no folds of n rows."""
+def folds_of_weighed(
+    X: np.ndarray, y: np.ndarray, folds: Any, seed: int, groups: np.ndarray | None, used: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the parts of `make_folds` over the rows `used`, shape (n,), as if there were no others.
+
+    A number deals out those rows alone. A splitter may know rows by their place: it sees all of them, and
+    what is not used leaves its parts.
+
+    Raises
+    ------
+    ConfigError
+        As `make_folds`; for a fold whose training rows are none that are used.
+    """
+    if used.all():
+        return make_folds(X, y, folds, seed, groups)
+    if is_number(folds):
+        rows = np.flatnonzero(used)
+        if groups is not None:
+            check_groups(groups, len(y))
+            groups = np.asarray(groups)[rows]
+        parts = make_folds(X[rows], y[rows], folds, seed, groups)
+        return [(rows[train], rows[held]) for train, held in parts]
+    parts = [tuple(rows[used[rows]] for rows in part) for part in make_folds(X, y, folds, seed, groups)]
+    parts = [(train, held) for train, held in parts if len(held)]
+    if not parts or not all(len(train) for train, _ in parts):
+        raise ConfigError("a fold of the splitter has rows of weight 0 alone: give other folds, or weights")
+    return parts
+
+
+def check_cv(cv: Any, n: int, apart: bool = False) -> None:
+    """Raise `ConfigError` for what makes no folds of n rows, some of which may be set apart at random."""
     if not is_number(cv):
         if isinstance(cv, (str, float, bool)) or not (hasattr(cv, "split") or isinstance(cv, Iterable)):
             raise ConfigError(f"cv={cv!r}: allowed is a number of folds, a splitter with "
                               f"split(X, y, groups), or (training rows, held-out rows) of each fold")
+        if apart and bound_to_rows(cv):
+            raise ConfigError(f"conformal='split' keeps rows drawn at random away from all fitting, and "
+                              f"cv={type(cv).__name__} names rows by their place: use conformal='cv+', "
+                              f"or a number of folds")
     elif not 2 <= cv <= n:
         raise ConfigError(f"cv={cv} with {n} rows (n_samples={n}): allowed is 2 <= cv <= rows; "
                           f"give more rows or fewer folds")
@@ -129,6 +162,26 @@ def hold_out(
     rank = rng.permutation(len(names))[index]
     last = np.sort(rank)[count - 1]
     return np.flatnonzero(rank <= last), np.flatnonzero(rank > last)
+
+
+def calibration_rows(
+    n: int, cv: Any, seed: int, groups: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a fifth of the rows, or as many whole groups as it takes, and the other rows.
+
+    Raises
+    ------
+    ConfigError
+        When too little is left to fit.
+    """
+    held, rest = hold_out(n, max(1, n // 5), [seed, 3], groups)
+    if not len(rest):
+        raise ConfigError("conformal='split' keeps whole groups for calibration, and of one group "
+                          "nothing is left to fit: give more groups, or groups=None")
+    if is_number(cv) and cv > len(rest):
+        raise ConfigError(f"cv={cv} with {len(rest)} rows left beside the calibration rows: give "
+                          f"more rows or fewer folds")
+    return held, rest
 
 
 def _group_folds(groups: np.ndarray, n: int, folds: int, seed: int) -> np.ndarray:

@@ -35,7 +35,13 @@ def interpolate(q: np.ndarray, trained: np.ndarray, wanted: np.ndarray, stacklev
     right = np.clip(np.searchsorted(scores, at), 1, len(trained) - 1)
     share = np.clip((at - scores[right - 1]) / (scores[right] - scores[right - 1]), 0, 1)
     share = np.where(np.abs(share) < 1e-9, 0, np.where(np.abs(share - 1) < 1e-9, 1, share))
-    return q[:, right - 1] * (1 - share) + q[:, right] * share
+    low, high = q[:, right - 1], q[:, right]
+    return np.where(share == 1, high, low + (high - low) * share)  # of two equal ones that value to the bit
+
+
+def mean_of_folds(q: np.ndarray) -> np.ndarray:
+    """Return the mean over the first axis; where all are equal, that value to the bit."""
+    return q[0] + (q - q[0]).mean(axis=0)
 
 
 def coarse_grid(levels: np.ndarray, count: int | None) -> np.ndarray:

@@ -20,9 +20,11 @@ numbers. Problems retire as their own gap closes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from poise_quantagg.vertex import vertex
 
 TOLERANCE = 1e-9  # relative gap at which a problem is done; the certificate asked for is 1e-7
 ITERATIONS = 120
@@ -136,7 +138,7 @@ def _solve(problem: _Problem, tolerance: float) -> Solution:
     problem = _Problem(np.where(problem.simplex[None, :, None], problem.A / scale[:, None, None],
                                 problem.A), problem.y / scale[:, None], problem.s, problem.tau,
                        problem.simplex)
-    state = _start(problem)
+    whole, state = problem, _start(problem)
     best = Solution(state.w.copy(), np.zeros((b, n)), problem.value(state.r), np.full(b, -np.inf),
                     np.zeros(b, dtype=np.int64))
     # a perfect fit has the objective 0: rounding at the start's scale is all one can ask for
@@ -156,8 +158,15 @@ def _solve(problem: _Problem, tolerance: float) -> Solution:
             problem, state, alive = problem.rows(going), state.rows(going), alive[going]
         if not alive.size:
             break
-    w = np.where(problem.simplex, best.w, best.w * scale[:, None])
+    w = _vertices(whole, best.w)
+    best = replace(best, objective=np.minimum(best.objective, whole.value(whole.y - whole.times(w))))
+    w = np.where(whole.simplex, w, w * scale[:, None])
     return Solution(w, best.d, best.objective * scale, best.bound * scale, best.iterations)
+
+
+def _vertices(problem: _Problem, w: np.ndarray) -> np.ndarray:
+    parts = zip(problem.A, problem.y, problem.s, np.broadcast_to(problem.tau, problem.y.shape), w)
+    return np.stack([vertex(A, y, s, tau, problem.simplex, at) for A, y, s, tau, at in parts])
 
 
 def _start_scale(problem: _Problem) -> np.ndarray:

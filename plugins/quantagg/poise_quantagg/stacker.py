@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, DataError, FileError, MissingExtra, nearest, require
+from poise.errors import ConfigError, DataError, FileError, MissingExtra, PoiseError, nearest, require
 from poise.options import make, option_fields
 from poise.registry import entries
+from poise_quantagg import saved
 from poise_quantagg.checks import (
     QuantileWarning,
     check_levels,
@@ -180,7 +181,7 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
             return cls.from_tensors(arrays, meta)
         except MissingExtra:
             raise
-        except FileError as error:
+        except PoiseError as error:
             raise FileError(f"{path}: {error}") from None
         except Exception as error:  # whatever the arrays of another plugin make its code raise
             raise FileError(f"{path} is damaged: {type(error).__name__}: {error}") from None
@@ -213,11 +214,15 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         Raises
         ------
         FileError
-            For an aggregator that is not installed, or that others have written.
+            For an aggregator that is not installed, or that others have written; for numbers of models,
+            levels or features that are none, or not those of the weights.
         """
         stacker = cls(**meta["params"])
         stacker.levels_ = check_levels(stacker.levels)
-        stacker.n_models_, stacker.feature_names_ = int(meta["n_models"]), meta.get("feature_names")
+        m = len(stacker.levels_)
+        stacker.n_models_ = saved.number(meta, "n_models", 1, saved.MOST // m)
+        names = meta.get("feature_names")
+        stacker.feature_names_ = None if names is None else saved.words(meta, "feature_names")
         stacker.aggregator_ = meta.get("aggregator", stacker.aggregator)
         try:
             component = _component_class(stacker.aggregator_)
@@ -226,8 +231,10 @@ class QuantileStacker(require("sklearn.base", "quantagg").BaseEstimator):
         fitted = component.from_tensors(arrays, meta["fitted"])
         stacker.fitted_, d = fitted, getattr(fitted, "n_features", None)
         if d is not None or not getattr(component, "needs_features", False):
-            Z = np.zeros((1, stacker.n_models_, len(stacker.levels_)))
-            stacker.predict(Z, None if d is None else np.zeros((1, d)))
+            Z = np.zeros((1, stacker.n_models_, m))
+            q = stacker.predict(Z, None if d is None else np.zeros((1, d)))
+            if q.shape != (1, m) or not np.isfinite(q).all():
+                raise FileError(f"it predicts {str(q)[:60]} for a row of zeros: expected {m} numbers")
         return stacker
 
     def _fitted(self, X: Any = None) -> Any:

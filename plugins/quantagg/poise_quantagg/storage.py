@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import ConfigError, FileError, PoiseError
+from poise.errors import ConfigError, FileError, MissingExtra, PoiseError
+from poise_quantagg import saved
+from poise_quantagg.checks import check_levels
 
 _HOMES = {
     "NetRegressor": "nets", "LinearRegressor": "linear", "LightGBMRegressor": "boosting",
@@ -55,20 +57,30 @@ def undump(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Any:
     FileError
         For a class that is unknown, and for values that make no such model.
     """
-    from poise_quantagg.base.regressor import JoinedLevels
-
-    if meta.get("class") == "JoinedLevels":
-        return JoinedLevels([
-            undump({k.removeprefix(f"{i}."): v for k, v in arrays.items() if k.startswith(f"{i}.")}, part)
-            for i, part in enumerate(meta["parts"])
-        ])
-    name, values = meta.get("class"), {k: v for k, v in meta.items() if k != "class"}
-    if name not in _HOMES:
+    name = meta.get("class")
+    if name != "JoinedLevels" and name not in list(_HOMES):
         raise FileError(f"unknown kind of saved model: {name!r}")
-    cls = getattr(importlib.import_module(f"poise_quantagg.base.{_HOMES[name]}"), name)
     try:
-        return cls.from_tensors(arrays, values)
-    except PoiseError:
+        if name == "JoinedLevels":
+            return _joined(arrays, meta["parts"])
+        cls = getattr(importlib.import_module(f"poise_quantagg.base.{_HOMES[name]}"), name)
+        model = cls.from_tensors(arrays, {k: v for k, v in meta.items() if k != "class"})
+        check_levels(model.levels_)
+        saved.number(vars(model), "n_features_in_", 1)
+        return model
+    except MissingExtra:
         raise
+    except PoiseError as error:
+        raise FileError(f"a saved {name} is damaged: {error}") from None
     except Exception as error:  # whatever a peer library makes of its own text
         raise FileError(f"a saved {name} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _joined(arrays: dict[str, np.ndarray], parts: list[dict[str, Any]]) -> Any:
+    from poise_quantagg.base.regressor import JoinedLevels
+
+    models = [undump({k.removeprefix(f"{i}."): v for k, v in arrays.items() if k.startswith(f"{i}.")}, part)
+              for i, part in enumerate(parts)]
+    joined = JoinedLevels(models)
+    check_levels(joined.levels_)
+    return joined

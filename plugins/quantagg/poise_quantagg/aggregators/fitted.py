@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from poise.errors import DataError, FileError
+from poise_quantagg import saved
+from poise_quantagg.atoms import settled
 from poise_quantagg.checks import finite, row_blocks
 
 
@@ -48,6 +50,8 @@ class LinearFit:
     objective, gap : float, optional
         Mean pinball loss on the rows of the fit where it was minimised, and how far at most it is
         above the optimum; in the unit of y.
+    atoms : array, shape (2, k), optional
+        Values that predictions take where they are those but for rounding (`atoms.atoms_of`).
     """
 
     w: np.ndarray
@@ -55,10 +59,11 @@ class LinearFit:
     intercept: np.ndarray | None = None
     objective: float | None = None
     gap: float | None = None
+    atoms: np.ndarray | None = None
 
     @property
     def linear(self) -> bool:
-        """Whether a prediction is the weighted sum and nothing else."""
+        """Whether a prediction is the weighted sum and nothing else, rounding aside."""
         return self.intercept is None
 
     def predict(self, Z: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
@@ -73,7 +78,7 @@ class LinearFit:
         out = np.empty((len(Z), self.m))
         for block in row_blocks(len(Z), Z.shape[1] * Z.shape[2]):
             out[block] = self._sum(Z[block])
-        return out if self.intercept is None else out + self.intercept
+        return settled(out if self.intercept is None else out + self.intercept, self.atoms)
 
     def _sum(self, Z: np.ndarray) -> np.ndarray:
         if self.w.ndim == 1:
@@ -91,6 +96,8 @@ class LinearFit:
         arrays = {"w": self.w}
         if self.intercept is not None:
             arrays["intercept"] = np.asarray(self.intercept)
+        if self.atoms is not None:
+            arrays["atoms"] = self.atoms
         return arrays, {"kind": "linear", "m": self.m, "objective": self.objective, "gap": self.gap}
 
     @classmethod
@@ -100,10 +107,15 @@ class LinearFit:
         Raises
         ------
         FileError
-            For what is saved of another kind.
+            For what is saved of another kind, or makes no weights.
         """
         check_kind(meta, "linear")
-        return cls(arrays["w"], int(meta["m"]), arrays.get("intercept"), meta["objective"], meta["gap"])
+        m = saved.number(meta, "m", 1)
+        given = np.asarray(arrays.get("w"))
+        w = saved.array(arrays, "w", (None, m, m)[: max(1, min(given.ndim, 3))])
+        intercept = saved.array(arrays, "intercept", (m,)) if "intercept" in arrays else None
+        return cls(w, m, intercept, meta["objective"], meta["gap"],
+                   saved.atoms(arrays) if "atoms" in arrays else None)
 
 
 @dataclass(frozen=True)
@@ -153,4 +165,4 @@ class FittedMedian:
             For what is saved of another kind.
         """
         check_kind(meta, "median")
-        return cls(int(meta["p"]), int(meta["m"]))
+        return cls(saved.number(meta, "p", 1), saved.number(meta, "m", 1))

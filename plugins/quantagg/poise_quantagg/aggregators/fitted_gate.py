@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import DataError
+from poise.errors import DataError, FileError
+from poise_quantagg import saved
 from poise_quantagg.aggregators.fitted import check_kind, check_predictions
+from poise_quantagg.atoms import settled
 from poise_quantagg.checks import finite, row_blocks
 
 
@@ -56,6 +58,8 @@ class GateFit:
         Mean pinball loss on the validation rows, sorted, in the unit of y.
     leaderboard : tuple of dict
         All configurations tried, best first.
+    atoms : array, shape (2, k), optional
+        As for `LinearFit`.
     """
 
     params: dict[str, np.ndarray]
@@ -66,6 +70,7 @@ class GateFit:
     band: int | None = None
     score: float | None = None
     leaderboard: tuple[dict[str, Any], ...] = ()
+    atoms: np.ndarray | None = None
     linear = False
     needs_features = True
 
@@ -92,7 +97,7 @@ class GateFit:
                 out[block] = np.einsum("npm,npm->nm", w, Z[block])
             else:
                 out[block] = np.einsum("npvm,npv->nm", w, Z[block], optimize=True)
-        return out
+        return settled(out, self.atoms)
 
     def weights(self, X: np.ndarray | None = None) -> np.ndarray:
         """Return the weights at rows X: (n, p), (n, p, m) or (n, p, m_in, m_out).
@@ -142,6 +147,8 @@ class GateFit:
         """Return what `from_tensors` needs: arrays, and plain values."""
         arrays = {f"gate.{name}": array for name, array in self.params.items()}
         arrays |= {"features.mean": self.features.mean, "features.scale": self.features.scale}
+        if self.atoms is not None:
+            arrays["atoms"] = self.atoms
         meta = {name: getattr(self, name) for name in ("resolution", "p", "m", "band", "score")}
         return arrays, {"kind": "gate", **meta, "leaderboard": list(self.leaderboard)}
 
@@ -152,10 +159,29 @@ class GateFit:
         Raises
         ------
         FileError
-            For what is saved of another kind.
+            For what is saved of another kind, or makes no gate.
         """
         check_kind(meta, "gate")
-        params = {k.removeprefix("gate."): v for k, v in arrays.items() if k.startswith("gate.")}
-        return cls(params, meta["resolution"], int(meta["p"]), int(meta["m"]),
-                   Features(arrays["features.mean"], arrays["features.scale"]), meta["band"], meta["score"],
-                   tuple(meta["leaderboard"]))
+        p, m = (saved.number(meta, name, 1) for name in ("p", "m"))
+        band = None if meta["band"] is None else saved.number(meta, "band", 0)
+        resolution, outputs = meta["resolution"], {"coarse": p, "medium": p * m, "fine": p * m * m}
+        if resolution not in outputs:
+            raise FileError(f"a gate has the resolution {resolution!r}: allowed are {', '.join(outputs)}")
+        features = Features(*(saved.array(arrays, f"features.{k}", (None,)) for k in ("mean", "scale")))
+        size = outputs[resolution] if band is None else p * (2 * band + 1) * m
+        params = _layers(arrays, len(features.mean), size)
+        return cls(params, resolution, p, m, features, band, meta["score"], tuple(meta["leaderboard"]),
+                   saved.atoms(arrays) if "atoms" in arrays else None)
+
+
+def _layers(arrays: Mapping[str, np.ndarray], inputs: int, outputs: int) -> dict[str, np.ndarray]:
+    """Return the layers W0, b0, ... once each takes what the one before it gives."""
+    names = [name for name in arrays if name.startswith("gate.")]
+    params, width = {}, inputs
+    for k in range(max(1, len(names) // 2)):
+        params[f"W{k}"] = W = saved.array(arrays, f"gate.W{k}", (width, None))
+        params[f"b{k}"] = saved.array(arrays, f"gate.b{k}", (W.shape[1],))
+        width = W.shape[1]
+    if width != outputs or len(names) != len(params):
+        raise FileError(f"a gate has {len(names)} arrays and {width} outputs: expected {outputs} outputs")
+    return params

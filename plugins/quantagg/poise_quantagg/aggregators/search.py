@@ -90,8 +90,7 @@ def search(
         When no configuration has a finite validation loss.
     """
     require("torch", "nets")
-    used = s > 0  # rows of weight 0 neither train nor choose
-    rows = _Rows(Z, y, X, s) if used.all() else _Rows(Z, y, X, s).some(used)
+    rows = _Rows(Z, y, X, s)
     train, held = _parts(rows, validation, options.random_state)
     weights = starting_weights(options, train, levels)
     features = Features.of(rows.X) if options.local and rows.X is not None else None

@@ -144,7 +144,8 @@ def _checked(arrays: Mapping[str, np.ndarray], d: int) -> np.ndarray:
             and (feature[inner] < d).all() and not np.isnan(arrays["threshold"]).any()):
         raise FileError("a saved forest is damaged: a node leads out of its tree")
     if not ((counts >= 0).all() and counts.sum() == len(rows) and (rows > 0).all()
-            and (rows <= len(targets)).all() and targets.ndim == 1 and targets.dtype == np.float64):
+            and (rows <= len(targets)).all() and targets.ndim == 1 and targets.dtype == np.float64
+            and np.isfinite(targets).all()):
         raise FileError("a saved forest is damaged: a leaf holds rows that are not there")
     return sizes
 

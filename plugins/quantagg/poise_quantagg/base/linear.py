@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from poise.errors import FileError
+from poise_quantagg import saved
+from poise_quantagg.atoms import atoms_of, settled
 from poise_quantagg.base.regressor import QuantileRegressor
+from poise_quantagg.checks import check_levels
 from poise_quantagg.grid import interpolate
 
 
@@ -15,7 +17,7 @@ class LinearRegressor(QuantileRegressor):
     Minimises mean pinball + alpha * sum |slope|, as scikit-learn's `QuantileRegressor` does.
     """
 
-    _arrays = ("coef_", "intercept_", "mean_", "scale_")
+    _arrays = ("coef_", "intercept_", "mean_", "scale_", "atoms_")
 
     def __init__(self, *, levels, alpha=0.0):
         self.levels = levels
@@ -24,6 +26,7 @@ class LinearRegressor(QuantileRegressor):
     def _fit(self, X, y, sample_weight) -> None:
         from poise_quantagg.programs import linear
 
+        self.atoms_ = atoms_of(y)
         self.mean_, scale = X.mean(axis=0), X.std(axis=0)
         self.scale_ = np.where(scale > 1e-12 * np.abs(self.mean_), scale, np.inf)
         s = np.ones(len(y)) if sample_weight is None else sample_weight
@@ -33,7 +36,7 @@ class LinearRegressor(QuantileRegressor):
         return (X - self.mean_) / self.scale_
 
     def _predict(self, X, levels):
-        q = self._standard(X) @ self.coef_ + self.intercept_
+        q = settled(self._standard(X) @ self.coef_ + self.intercept_, self.atoms_)
         return interpolate(q, self.levels_, levels)
 
     def tensors(self):
@@ -43,12 +46,18 @@ class LinearRegressor(QuantileRegressor):
 
     @classmethod
     def from_tensors(cls, arrays, meta) -> LinearRegressor:
-        """Rebuild what `tensors` returned."""
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError
+            For arrays that make no linear model.
+        """
         model = cls(levels=meta["levels"], alpha=meta["alpha"])
-        model.levels_ = np.asarray(meta["levels"], dtype=float)
-        for name in cls._arrays:
-            setattr(model, name, arrays[name])
-        model.n_features_in_ = len(model.mean_)
-        if model.coef_.shape != (len(model.mean_), len(model.levels_)):
-            raise FileError(f"a saved LinearRegressor is damaged: coef_ has shape {model.coef_.shape}")
+        model.levels_ = check_levels(meta["levels"])
+        d, m = len(saved.array(arrays, "mean_", (None,))), len(model.levels_)
+        shapes = {"coef_": (d, m), "intercept_": (m,), "mean_": (d,), "scale_": (d,)}
+        for name, shape in shapes.items():  # a constant feature has an infinite scale
+            setattr(model, name, saved.array(arrays, name, shape, infinite=name == "scale_"))
+        model.n_features_in_, model.atoms_ = d, saved.atoms(arrays, "atoms_")
         return model

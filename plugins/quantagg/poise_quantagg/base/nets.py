@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from poise.errors import RunError, require
+from poise.errors import FileError, RunError, require
+from poise_quantagg import saved
 from poise_quantagg.base.regressor import QuantileRegressor
 from poise_quantagg.grid import interpolate
 
@@ -99,9 +100,14 @@ class NetRegressor(QuantileRegressor):
         self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None,
         parts: Sequence[np.ndarray], progress: Callable[[str], None] | None = None,
     ) -> list[NetRegressor]:
-        """Return one fitted regressor per part (row numbers), all trained together."""
+        """Return one fitted regressor per part (row numbers), all trained together.
+
+        Rows of weight 0 leave their parts: they set no scale and stop no training.
+        """
         from poise_quantagg.checks import check_levels
 
+        if sample_weight is not None:
+            parts = [rows[sample_weight[rows] > 0] for rows in parts]
         found = []
         for network in self._train(X, y, sample_weight, parts, progress):
             one = type(self)(**self.get_params(deep=False))
@@ -141,13 +147,23 @@ class NetRegressor(QuantileRegressor):
 
     @classmethod
     def from_tensors(cls, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> NetRegressor:
-        """Rebuild what `tensors` returned."""
+        """Rebuild what `tensors` returned.
+
+        Raises
+        ------
+        FileError
+            For arrays that make no network.
+        """
         model = cls(**meta["options"])
+        if model.kind not in KINDS:
+            raise FileError(f"kind is {model.kind!r}: allowed is one of {', '.join(KINDS)}")
         model.levels_ = np.asarray(meta["options"]["levels"])
-        model.n_features_in_ = int(meta["n_features"])
-        weights = {k: v for k, v in arrays.items() if k not in ("x_mean", "x_scale")}
-        model._take(_Network(model.kind, Config(**meta["config"]), weights, arrays["x_mean"],
-                             arrays["x_scale"], meta["y_mean"], meta["y_scale"]))
+        model.n_features_in_ = d = saved.number(meta, "n_features", 1)
+        mean, scale = (saved.array(arrays, name, (d,)) for name in ("x_mean", "x_scale"))
+        weights = {k: saved.array(arrays, k, (None,) * arrays[k].ndim) for k in arrays
+                   if k not in ("x_mean", "x_scale")}
+        model._take(_Network(model.kind, Config(**meta["config"]), weights, mean, scale,
+                             float(meta["y_mean"]), float(meta["y_scale"])))
         return model
 
 

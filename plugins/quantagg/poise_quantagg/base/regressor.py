@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, require
-from poise_quantagg.checks import check_levels, finite, row_weights, same_rows
+from poise_quantagg.checks import check_levels, finite, same_rows, weighing_rows
 from poise_quantagg.grid import coarse_grid, interpolate
 
 
@@ -22,7 +22,9 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
     levels: Sequence[float]
 
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None):
-        """Fit on features (n, d) and targets (n,).
+        """Fit on features (n, d) and targets (n,); rows of weight 0 leave at once.
+
+        They would count in scales, leaves, bootstraps and the rows that stop a training.
 
         Raises
         ------
@@ -32,7 +34,9 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
         X, y = finite("X", X, 2), finite("y", y, 1)
         same_rows("X", X, len(y))
         if sample_weight is not None:
-            sample_weight = row_weights(sample_weight, len(y))
+            used, sample_weight = weighing_rows(sample_weight, len(y))
+            if not used.all():
+                X, y = X[used], y[used]
         self.levels_ = check_levels(self.levels)
         self.n_features_in_ = X.shape[1]
         self._fit(X, y, sample_weight)
@@ -79,10 +83,8 @@ class PerLevelRegressor(QuantileRegressor):
 
     def _fit(self, X, y, sample_weight) -> None:
         self.trained_ = coarse_grid(self.levels_, self.grid)
-        self.estimators_ = [
-            self._estimator(float(level)).fit(X, y, sample_weight=sample_weight)
-            for level in self.trained_
-        ]
+        weight = {} if sample_weight is None else {"sample_weight": sample_weight}  # not all take one
+        self.estimators_ = [self._estimator(float(level)).fit(X, y, **weight) for level in self.trained_]
 
     def _predict(self, X, levels) -> np.ndarray:
         q = np.column_stack([estimator.predict(X) for estimator in self.estimators_])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,12 +62,16 @@ class _Aggregator(Checked):
             For wrong shapes, values that are not finite, negative or all-zero weights, features that
             are needed and missing.
         """
+        from poise_quantagg.atoms import atoms_of
         from poise_quantagg.checks import fit_rows
 
-        return self._solve(fit_rows(Z, y, X, levels, validation, sample_weight, self.needs_features,
-                                    keep_float32=self.streams))
+        rows = fit_rows(Z, y, X, levels, validation, sample_weight, self.needs_features,
+                        keep_float32=self.streams)
+        fitted = self._solve(rows)
+        have = {f.name for f in dataclasses.fields(fitted)}  # a median takes what is there
+        return dataclasses.replace(fitted, atoms=atoms_of(rows.y)) if "atoms" in have else fitted
 
-    def _solve(self, rows: FitRows) -> FittedAggregator:
+    def _solve(self, rows: FitRows) -> Any:
         raise NotImplementedError
 
     @classmethod

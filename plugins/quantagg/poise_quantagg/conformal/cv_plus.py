@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from poise.errors import DataError
+from poise_quantagg.atoms import atoms_of, settled
 from poise_quantagg.checks import LEVEL_TOLERANCE, finite, row_blocks, same_rows
 from poise_quantagg.conformal.nested import check_folds
 from poise_quantagg.conformal.parts import (
@@ -19,6 +20,7 @@ from poise_quantagg.conformal.parts import (
     mirror_pairs,
     warn_infinite,
 )
+from poise_quantagg.grid import mean_of_folds
 from poise_quantagg.monotone import pivot_index, sweep
 
 
@@ -51,6 +53,7 @@ class CVPlus:
     levels_: np.ndarray = field(init=False, repr=False)
     residuals_: dict[int, list[np.ndarray]] = field(init=False, repr=False)
     n_: int = field(init=False, repr=False)
+    atoms_: np.ndarray = field(init=False, repr=False)  # of y
 
     def fit(self, y: Array, q_oof: Array, fold: Array, levels: Array) -> CVPlus:
         """Learn the residuals.
@@ -80,7 +83,7 @@ class CVPlus:
         check_flags(self)
         y, q, tau = calibration_rows(y, q_oof, levels)
         fold, k = check_folds(fold, len(y))
-        self.levels_, self.n_, self.residuals_ = tau, len(y), {}
+        self.levels_, self.n_, self.residuals_, self.atoms_ = tau, len(y), {}, atoms_of(y)
         for low, high in mirror_pairs(tau):
             below, above = q[:, low] - y, y - q[:, high]
             both = np.maximum(below, above)
@@ -110,7 +113,7 @@ class CVPlus:
             For another number of folds or levels, or values that are not finite.
         """
         q = self._check_new(q_folds)
-        out = q.mean(axis=0)
+        out = mean_of_folds(q)
         pivot = pivot_index(self.levels_)
         if median is not None and abs(self.levels_[pivot] - 0.5) <= LEVEL_TOLERANCE:
             point = finite("median", median, 1)
@@ -152,7 +155,7 @@ class CVPlus:
     def _end(self, centre: np.ndarray, at: int) -> np.ndarray:
         """Return one end of new rows, shape (n_new,); the upper one is minus a lower one of -q."""
         sign = 1 if self.levels_[at] < 0.5 else -1
-        return sign * _low_ends(sign * centre, self.residuals_[at], self._rank(at))
+        return settled(sign * _low_ends(sign * centre, self.residuals_[at], self._rank(at)), self.atoms_)
 
 
 class NestedCVPlus(CVPlus):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from poise.errors import DataError
+from poise_quantagg.atoms import atoms_of, settled
 from poise_quantagg.checks import LEVEL_TOLERANCE, finite
 from poise_quantagg.conformal.parts import (
     Array,
@@ -29,6 +30,7 @@ class _Offsets:
     levels_: np.ndarray = field(init=False, repr=False)
     offset_: np.ndarray = field(init=False, repr=False)
     n_: int = field(init=False, repr=False)
+    atoms_: np.ndarray = field(init=False, repr=False)  # of the calibration rows' y
 
     def predict(self, q: Array) -> np.ndarray:
         """Return calibrated quantiles of new rows, shape (n, m).
@@ -43,7 +45,7 @@ class _Offsets:
         levels, q = fitted_levels(self), finite("q", q, 2)
         if q.shape[1] != len(levels):
             raise DataError(f"q has {q.shape[1]} levels: expected the {len(levels)} of the calibration")
-        out = q + self.offset_
+        out = settled(q + self.offset_, self.atoms_)
         return sweep(out, pivot_index(levels)) if self.sweep else out
 
 
@@ -100,6 +102,7 @@ class SplitCQR(_Offsets):
         check_flags(self)
         y, q, tau = calibration_rows(y, q, levels)
         self.levels_, self.n_, self.offset_ = tau, len(y), np.zeros(len(tau))
+        self.atoms_ = atoms_of(y)
         for low, high in mirror_pairs(tau):
             if self.symmetric:
                 score = np.maximum(q[:, low] - y, y - q[:, high])
@@ -143,7 +146,7 @@ class OneSided(_Offsets):
         """Learn the offsets from calibration rows; parameters, errors and warning as in `SplitCQR`."""
         y, q, tau = calibration_rows(y, q, levels)
         ranks = [(upper_rank if t > 0.5 - LEVEL_TOLERANCE else lower_rank)(t, len(y)) for t in tau]
-        self.levels_, self.n_ = tau, len(y)
+        self.levels_, self.n_, self.atoms_ = tau, len(y), atoms_of(y)
         self.offset_ = np.array([_smallest(y - column, r) for column, r in zip(q.T, ranks)])
         warn_infinite(tau, self.offset_, len(y))
         return self
