@@ -22,7 +22,7 @@ def mixture(here, finished) -> Path:
     for name, state in (("c", "failed"), ("d", "interrupted"), ("e", "running")):
         shutil.copytree(finished / "a", here / name)
         cut_back(here / name, 3)
-        edit_json(here / name / "status.json", state=state, pid=0, reason=f"why {name}")
+        edit_json(here / name / "status.json", state=state, reason=f"why {name}")
     return here
 
 

@@ -15,6 +15,7 @@ _CFG = ("job", "hydra", "all")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _VALUES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 _SWEEPING = ("--multirun", "-m")
+_FORCE = "force_resume"
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +35,7 @@ def main(argv: list[str]) -> int:
                 f"--info defaults|searchpath|plugins, --help"
             )
     overrides = [a for a in argv if not a.startswith("-")]
-    resume = [o for o in overrides if o.startswith("resume=")]
-    if resume:
+    if resume := [o for o in overrides if o.startswith("resume=")]:
         return _resume(resume[-1].partition("=")[2], [o for o in overrides if o not in resume])
     outcomes = compose.run_all(overrides, sweep=sweep, announce=announce)
     return _conclude(outcomes)
@@ -55,9 +55,14 @@ def _check_shown(argv: list[str]) -> None:
 
 def _resume(directory: str, others: list[str]) -> int:
     from poise.compose import parse_changes
-    from poise.runs.execute import build_parts, execute, resumed_config
+    from poise.runs.execute import build_parts, execute
+    from poise.runs.resume import resumed_config
 
-    built = build_parts(resumed_config(directory, parse_changes(others)))
+    changes = dict(parse_changes(others))
+    force = changes.pop(_FORCE, False)
+    if not isinstance(force, bool):
+        raise ConfigError(f"{_FORCE}={force}: allowed is true or false")
+    built = build_parts(resumed_config(directory, changes, force))
     announce(built.config, Path(directory))
     return _conclude([execute(built, directory, resume=True)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
 import traceback
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from poise.config import PARTS, RunConfig
-from poise.errors import ConfigError, FileError, PoiseError, RunError
+from poise.errors import ConfigError, PoiseError, RunError
 from poise.hooks import Checked
 from poise.interfaces import Parts, Recipe, Tracker
 from poise.registry import Registry, installed
 from poise.runs.context import Interrupted, RunContext
-from poise.runs.records import Run, load_config, load_run
-
-MAY_CHANGE = ("tracker", "tag", "train.log_every", "train.keep", "train.checkpoint_every")
+from poise.runs.liveness import HeldError, lock
+from poise.runs.records import Run, load_run, load_status
+from poise.runs.resume import refuse_resume, still_running
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,16 @@ def execute(
     Only what goes wrong before the directory is claimed is raised; afterwards the error is in the
     outcome, and in `status.json`.
     """
+    directory = Path(directory)
+    with contextlib.ExitStack() as held:
+        _hold(directory, held, resume)
+        error = _carry_out(built, _context(built, directory, resume, quiet))
+    return Outcome(load_run(directory), error)
+
+
+def _carry_out(built: Built, context: RunContext) -> BaseException | None:
+    """Call the recipe and close the records; return what ended the run early, if anything did."""
     config, tracker = built.config, built.tracker
-    context = _context(built, Path(directory), resume, quiet)
     try:
         _prepare_torch(config)
         context.records.environment(config.threads, config.device)
@@ -123,6 +131,23 @@ def execute(
         return _close(context, tracker, "failed", error, {}, reason)
 
 
+def _hold(directory: Path, held: contextlib.ExitStack, resume: bool) -> None:
+    """Make the directory and take its lock, before anything of the run is written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock(directory))
+    except OSError as error:
+        raise RunError(
+            f"cannot make the run directory {directory}: {error.strerror}; choose another with "
+            f"paths.out=DIR or hydra.run.dir=DIR"
+        ) from None
+    except HeldError:
+        if resume:
+            raise RunError(still_running(directory)) from None
+        raise RunError(f"{directory} already holds a run, which is still running: choose another "
+                       f"hydra.run.dir") from None
+
+
 def _keep_traceback(directory: Path) -> None:
     try:
         (directory / "traceback.txt").write_text(traceback.format_exc())
@@ -132,17 +157,12 @@ def _keep_traceback(directory: Path) -> None:
 
 def _context(built: Built, directory: Path, resume: bool, quiet: bool) -> RunContext:
     config = built.config
-    try:
-        context = RunContext(
-            directory, config.seed, config.device, keep=config.train.keep, tracker=built.tracker,
-            quiet=quiet,
-        )
-    except OSError as error:
-        raise RunError(
-            f"cannot make the run directory {directory}: {error.strerror}; choose another with "
-            f"paths.out=DIR or hydra.run.dir=DIR"
-        ) from None
+    context = RunContext(
+        directory, config.seed, config.device, keep=config.train.keep, tracker=built.tracker, quiet=quiet
+    )
     if resume:
+        if load_status(directory).get("state") == "done":  # by another resume, since it was looked at
+            refuse_resume(directory, "done")
         context.resume_from = context.checkpoints.newest()
         rows = context.resume_from.meta["rows"] if context.resume_from else 0
         context.records.open(keep_rows=rows)
@@ -173,7 +193,7 @@ def _check_device(name: str) -> None:
 def _close(
     context: RunContext, tracker: Tracker | None, state: str, error: BaseException | None,
     metrics: Mapping[str, float], reason: str = "",
-) -> Outcome:
+) -> BaseException | None:
     try:
         context.records.status(state, reason)
     except PoiseError as full:  # the disk that failed the run may refuse the status as well
@@ -181,55 +201,7 @@ def _close(
     context.records.close()
     if tracker:
         tracker.finish(state, metrics)
-    return Outcome(load_run(context.directory), error)
+    return error
 
 
-def resumed_config(directory: Path | str, changes: Mapping[str, Any]) -> RunConfig:
-    """Return the saved configuration of a run with the few changes that a resume allows.
-
-    Parameters
-    ----------
-    directory : path of a run
-    changes : mapping of dotted key to value
-
-    Raises
-    ------
-    ConfigError
-        For a change that would make the result differ from the uninterrupted run.
-    FileError, RunError
-        When there is no run, or it is already done.
-    """
-    if not str(directory):
-        raise ConfigError("resume= needs the directory of a run")
-    saved = load_config(directory)
-    if lost := [f.name for f in dataclasses.fields(RunConfig) if f.name not in saved]:
-        raise FileError(f"{directory}/resolved.yaml is torn: it lacks {', '.join(lost)}")
-    run = load_run(directory)
-    if run.state == "done":
-        raise RunError(f"{directory} is done: there is nothing to resume")
-    if run.state == "running":
-        raise RunError(f"{directory} is still running (process {run.status.get('pid')})")
-    for key, value in changes.items():
-        if not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
-            raise ConfigError(
-                f"{key}={value}: a resumed run keeps its configuration; only these may change: "
-                + ", ".join(MAY_CHANGE)
-            )
-        _set(saved, key, value)
-    return RunConfig.from_plain(saved)
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    whole = key
-    for parent in parents:
-        inner = config.get(parent)
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{whole}={value}: {parent} has no options")
-        config = inner
-    if isinstance(config.get(last), dict) and not isinstance(value, dict):
-        value = {"entry": value}
-    config[last] = value
-
-
-__all__ = ["Built", "Outcome", "build_parts", "execute", "resumed_config"]
+__all__ = ["Built", "Outcome", "build_parts", "execute"]

@@ -4,7 +4,7 @@
 |---|---|
 | `resolved.yaml` | the whole configuration, as plain data |
 | `metrics.jsonl` | one line per value: step, name, value, wall time |
-| `status.json` | running, done, failed or interrupted, with the reason |
+| `status.json` | running, done, failed or interrupted, with the reason, and by which process |
 | `summary.json` | final metrics, and notes such as provenance and tables |
 | `environment.json` | versions, threads, machine |
 
@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from poise.errors import FileError, RunError
-from poise.files import plain, read_json, write_bytes, write_json
+from poise.files import plain, read_json, sync_folder, write_bytes, write_json
+from poise.runs.liveness import fate, this_process
 
 STATES = ("running", "done", "failed", "interrupted")
 PACKAGES = (
@@ -35,23 +36,20 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from its directory."""
+    """A run as read from its directory.
+
+    `state` is one of `STATES`; of a run that says it is running but has no live process, it is killed, or
+    unknown where that process may live on another machine.
+    """
 
     directory: Path
+    state: str
     config: dict[str, Any]
     status: dict[str, Any]
     metrics: dict[str, float]
     notes: dict[str, Any]
     rows: list[dict[str, Any]] = field(repr=False)
     environment: dict[str, Any] = field(repr=False)
-
-    @property
-    def state(self) -> str:
-        """One of `STATES`; a run that is "running" on no live process was killed."""
-        state = self.status.get("state", "running")
-        if state == "running" and not _alive(self.status.get("pid")):
-            return "killed"
-        return state
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of one metric."""
@@ -92,6 +90,7 @@ class Records:
             ) from None
         finally:
             draft.unlink()
+        sync_folder(self.directory)
         self.open()
 
     def open(self, keep_rows: int | None = None) -> None:
@@ -125,7 +124,7 @@ class Records:
     def status(self, state: str, reason: str = "") -> None:
         """Write the status file."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        body = {"state": state, "reason": reason, "time": now, "pid": os.getpid(),
+        body = {"state": state, "reason": reason, "time": now, "process": this_process(),
                 "seconds": round(time.time() - self._started, 2)}
         write_json(self.directory / "status.json", body)
 
@@ -176,13 +175,19 @@ def load_run(directory: Path | str) -> Run:
     for part in ("metrics", "notes"):
         if not isinstance(summary.get(part, {}), dict):
             raise FileError(f"{directory}/summary.json is damaged: its {part} are no mapping")
+    status = load_status(directory)
     return Run(
-        directory=directory, config=config, status=_optional(directory / "status.json"),
+        directory=directory, state=_state(directory, status), config=config, status=status,
         metrics={k: float(v) for k, v in summary.get("metrics", {}).items()},
         notes=summary.get("notes", {}),
         rows=read_rows(directory / "metrics.jsonl"),
         environment=_optional(directory / "environment.json"),
     )
+
+
+def load_status(directory: Path) -> dict[str, Any]:
+    """Read a run's status; empty when it was stopped before it had one."""
+    return _optional(directory / "status.json")
 
 
 def load_config(directory: Path | str) -> dict[str, Any]:
@@ -252,13 +257,7 @@ def _optional(path: Path) -> dict[str, Any]:
     return value
 
 
-def _alive(pid: int | None) -> bool:
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+
+def _state(directory: Path, status: Mapping[str, Any]) -> str:
+    state = status.get("state", "running")
+    return fate(directory, status.get("process", {})) if state == "running" else state
