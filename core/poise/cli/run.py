@@ -55,14 +55,14 @@ def _check_shown(argv: list[str]) -> None:
 
 def _resume(directory: str, others: list[str]) -> int:
     from poise.compose import parse_changes
-    from poise.runs.execute import build_parts, execute
-    from poise.runs.resume import resumed_config
+    from poise.runs.execute import execute
+    from poise.runs.resume import resumed
 
     changes = dict(parse_changes(others))
     force = changes.pop(_FORCE, False)
     if not isinstance(force, bool):
         raise ConfigError(f"{_FORCE}={force}: allowed is true or false")
-    built = build_parts(resumed_config(directory, changes, force))
+    built = resumed(directory, changes, force)
     announce(built.config, Path(directory))
     return _conclude([execute(built, directory, resume=True)])
 

@@ -21,7 +21,8 @@ from poise.compose.overrides import check_overrides, is_sweep, open_key
 from poise.compose.schema import HYDRA_VERSION_BASE, conf_root, install
 from poise.config import RunConfig
 from poise.errors import ConfigError, RunError
-from poise.runs.execute import Built, Outcome, build_parts, execute
+from poise.runs.building import Built, build_parts
+from poise.runs.execute import Outcome, execute
 from poise.runs.records import find_runs, load_run
 
 

@@ -36,6 +36,8 @@ class RunContext:
         The run's one seed; use `seed_for(purpose)`.
     device : str
         A torch device.
+    run : str
+        The run's number, which its checkpoints carry.
     keep : int
         Newest checkpoints kept.
     tracker : Tracker, optional
@@ -45,16 +47,17 @@ class RunContext:
     """
 
     def __init__(
-        self, directory: Path | str, seed: int = 0, device: str = "cpu", *, keep: int = 2,
-        tracker: Tracker | None = None, quiet: bool = False,
+        self, directory: Path | str, seed: int = 0, device: str = "cpu", *, run: str = "",
+        keep: int = 2, tracker: Tracker | None = None, quiet: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.seed, self.device, self.quiet = seed, device, quiet
+        self.seed, self.device, self.run, self.quiet = seed, device, run, quiet
         self.records = Records(self.directory)
         self.checkpoints = Checkpoints(self.directory / "checkpoints", keep)
         self.resume_from: Checkpoint | None = None
-        self.stopping = False
+        self.earlier: dict[str, Any] = {}  # the status that a resume found
+        self.going = self.stopping = False
         self._tracker = tracker
 
     def seed_for(self, purpose: str) -> int:
@@ -72,6 +75,7 @@ class RunContext:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics at a step."""
+        self.going = True
         self.records.log(step, values)
         if self._tracker is not None:
             self._tracker.log(step, values)
@@ -93,6 +97,7 @@ class RunContext:
                 raise KeyboardInterrupt
             self.stopping = True
 
+        self.going = True
         try:
             before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not the main thread: signals stay with whoever owns them

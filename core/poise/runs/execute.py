@@ -1,22 +1,22 @@
-"""Execute a run: build the parts, call the recipe, close the records."""
+"""Execute a run: claim the directory, call the recipe, close the records."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from poise.config import PARTS, RunConfig
-from poise.errors import ConfigError, PoiseError, RunError
-from poise.hooks import Checked
-from poise.interfaces import Parts, Recipe, Tracker
-from poise.registry import Registry, installed
+from poise.config import RunConfig
+from poise.errors import PoiseError, RunError
+from poise.interfaces import Tracker
+from poise.runs.building import Built
 from poise.runs.context import Interrupted, RunContext
 from poise.runs.liveness import HeldError, lock
+from poise.runs.origin import NAME, Origin, load_origin, look_at, same_inputs
 from poise.runs.records import Run, load_run, load_status
 from poise.runs.resume import refuse_resume, still_running
 
@@ -38,60 +38,6 @@ class Outcome:
         return getattr(self.error, "exit_code", 1)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A run that may start: its configuration, and the components that were built from it and fit."""
-
-    config: RunConfig
-    recipe: Recipe
-    parts: Parts
-    tracker: Tracker | None = None
-
-
-def build_parts(config: RunConfig, registry: Registry | None = None) -> Built:
-    """Build every component of a run and check that they fit together; nothing heavy is loaded.
-
-    Raises
-    ------
-    ConfigError
-        Unknown entry or option, wrong type, out of range, or a task that does not fit.
-    """
-    registry = registry or installed()
-    if config.component("recipe") is None:
-        raise ConfigError("recipe=none: a run needs a recipe (see: poise list recipe)")
-    built: dict[str, Any] = {
-        kind: registry.build_from(kind, part) if (part := config.component(kind)) else None
-        for kind in PARTS
-    }
-    _check_tasks(config, registry)
-    _check_device(config.device)
-    recipe: Recipe = built.pop("recipe")
-    tracker: Tracker | None = built.pop("tracker")
-    names = {kind: getattr(config, kind)["entry"] for kind in PARTS}
-    parts = Parts(**built, train=config.train, names=names)
-    if isinstance(recipe, Checked):
-        recipe.check(parts)
-    return Built(config, recipe, parts, tracker)
-
-
-def _check_tasks(config: RunConfig, registry: Registry) -> None:
-    recipe = registry.get("recipe", config.recipe["entry"])
-    for kind in PARTS:
-        part = config.component(kind)
-        if part is None or not recipe.tasks:
-            continue
-        entry = registry.get(kind, part["entry"])
-        if entry.tasks and not set(entry.tasks) & set(recipe.tasks):
-            fitting = [
-                e.name for e in registry.entries(kind)
-                if not e.tasks or set(e.tasks) & set(recipe.tasks)
-            ]
-            raise ConfigError(
-                f"{kind}={entry.name} is for {'/'.join(entry.tasks)}, but recipe={recipe.name} "
-                f"needs {'/'.join(recipe.tasks)}: use {kind}=" + "|".join(fitting or ["none"])
-            )
-
-
 def execute(
     built: Built, directory: Path | str, *, resume: bool = False, quiet: bool = False
 ) -> Outcome:
@@ -103,7 +49,8 @@ def execute(
     directory = Path(directory)
     with contextlib.ExitStack() as held:
         _hold(directory, held, resume)
-        error = _carry_out(built, _context(built, directory, resume, quiet))
+        context = _resumed(built, directory, quiet) if resume else _begun(built, directory, quiet)
+        error = _carry_out(built, context)
     return Outcome(load_run(directory), error)
 
 
@@ -114,6 +61,8 @@ def _carry_out(built: Built, context: RunContext) -> BaseException | None:
         _prepare_torch(config)
         context.records.environment(config.threads, config.device)
         context.records.status("running")
+        if not (context.directory / NAME).exists():
+            Origin(context.run, look_at(built.inputs())).write(context.directory)
         if tracker:
             tracker.start(context.directory, config.tag, config.plain())
         started = time.perf_counter()
@@ -155,20 +104,34 @@ def _keep_traceback(directory: Path) -> None:
         traceback.print_exc()
 
 
-def _context(built: Built, directory: Path, resume: bool, quiet: bool) -> RunContext:
-    config = built.config
-    context = RunContext(
-        directory, config.seed, config.device, keep=config.train.keep, tracker=built.tracker, quiet=quiet
-    )
-    if resume:
-        if load_status(directory).get("state") == "done":  # by another resume, since it was looked at
-            refuse_resume(directory, "done")
-        context.resume_from = context.checkpoints.newest()
-        rows = context.resume_from.meta["rows"] if context.resume_from else 0
-        context.records.open(keep_rows=rows)
-    else:
-        context.records.begin(config.plain())
+def _begun(built: Built, directory: Path, quiet: bool) -> RunContext:
+    """Claim the directory for a new run."""
+    context = _context(built, directory, uuid.uuid4().hex, quiet)
+    context.records.begin(built.config.plain())
     return context
+
+
+def _resumed(built: Built, directory: Path, quiet: bool) -> RunContext:
+    """Go back to the newest checkpoint of a run, once it is known to read what it read before."""
+    if load_status(directory).get("state") == "done":  # by another resume, since it was looked at
+        refuse_resume(directory, "done")
+    origin = load_origin(directory)
+    context = _context(built, directory, origin.run if origin else uuid.uuid4().hex, quiet)
+    if origin:
+        now = same_inputs(directory, origin.inputs, built.inputs())
+        if now != origin.inputs:
+            Origin(origin.run, now).write(directory)
+    context.resume_from = context.checkpoints.newest()
+    rows = context.resume_from.meta["rows"] if context.resume_from else 0
+    context.records.open(keep_rows=rows)
+    context.earlier = load_status(directory)
+    return context
+
+
+def _context(built: Built, directory: Path, run: str, quiet: bool) -> RunContext:
+    config = built.config
+    return RunContext(directory, config.seed, config.device, run=run, keep=config.train.keep,
+                      tracker=built.tracker, quiet=quiet)
 
 
 def _prepare_torch(config: RunConfig) -> None:
@@ -177,31 +140,18 @@ def _prepare_torch(config: RunConfig) -> None:
     torch.set_num_threads(config.threads)
 
 
-def _check_device(name: str) -> None:
-    """Refuse a device that is not there; the usual one needs no torch to be known."""
-    if name == "cpu":
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device={name}: {reason}; write device=cpu, cuda or cuda:0") from None
-
-
 def _close(
     context: RunContext, tracker: Tracker | None, state: str, error: BaseException | None,
     metrics: Mapping[str, float], reason: str = "",
 ) -> BaseException | None:
     try:
-        context.records.status(state, reason)
+        if state == "failed" and context.earlier and not context.going:  # a resume that came to nothing
+            context.records.put_back(context.earlier)
+        else:
+            context.records.status(state, reason)
     except PoiseError as full:  # the disk that failed the run may refuse the status as well
         error = error or full
     context.records.close()
     if tracker:
         tracker.finish(state, metrics)
     return error
-
-
-__all__ = ["Built", "Outcome", "build_parts", "execute"]

@@ -3,6 +3,7 @@
 | file | content |
 |---|---|
 | `resolved.yaml` | the whole configuration, as plain data |
+| `origin.json` | the run's number, and the files of others that it reads (`origin.py`) |
 | `metrics.jsonl` | one line per value: step, name, value, wall time |
 | `status.json` | running, done, failed or interrupted, with the reason, and by which process |
 | `summary.json` | final metrics, and notes such as provenance and tables |
@@ -127,6 +128,10 @@ class Records:
         body = {"state": state, "reason": reason, "time": now, "process": this_process(),
                 "seconds": round(time.time() - self._started, 2)}
         write_json(self.directory / "status.json", body)
+
+    def put_back(self, status: Mapping[str, Any]) -> None:
+        """Write a status as it was read before."""
+        write_json(self.directory / "status.json", status)
 
     def environment(self, threads: int, device: str) -> None:
         """Write versions, thread counts and the machine."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from poise.config import RunConfig
 from poise.errors import ConfigError, FileError, RunError
+from poise.runs.building import Built, build_parts
+from poise.runs.origin import load_origin
 from poise.runs.records import load_config, load_run, load_status
 
 MAY_CHANGE = ("tracker", "tag", "train.log_every", "train.keep", "train.checkpoint_every")
@@ -44,15 +46,14 @@ def still_running(directory: Path) -> str:
     return f"{directory} is still running (process {process.get('pid')} on {process.get('host')})"
 
 
-def resumed_config(
-    directory: Path | str, changes: Mapping[str, Any], force: bool = False
-) -> RunConfig:
-    """Return the saved configuration of a run with the few changes that a resume allows.
+def resumed(directory: Path | str, changes: Mapping[str, Any], force: bool = False) -> Built:
+    """Build a run again from its saved configuration, with the few changes that a resume allows.
 
     Parameters
     ----------
     directory : path of a run
     changes : mapping of dotted key to value
+        Keys of `MAY_CHANGE`, and where what the run reads is by now (`data.path`).
     force : bool
         Also where the run was begun on another machine and nobody can say whether it lives.
 
@@ -69,14 +70,19 @@ def resumed_config(
     if lost := [f.name for f in dataclasses.fields(RunConfig) if f.name not in saved]:
         raise FileError(f"{directory}/resolved.yaml is torn: it lacks {', '.join(lost)}")
     refuse_resume(Path(directory), load_run(directory).state, force)
+    origin = load_origin(Path(directory))
+    places = {key: one["path"] for key, one in origin.inputs.items()} if origin else {}
     for key, value in changes.items():
-        if not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
+        if key in places:
+            places[key] = value
+        elif any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
+            _set(saved, key, value)
+        else:
             raise ConfigError(
                 f"{key}={value}: a resumed run keeps its configuration; only these may change: "
-                + ", ".join(MAY_CHANGE)
+                + ", ".join([*MAY_CHANGE, *places])
             )
-        _set(saved, key, value)
-    return RunConfig.from_plain(saved)
+    return build_parts(RunConfig.from_plain(saved), places=places)
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
