@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _page(out: Path, sections: list, names: list[str]) -> Path:
+    from poise.report.loading import load
     from poise.report.page import write_page
 
     intro = (
@@ -62,6 +63,7 @@ def _page(out: Path, sections: list, names: list[str]) -> Path:
     )
     closing = "<h2>What to try next</h2><pre>" + "\n".join(
         f"{c:<52} # {w}" for c, w in NEXT) + "</pre>"
+    found = [(heading, load(directories)) for heading, directories in sections]
     return write_page(
-        out / "index.html", sections, title="Poise: what just ran", intro=intro, closing=closing
+        out / "index.html", found, title="Poise: what just ran", intro=intro, closing=closing
     )

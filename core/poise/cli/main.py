@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("poise: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"poise: {error}" if error.args else "poise: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `poise list | head`
         sys.stderr.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,10 +21,11 @@ from poise.compose.messages import one_line_errors
 from poise.compose.overrides import check_overrides, is_sweep, open_key
 from poise.compose.schema import HYDRA_VERSION_BASE, conf_root, install
 from poise.config import RunConfig
-from poise.errors import ConfigError, RunError
+from poise.errors import ConfigError
 from poise.runs.building import Built, build_parts
-from poise.runs.execute import Outcome, execute
-from poise.runs.records import find_runs, load_run
+from poise.runs.execute import Outcome, execute, hold
+from poise.runs.records import find_runs
+from poise.runs.sweeps import Job, interrupted, outcome_of, write_jobs
 
 
 def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
@@ -39,12 +41,17 @@ def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
         single = [o for o in overrides if not is_sweep(o)]
         whole = composed(single)
         jobs = _jobs(whole, overrides)
-        for number, chosen in enumerate(jobs):
-            _check(number, len(jobs), chosen)
+        made = [_check(number, len(jobs), chosen) for number, chosen in enumerate(jobs)]
         directory = sweep_directory(whole, single)
         argv = ["--multirun", *overrides, f"hydra.sweep.dir={_quoted(directory)}"]
-        _hydra_main(argv, quiet, {_TOTAL: str(len(jobs))})
-    return [_outcome(path) for path in find_runs([directory])]
+        with contextlib.ExitStack() as held:
+            hold(directory, held)
+            write_jobs(directory, made)
+            try:
+                _hydra_main(argv, quiet, {_TOTAL: str(len(jobs))})
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(interrupted(directory)) from None
+    return [outcome_of(path) for path in find_runs([directory])]
 
 
 def _jobs(whole: DictConfig, overrides: list[str]) -> list[list[str]]:
@@ -59,13 +66,17 @@ _TOTAL = "POISE_JOBS"
 _built: dict[str, Built] = {}  # parts that `_check` has built, by configuration, until their job takes them
 
 
-def _check(number: int, total: int, chosen: list[str]) -> None:
+def _check(number: int, total: int, chosen: list[str]) -> Job:
     try:
         with one_line_errors(chosen):
-            built = build_parts(from_hydra(composed(chosen)))
+            whole = composed([*chosen, f"hydra.job.num={number}", f"hydra.job.id={number}"])
+            name = str(whole.hydra.sweep.subdir)
+            built = build_parts(from_hydra(whole))
     except ConfigError as error:
         raise ConfigError(f"job {number + 1} of {total} ({' '.join(chosen)}): {error}") from None
     _built[_key(built.config)] = built
+    own = [o for o in chosen if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return Job(name, own, built.config.plain(), built.places())
 
 
 def _key(config: RunConfig) -> str:
@@ -74,14 +85,6 @@ def _key(config: RunConfig) -> str:
 
 def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"
-
-
-def _outcome(directory: Path) -> Outcome:
-    """Return how a job ended, from its records: it may have run in another process."""
-    one = load_run(directory)
-    if one.state == "done":
-        return Outcome(one)
-    return Outcome(one, RunError(f"{directory}: {one.state}: {one.status.get('reason', '')}"))
 
 
 def job(whole: DictConfig) -> None:

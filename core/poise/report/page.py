@@ -9,8 +9,8 @@ from pathlib import Path
 
 from poise.files import write_text
 from poise.report import plots
+from poise.report.loading import Found
 from poise.report.tables import Table, group, metric_names, recipe_report, tables, varied_keys
-from poise.runs.records import Run, find_runs, load_run
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -24,21 +24,20 @@ p.note{color:#555}
 
 
 def write_page(
-    target: Path | str, sections: Sequence[tuple[str, Sequence[Path | str]]],
+    target: Path | str, sections: Sequence[tuple[str, Found]],
     title: str = "Poise report", intro: str = "", closing: str = "", metrics: Sequence[str] = (),
 ) -> Path:
-    """Write a page with one section per (heading, directories of runs).
+    """Write a page with one section per (heading, what was found).
 
     Parameters
     ----------
     target : path of the HTML file
-    sections : list of (heading, run directories)
+    sections : list of (heading, Found)
     intro, closing : HTML put before and after the sections
     """
     body = [f"<h1>{html.escape(title)}</h1>", intro]
-    for heading, directories in sections:
-        runs = [load_run(d) for d in find_runs(directories)]
-        body += [f"<h2>{html.escape(heading)}</h2>", *section(runs, metrics)]
+    for heading, found in sections:
+        body += [f"<h2>{html.escape(heading)}</h2>", *section(found, metrics)]
     body.append(closing)
     text = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}"
@@ -48,9 +47,10 @@ def write_page(
     return Path(target)
 
 
-def section(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[str]:
+def section(found: Found, metrics: Sequence[str] = ()) -> list[str]:
     """Return the HTML of some runs: tables, curves, and the figures they drew themselves."""
-    parts = [table_html(t) for t in tables(runs, metrics) if t.rows]
+    runs = found.runs
+    parts = [table_html(t) for t in tables(found, metrics) if t.rows]
     done = [r for r in runs if r.state == "done"]
     groups = group(done, varied_keys(runs))
     pictures = [plots.curves(groups, n) for n in ("validation_loss", "loss")]

@@ -28,6 +28,10 @@ class Built:
         """Return the files that the components read, by key of the configuration."""
         return inputs_of(self.components)
 
+    def places(self) -> dict[str, str]:
+        """Return the absolute paths of these files."""
+        return {key: str(one.path.absolute()) for key, one in self.inputs().items()}
+
 
 def build_parts(
     config: RunConfig, registry: Registry | None = None, places: Mapping[str, str] | None = None

@@ -48,7 +48,7 @@ def execute(
     """
     directory = Path(directory)
     with contextlib.ExitStack() as held:
-        _hold(directory, held, resume)
+        hold(directory, held, resume)
         context = _resumed(built, directory, quiet) if resume else _begun(built, directory, quiet)
         error = _carry_out(built, context)
     return Outcome(load_run(directory), error)
@@ -80,7 +80,7 @@ def _carry_out(built: Built, context: RunContext) -> BaseException | None:
         return _close(context, tracker, "failed", error, {}, reason)
 
 
-def _hold(directory: Path, held: contextlib.ExitStack, resume: bool) -> None:
+def hold(directory: Path, held: contextlib.ExitStack, resume: bool = False) -> None:
     """Make the directory and take its lock, before anything of the run is written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from poise.errors import FileError, RunError
 from poise.files import plain, read_json, sync_folder, write_bytes, write_json
 from poise.runs.liveness import fate, this_process
 
+SWEEP = "sweep.json"  # in the directory of a sweep: its jobs, also those that left no record
 STATES = ("running", "done", "failed", "interrupted")
 PACKAGES = (
     "poise", "torch", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers",
@@ -238,14 +239,14 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
     Raises
     ------
     FileError
-        For a path that does not exist or holds no run.
+        For a path that does not exist, or holds neither a run nor a sweep.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise FileError(f"no directory {path}")
         here = sorted((p.parent for p in path.rglob("resolved.yaml")), key=_natural)
-        if not here:
+        if not here and not any(path.rglob(SWEEP)):
             raise FileError(f"{path} holds no run (no resolved.yaml at or below it)")
         found += [p for p in here if p not in found]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,8 @@ def refuse_resume(directory: Path, state: str, force: bool = False) -> None:
 def still_running(directory: Path) -> str:
     """Say which process carries out a run."""
     process = load_status(directory).get("process", {})
-    return f"{directory} is still running (process {process.get('pid')} on {process.get('host')})"
+    who = f" (process {process['pid']} on {process['host']})" if process else ""
+    return f"{directory} is still running{who}"
 
 
 def resumed(directory: Path | str, changes: Mapping[str, Any], force: bool = False) -> Built:
@@ -72,17 +74,32 @@ def resumed(directory: Path | str, changes: Mapping[str, Any], force: bool = Fal
     refuse_resume(Path(directory), load_run(directory).state, force)
     origin = load_origin(Path(directory))
     places = {key: one["path"] for key, one in origin.inputs.items()} if origin else {}
+    config, places = changed(saved, places, changes)
+    return build_parts(RunConfig.from_plain(config), places=places)
+
+
+def changed(
+    config: Mapping[str, Any], places: Mapping[str, str], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a saved configuration and the places of what it reads, with the changes of a resume.
+
+    Raises
+    ------
+    ConfigError
+        For a change that would make the result differ.
+    """
+    config, places = copy.deepcopy(dict(config)), dict(places)
     for key, value in changes.items():
         if key in places:
             places[key] = value
         elif any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
-            _set(saved, key, value)
+            _set(config, key, value)
         else:
             raise ConfigError(
                 f"{key}={value}: a resumed run keeps its configuration; only these may change: "
                 + ", ".join([*MAY_CHANGE, *places])
             )
-    return build_parts(RunConfig.from_plain(saved), places=places)
+    return config, places
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
