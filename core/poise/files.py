@@ -59,7 +59,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as f:
             f.write(data)
@@ -69,9 +69,18 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary and os.path.exists(temporary):  # an error, or an interrupt
+            os.unlink(temporary)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -235,7 +244,7 @@ def write_shards(
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stem}.") as fresh:
             homes, total = _write_each(pairs, Path(fresh), shard_bytes)
             return _move_shards(Path(fresh), folder, stem, homes, total)

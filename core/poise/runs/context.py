@@ -54,7 +54,7 @@ class RunContext:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.seed, self.device, self.run, self.quiet = seed, device, run, quiet
         self.records = Records(self.directory)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep, run)
         self.resume_from: Checkpoint | None = None
         self.earlier: dict[str, Any] = {}  # the status that a resume found
         self.going = self.stopping = False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from poise.config import RunConfig
 from poise.errors import PoiseError, RunError
+from poise.files import make_folder
 from poise.interfaces import Tracker
 from poise.runs.building import Built
 from poise.runs.context import Interrupted, RunContext
@@ -83,7 +84,7 @@ def _carry_out(built: Built, context: RunContext) -> BaseException | None:
 def hold(directory: Path, held: contextlib.ExitStack, resume: bool = False) -> None:
     """Make the directory and take its lock, before anything of the run is written."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         held.enter_context(lock(directory))
     except OSError as error:
         raise RunError(
