@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BUNDLE_VERSION = 1
 SHARD_BYTES = 2_000_000_000
+MOST_JSON = 1 << 26  # bytes
 _CHUNK = 1 << 20
 
 
@@ -102,19 +103,38 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
+def read_regular(path: Path | str, most: int) -> bytes:
+    """Read a file whole, but neither a pipe or device, which may never end, nor more than `most` bytes.
+
+    Raises
+    ------
+    FileError
+        When it is missing, no regular file, or larger.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+        with open(handle, "rb") as f:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileError(f"cannot read {path}: it is no regular file")
+            if found.st_size > most:
+                raise FileError(f"cannot read {path}: it has {found.st_size} bytes, {most} are allowed")
+            return f.read(most)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises
     ------
     FileError
-        When it is missing or not JSON.
+        When it is missing, no regular file, larger than `MOST_JSON`, or not JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+        return json.loads(read_regular(path, MOST_JSON).decode())
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON (torn or altered): {error}") from None
 
 

@@ -7,11 +7,12 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from poise.files import write_text
+from poise.files import read_regular, write_text
 from poise.report import plots
 from poise.report.loading import Found
 from poise.report.tables import Table, group, metric_names, recipe_report, tables, varied_keys
 
+_MOST_PICTURE = 1 << 26  # bytes
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-weight:600}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin-bottom:.3rem}
@@ -59,7 +60,7 @@ def section(found: Found, metrics: Sequence[str] = ()) -> list[str]:
     parts += [image(data, title) for title, data in recipe_report(done)[1]]
     for run in done:
         for path in sorted((run.directory / "figures").glob("*.png")):
-            parts.append(image(path.read_bytes(), path.stem.replace("_", " ")))
+            parts.append(image(read_regular(path, _MOST_PICTURE), path.stem.replace("_", " ")))
     for run in runs:
         parts.append(f"<p class='note'>records: {html.escape(str(run.directory))}</p>")
     return parts

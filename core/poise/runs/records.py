@@ -25,11 +25,18 @@ from typing import Any
 import yaml
 
 from poise.errors import FileError, RunError
-from poise.files import plain, read_json, sync_folder, write_bytes, write_json
+from poise.files import plain, read_regular, sync_folder, write_bytes, write_json
+from poise.runs.checked import (
+    MOST_ROWS,
+    read_config,
+    read_mapping,
+    read_rows,
+    read_status,
+    read_summary,
+)
 from poise.runs.liveness import fate, this_process
 
 SWEEP = "sweep.json"  # in the directory of a sweep: its jobs, also those that left no record
-STATES = ("running", "done", "failed", "interrupted")
 PACKAGES = (
     "poise", "torch", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers",
     "scikit-learn", "scipy", "lightgbm", "catboost", "xgboost-cpu", "quantile-forest",
@@ -40,8 +47,8 @@ PACKAGES = (
 class Run:
     """A run as read from its directory.
 
-    `state` is one of `STATES`; of a run that says it is running but has no live process, it is killed, or
-    unknown where that process may live on another machine.
+    `state` is one of `checked.STATES`; of a run that says it is running but has no live process, it is
+    killed, or unknown where that process may live on another machine.
     """
 
     directory: Path
@@ -98,7 +105,7 @@ class Records:
     def open(self, keep_rows: int | None = None) -> None:
         """Open for appending, after cutting all but the first `keep_rows` metric rows."""
         path = self.directory / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = read_regular(path, MOST_ROWS).splitlines(keepends=True) if path.exists() else []
         if keep_rows is not None:
             if len(lines) < keep_rows:
                 raise FileError(f"{path} holds {len(lines)} rows, the checkpoint expects {keep_rows}")
@@ -176,61 +183,28 @@ def load_run(directory: Path | str) -> Run:
         When the directory holds no run or its records are damaged.
     """
     directory = Path(directory)
-    config = load_config(directory)
-    summary = _optional(directory / "summary.json")
-    for part in ("metrics", "notes"):
-        if not isinstance(summary.get(part, {}), dict):
-            raise FileError(f"{directory}/summary.json is damaged: its {part} are no mapping")
-    status = load_status(directory)
+    config, status = load_config(directory), load_status(directory)
+    metrics, notes = read_summary(directory / "summary.json")
     return Run(
         directory=directory, state=_state(directory, status), config=config, status=status,
-        metrics={k: float(v) for k, v in summary.get("metrics", {}).items()},
-        notes=summary.get("notes", {}),
-        rows=read_rows(directory / "metrics.jsonl"),
-        environment=_optional(directory / "environment.json"),
+        metrics=metrics, notes=notes, rows=read_rows(directory / "metrics.jsonl"),
+        environment=read_mapping(directory / "environment.json"),
     )
 
 
 def load_status(directory: Path) -> dict[str, Any]:
     """Read a run's status; empty when it was stopped before it had one."""
-    return _optional(directory / "status.json")
+    return read_status(directory / "status.json")
 
 
 def load_config(directory: Path | str) -> dict[str, Any]:
     """Read a run's resolved configuration as plain values."""
     path = Path(directory) / "resolved.yaml"
-    if not path.is_file():
+    if not path.exists():
         inner = sorted(p.parent.name for p in Path(directory).glob("*/resolved.yaml"))
         hint = f"; the runs of this sweep: {', '.join(inner)}" if inner else ""
         raise FileError(f"{directory} holds no run: there is no {path.name}{hint}")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise FileError(f"{path} is damaged: it holds no mapping")
-    return config
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read metric rows; a last line torn by a kill is left out.
-
-    Raises
-    ------
-    FileError
-        Naming the first line that is no metric row.
-    """
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for n, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"]), "value": float(row["value"])})
-        except (ValueError, TypeError, KeyError):
-            if n == len(lines) and not line.endswith(b"\n"):
-                break
-            raise FileError(f"{path} is damaged: line {n} is no metric row") from None
-    return rows
+    return read_config(path)
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Path]:
@@ -254,14 +228,6 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
 
 def _natural(path: Path) -> list[Any]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.parts]
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise FileError(f"{path} is damaged: it holds no mapping")
-    return value
-
 
 
 def _state(directory: Path, status: Mapping[str, Any]) -> str:
