@@ -84,6 +84,18 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
+def still_there(folder: Path) -> None:
+    """Refuse to make a folder again that somebody has removed in the meantime.
+
+    Raises
+    ------
+    FileError
+    """
+    if not folder.is_dir():
+        raise FileError(f"{folder} was removed while a run was writing to it: leave a run's directory "
+                        f"alone until it ends")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)

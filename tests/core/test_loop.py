@@ -421,7 +421,7 @@ def test_a_seeded_block_is_a_function_of_its_purpose_and_leaves_the_rest_alone(t
         assert torch.equal(inside, torch.rand(2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_one_raises(number, tmp_path):
     context = RunContext(tmp_path)
     before = signal.getsignal(number)

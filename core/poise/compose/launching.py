@@ -25,7 +25,9 @@ from poise.errors import ConfigError
 from poise.runs.building import Built, build_parts
 from poise.runs.execute import Outcome, execute, hold
 from poise.runs.records import find_runs
+from poise.runs.signals import interruptible
 from poise.runs.sweeps import Job, interrupted, outcome_of, write_jobs
+from poise.streams import fit_streams
 
 
 def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
@@ -44,7 +46,7 @@ def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
         made = [_check(number, len(jobs), chosen) for number, chosen in enumerate(jobs)]
         directory = sweep_directory(whole, single)
         argv = ["--multirun", *overrides, f"hydra.sweep.dir={_quoted(directory)}"]
-        with contextlib.ExitStack() as held:
+        with interruptible(), contextlib.ExitStack() as held:
             hold(directory, held)
             write_jobs(directory, made)
             try:
@@ -96,6 +98,7 @@ def job(whole: DictConfig) -> None:
     built = _built.pop(_key(config), None) or build_parts(config)  # a launcher's process builds its own
     quiet = bool(os.environ.get("POISE_QUIET"))
     if not quiet:
+        fit_streams()  # a launcher's process has its own
         number = f"{int(mine.job.num) + 1}/{os.environ[_TOTAL]}"
         print(f"[{number}] {' '.join(chosen)}", file=sys.stderr, flush=True)
     outcome = execute(built, directory, quiet=quiet)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import FileError
-from poise.files import load_bundle, load_meta, remove_bundle, save_bundle
+from poise.files import load_bundle, load_meta, remove_bundle, save_bundle, still_there
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ class Checkpoints:
 
         `meta["score"]`, lower is better, decides which one is best; None never is.
         """
+        still_there(self.folder.parent)
         save_bundle(self._stem(step), tensors, {**meta, "step": step, "run": self.run})
         scores = self._scores()
         best = min(scores, key=lambda s: (scores[s], s), default=step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from poise.interfaces import Tracker
 from poise.runs.checkpoint import Checkpoint, Checkpoints
 from poise.runs.progress import progress
 from poise.runs.records import Records
+from poise.runs.signals import handled
 
 
 class Interrupted(Exception):
@@ -90,7 +90,7 @@ class RunContext:
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[None]:
-        """Within the block, the first Ctrl-C or SIGTERM only sets `stopping`; a second one raises."""
+        """Within the block, the first request to stop only sets `stopping`; a second one raises."""
 
         def ask(number: int, frame: Any) -> None:
             if self.stopping:
@@ -98,12 +98,5 @@ class RunContext:
             self.stopping = True
 
         self.going = True
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals stay with whoever owns them
-            before = {}
-        try:
+        with handled(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

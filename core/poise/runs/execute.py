@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.config import RunConfig
-from poise.errors import PoiseError, RunError
+from poise.errors import FileError, PoiseError, RunError
 from poise.files import make_folder
 from poise.interfaces import Tracker
 from poise.runs.building import Built
@@ -20,6 +20,7 @@ from poise.runs.liveness import HeldError, lock
 from poise.runs.origin import NAME, Origin, load_origin, look_at, same_inputs
 from poise.runs.records import Run, load_run, load_status
 from poise.runs.resume import refuse_resume, still_running
+from poise.runs.signals import interruptible, undisturbed
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ def execute(
     outcome, and in `status.json`.
     """
     directory = Path(directory)
-    with contextlib.ExitStack() as held:
+    with interruptible(), contextlib.ExitStack() as held:
         hold(directory, held, resume)
         context = _resumed(built, directory, quiet) if resume else _begun(built, directory, quiet)
         error = _carry_out(built, context)
-    return Outcome(load_run(directory), error)
+    try:
+        return Outcome(load_run(directory), error)
+    except FileError:  # the directory was removed under the run, or what failed the run has its records too
+        if isinstance(error, PoiseError):
+            raise error from None
+        raise
 
 
 def _carry_out(built: Built, context: RunContext) -> BaseException | None:
@@ -145,14 +151,15 @@ def _close(
     context: RunContext, tracker: Tracker | None, state: str, error: BaseException | None,
     metrics: Mapping[str, float], reason: str = "",
 ) -> BaseException | None:
-    try:
-        if state == "failed" and context.earlier and not context.going:  # a resume that came to nothing
-            context.records.put_back(context.earlier)
-        else:
-            context.records.status(state, reason)
-    except PoiseError as full:  # the disk that failed the run may refuse the status as well
-        error = error or full
-    context.records.close()
-    if tracker:
-        tracker.finish(state, metrics)
+    with undisturbed():
+        try:
+            if state == "failed" and context.earlier and not context.going:  # a resume that came to nothing
+                context.records.put_back(context.earlier)
+            else:
+                context.records.status(state, reason)
+        except PoiseError as full:  # the disk that failed the run may refuse the status as well
+            error = error or full
+        context.records.close()
+        if tracker:
+            tracker.finish(state, metrics)
     return error

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from poise.errors import FileError, RunError
-from poise.files import plain, read_regular, sync_folder, write_bytes, write_json
+from poise.files import plain, read_regular, still_there, sync_folder, write_bytes, write_json
 from poise.runs.checked import (
     MOST_ROWS,
     read_config,
@@ -135,19 +135,23 @@ class Records:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         body = {"state": state, "reason": reason, "time": now, "process": this_process(),
                 "seconds": round(time.time() - self._started, 2)}
-        write_json(self.directory / "status.json", body)
+        self._write("status.json", body)
 
     def put_back(self, status: Mapping[str, Any]) -> None:
         """Write a status as it was read before."""
-        write_json(self.directory / "status.json", status)
+        self._write("status.json", status)
 
     def environment(self, threads: int, device: str) -> None:
         """Write versions, thread counts and the machine."""
-        write_json(self.directory / "environment.json", environment(threads, device))
+        self._write("environment.json", environment(threads, device))
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Write final metrics and notes."""
-        write_json(self.directory / "summary.json", {"metrics": metrics, "notes": self.notes})
+        self._write("summary.json", {"metrics": metrics, "notes": self.notes})
+
+    def _write(self, name: str, value: Any) -> None:
+        still_there(self.directory)
+        write_json(self.directory / name, value)
 
     def close(self) -> None:
         """Close the metrics file."""

@@ -18,6 +18,7 @@ from poise.runs.building import Built, build_parts
 from poise.runs.execute import Outcome, execute, hold
 from poise.runs.records import SWEEP, load_run
 from poise.runs.resume import changed, resumed
+from poise.runs.signals import interruptible
 
 _KEYS = {"name": str, "overrides": list[str], "config": dict[str, Any], "places": dict[str, str]}
 
@@ -112,7 +113,7 @@ def finish(
         When a job is interrupted; later ones are not started.
     """
     jobs = load_jobs(directory)
-    with contextlib.ExitStack() as held:
+    with interruptible(), contextlib.ExitStack() as held:
         hold(directory, held, resume=True)
         missing = [n for n, job in enumerate(jobs) if not _done(directory / job.name)]
         if not missing:
