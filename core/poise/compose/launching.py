@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from poise.compose.composing import composed, from_hydra, sweep_directory
+from poise.compose.composing import composed, default_threads, from_hydra, sweep_directory
 from poise.compose.messages import one_line_errors
 from poise.compose.overrides import check_overrides, is_sweep, open_key
 from poise.compose.schema import HYDRA_VERSION_BASE, conf_root, install
@@ -50,7 +50,9 @@ def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
             hold(directory, held)
             write_jobs(directory, made)
             try:
-                _hydra_main(argv, quiet, {_TOTAL: str(len(jobs))})
+                # a launcher's processes have fewer threads, and would take that for their default
+                told = {_TOTAL: str(len(jobs)), "OMP_NUM_THREADS": str(default_threads())}
+                _hydra_main(argv, quiet, told)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(interrupted(directory)) from None
     return [outcome_of(path) for path in find_runs([directory])]
