@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BUNDLE_VERSION = 1
 SHARD_BYTES = 2_000_000_000
+MOST_JSON = 1 << 26  # bytes
 _CHUNK = 1 << 20
 
 
@@ -59,7 +60,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as f:
             f.write(data)
@@ -69,9 +70,30 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary and os.path.exists(temporary):  # an error, or an interrupt
+            os.unlink(temporary)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def still_there(folder: Path) -> None:
+    """Refuse to make a folder again that somebody has removed in the meantime.
+
+    Raises
+    ------
+    FileError
+    """
+    if not folder.is_dir():
+        raise FileError(f"{folder} was removed while a run was writing to it: leave a run's directory "
+                        f"alone until it ends")
 
 
 def sync_folder(folder: Path) -> None:
@@ -93,19 +115,37 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
+def read_regular(path: Path | str, most: int) -> bytes:
+    """Read a file whole, but neither a pipe or device, which may never end, nor more than `most` bytes.
+
+    Raises
+    ------
+    FileError
+        When it is missing, no regular file, or larger.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+        with open(handle, "rb") as f:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileError(f"cannot read {path}: it is no regular file")
+            if found.st_size > most:
+                raise FileError(f"cannot read {path}: it has {found.st_size} bytes, {most} are allowed")
+            return f.read(most)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises
     ------
     FileError
-        When it is missing or not JSON.
+        When it is missing, no regular file, larger than `MOST_JSON`, or not JSON.
     """
-    _refuse_special(Path(path))
     try:
-        return json.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+        return json.loads(read_regular(path, MOST_JSON).decode())
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON (torn or altered): {error}") from None
 
@@ -247,7 +287,7 @@ def write_shards(
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{stem}.") as fresh:
             homes, total = _write_each(pairs, Path(fresh), shard_bytes)
             return _move_shards(Path(fresh), folder, stem, homes, total)

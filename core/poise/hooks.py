@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from poise.interfaces import Parts
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file that a component reads, or those files of a folder that match one of the patterns."""
+
+    path: Path
+    patterns: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A component that reads files which are not part of the run."""
+
+    def inputs(self) -> dict[str, Input]:
+        """Return what it reads, by the option that says where it is; also where a default says so.
+
+        With each of these options set to that path, the component reads the same.
+        """
+        ...
 
 
 @runtime_checkable

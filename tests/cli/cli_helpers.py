@@ -133,7 +133,7 @@ def cut_back(directory: Path, step: int) -> None:
     """Leave of a finished run what a kill right after the checkpoint at `step` would have left."""
     for name in ("final.safetensors", "final.json", "summary.json"):
         (directory / name).unlink()
-    edit_json(directory / "status.json", state="running", pid=0)
+    edit_json(directory / "status.json", state="running")
     for path in (directory / "checkpoints").iterdir():
         if int(path.stem.split("-")[1]) > step:
             path.unlink()

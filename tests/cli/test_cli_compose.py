@@ -15,7 +15,7 @@ from poise import compose as composing
 from poise.compose import compose, conf_root, experiments
 from poise.config import PARTS
 from poise.registry import installed
-from poise.runs.execute import build_parts
+from poise.runs.building import build_parts
 
 
 def choices() -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import pytest
 from cli_helpers import TINY, call, cut_back, edit_json
 
 import poise
+from poise.report.loading import Found
 from poise.report.tables import compare, tables
 from poise.runs.records import Run
 
@@ -24,7 +25,7 @@ def mixture(here, finished) -> Path:
     for name, state in (("c", "failed"), ("d", "interrupted"), ("e", "running")):
         shutil.copytree(finished / "a", here / name)
         cut_back(here / name, 3)
-        edit_json(here / name / "status.json", state=state, pid=0, reason=f"why {name}")
+        edit_json(here / name / "status.json", state=state, reason=f"why {name}")
     return here
 
 
@@ -180,7 +181,8 @@ def run_of(folder, seed, choice="a", **metrics):
 
 
 def cells(runs, title, metric="loss"):
-    (table,) = [t for t in tables(runs, [metric]) if t.title.startswith(title)]
+    found = Found(list(runs), {}, {}, 0, [])
+    (table,) = [t for t in tables(found, [metric]) if t.title.startswith(title)]
     return [row[1:] for row in table.rows]
 
 

@@ -84,15 +84,6 @@ def test_without_a_terminal_lines_are_plain(here):
     assert "test_accuracy" in done.stdout
 
 
-@pytest.mark.slow
-def test_a_closed_output_does_not_lose_the_run(here):
-    subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", POISE, "run", *TINY, "hydra.run.dir=one"],
-        cwd=here, env=environment(), capture_output=True, timeout=300, check=False,
-    )
-    assert load_run(here / "one").state == "done"
-
-
 def test_a_reader_that_leaves_early_is_no_error(here):
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {POISE} list | head -1"], cwd=here, env=environment(),

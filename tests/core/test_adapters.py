@@ -446,7 +446,7 @@ def test_a_runs_adapter_folder_loads(tmp_path):
     text.write_text("A weight on a balance. " * 200)
     component = CausalLM(architecture="LlamaForCausalLM", hidden_size=16)
     save_model(component.build(), component.tokenizer(), base)
-    run = poise.run(["recipe=finetune", "model=causal_lm", f"model.path={base}", "data=text",
+    run = poise.run(["threads=1", "recipe=finetune", "model=causal_lm", f"model.path={base}", "data=text",
                      f"data.path={text}", "adapter=bone", "adapter.r=4", "train.steps=2",
                      "train.batch_size=2", "recipe.length=16",
                      "recipe.eval_examples=2", f"hydra.run.dir={tmp_path / 'run'}"])

@@ -286,6 +286,58 @@ def test_a_failing_rename_leaves_the_old_file(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ JSON
 
 
+def _write_model(folder: Path) -> None:
+    from poise.models.causal_lm import save_model
+    from poise.models.components import CausalLM
+
+    small = CausalLM(architecture="LlamaForCausalLM", hidden_size=8, layers=1, heads=2)
+    save_model(small.build(), small.tokenizer(), folder)
+
+
+def _claim(folder: Path) -> None:
+    from poise.runs.records import Records
+
+    records = Records(folder)
+    records.begin({})
+    records.close()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_bytes(folder / "file", b"x"),
+        lambda folder: write_json(folder / "deeper/and/deeper/file", 1),
+        lambda folder: save_bundle(folder / "bundle", {"x": torch.zeros(1)}, {}),
+        lambda folder: write_shards([("a", torch.zeros(9)), ("b", torch.zeros(9))], folder, shard_bytes=36),
+        _write_model, _claim,
+    ],
+    ids=["file", "new folders", "bundle", "shards", "model", "records"],
+)
+def test_a_name_is_durable_once_the_write_returns(tmp_path, monkeypatch, write):
+    """Whatever gives a file or folder its name is followed by an fsync of the folder that holds it."""
+    pending: set[str] = set()
+
+    def naming(function):
+        def call(*args, **options):
+            done = function(*args, **options)
+            target = Path(args[0] if function is make else args[1])
+            if not any(part.startswith(".") for part in target.parts):  # those are moved or removed again
+                pending.add(str(target.parent))
+            return done
+        return call
+
+    def sync(handle: int) -> None:
+        synced(handle)
+        pending.discard(os.readlink(f"/proc/self/fd/{handle}"))
+
+    make, synced = os.mkdir, os.fsync
+    for name in ("replace", "link", "mkdir"):
+        monkeypatch.setattr(os, name, naming(getattr(os, name)))
+    monkeypatch.setattr(os, "fsync", sync)
+    write(tmp_path)
+    assert pending == set()
+
+
 def test_plain_values():
     value = {"a": np.float32(0.5), 2: np.arange(3), "t": torch.tensor(3), "p": Path("/x"), "s": (1, {2}),
              "n": [float("nan"), float("inf"), -np.inf], "m": torch.ones(2, 1), "b": np.bool_(True)}

@@ -337,10 +337,61 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(damage, tmp_path, 
     damage(tmp_path / "step-00000003.safetensors")
     assert points.newest().step == 2
     err = capsys.readouterr().err
-    assert "skipping a damaged checkpoint" in err and "step-00000003.safetensors" in err
+    assert "skipping a checkpoint" in err and "step-00000003.safetensors" in err
     damage(tmp_path / "step-00000002.safetensors")
     with pytest.raises(FileError, match=r"no usable checkpoint.*step-00000003\.safetensors"):
         points.newest()
+
+
+def points_of(folder, run: str, *steps: int) -> Checkpoints:
+    """Return the checkpoints of a run at some steps; each holds its step as a tensor."""
+    points = Checkpoints(folder, keep=9, run=run)
+    for step in steps:
+        points.save(step, {"step": torch.tensor(float(step))}, {"score": 1 / step, "rows": 0})
+    return points
+
+
+def moved(source, target) -> None:
+    for suffix in ("safetensors", "json"):
+        source.with_suffix(f".{suffix}").rename(target.with_suffix(f".{suffix}"))
+
+
+def test_a_checkpoint_of_another_run_is_named_and_never_loaded(tmp_path, capsys):
+    points = points_of(tmp_path / "own", "run 1", 2)
+    points_of(tmp_path / "other", "run 2", 5)
+    moved(tmp_path / "other/step-00000005", tmp_path / "own/step-00000005")
+    assert points.newest().step == points.best().step == 2
+    assert "step-00000005.json is of another run (run 2, this one is run 1)" in capsys.readouterr().err
+    points.keep = 1
+    points.save(4, {}, {"score": None, "rows": 0})
+    points.save(6, {}, {"score": None, "rows": 0})
+    assert points.steps() == [2, 5, 6]  # its own best and newest; the other is none of its business
+
+
+def test_with_a_checkpoint_of_another_run_alone_there_is_none_to_use(tmp_path):
+    points_of(tmp_path, "run 2", 5)
+    with pytest.raises(FileError, match=r"no usable checkpoint .*step-00000005\.json is of another run"):
+        Checkpoints(tmp_path, run="run 1").newest()
+
+
+def test_a_renamed_checkpoint_is_named_and_never_loaded(tmp_path, capsys):
+    points = points_of(tmp_path, "run", 2, 3)
+    moved(tmp_path / "step-00000003", tmp_path / "step-00000007")
+    assert points.newest().step == points.best().step == 2
+    assert "step-00000007.json is of step 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step-abc.json", "step-.json", "step-7.json", "step-00000009 (copy).json",
+                                  "step--0000001.json", "step-٠٠٠٠٠٠٠٩.json", "step-1e9.json"])
+def test_a_stray_file_is_no_checkpoint_and_blocks_none(tmp_path, name):
+    tmp_path.joinpath(name).write_text("{}")
+    points = points_of(tmp_path, "run", 2, 3)
+    assert points.steps() == [2, 3] and points.newest().step == 3
+    assert tmp_path.joinpath(name).read_text() == "{}"
+
+
+def test_steps_of_nine_digits_have_checkpoints_too(tmp_path):
+    assert points_of(tmp_path, "run", 99_999_999, 100_000_000).newest().step == 100_000_000
 
 
 def test_no_checkpoint_is_none(tmp_path):
@@ -370,7 +421,7 @@ def test_a_seeded_block_is_a_function_of_its_purpose_and_leaves_the_rest_alone(t
         assert torch.equal(inside, torch.rand(2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_one_raises(number, tmp_path):
     context = RunContext(tmp_path)
     before = signal.getsignal(number)

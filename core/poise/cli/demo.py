@@ -22,27 +22,24 @@ NEXT = (
 
 def main(argv: list[str]) -> int:
     """Run every demo experiment; print the path of the page. Returns 1 when one of them failed."""
-    from poise.compose import experiments, run_all
+    from poise.compose import experiments
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         raise ConfigError("usage: poise demo [OUTPUT DIRECTORY]")
     out = Path(argv[0] if argv else "runs/demo")
     names = [n for n in experiments() if n.endswith("_demo")]
-    sections, failed = [], []
+    page = out / "index.html"
+    sections: list[tuple[str, list[Path]]] = []
+    failed: list[str] = []
     for i, name in enumerate(names, start=1):
         print(f"[{i}/{len(names)}] poise run experiment={name}", file=sys.stderr, flush=True)
-        started = time.perf_counter()
         try:
-            outcomes = run_all([f"experiment={name}", f"paths.out={out}"])
-        except PoiseError as error:
-            failed.append(f"{name}: {error}")
-            continue
-        seconds = time.perf_counter() - started
-        print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
-        failed += [f"{name}: {o.error}" for o in outcomes if o.error is not None]
-        heading = f"{name.removesuffix('_demo')} (short form, {seconds:.0f} s)"
-        sections.append((heading, [o.run.directory for o in outcomes]))
-    page = _page(out, sections, names)
+            failed += _part(name, out, sections)
+        except KeyboardInterrupt:
+            done = f"; the page of what is done: {page.resolve()}" if sections else ""
+            raise KeyboardInterrupt(f"interrupted in part {i} of {len(names)}{done}") from None
+        if sections:
+            _write(page, sections, names)  # after every part, for whoever stops here
     for line in failed:
         print(f"poise: {line}", file=sys.stderr)
     print(f"\nthe page of these runs: {page.resolve()}\n\nwhat to try next:")
@@ -51,7 +48,26 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _page(out: Path, sections: list, names: list[str]) -> Path:
+def _part(name: str, out: Path, sections: list[tuple[str, list[Path]]]) -> list[str]:
+    """Run one experiment, add its section, and return what failed."""
+    from poise.compose import run_all
+
+    started = time.perf_counter()
+    try:
+        outcomes = run_all([f"experiment={name}", f"paths.out={out}"])
+    except PoiseError as error:
+        return [f"{name}: {error}"]
+    if any(o.exit_code == 130 for o in outcomes):
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - started
+    print(f"    {seconds:.0f} s", file=sys.stderr, flush=True)
+    heading = f"{name.removesuffix('_demo')} (short form, {seconds:.0f} s)"
+    sections.append((heading, [o.run.directory for o in outcomes]))
+    return [f"{name}: {o.error}" for o in outcomes if o.error is not None]
+
+
+def _write(page: Path, sections: list[tuple[str, list[Path]]], names: list[str]) -> None:
+    from poise.report.loading import load
     from poise.report.page import write_page
 
     intro = (
@@ -62,6 +78,5 @@ def _page(out: Path, sections: list, names: list[str]) -> Path:
     )
     closing = "<h2>What to try next</h2><pre>" + "\n".join(
         f"{c:<52} # {w}" for c, w in NEXT) + "</pre>"
-    return write_page(
-        out / "index.html", sections, title="Poise: what just ran", intro=intro, closing=closing
-    )
+    found = [(heading, load(directories)) for heading, directories in sections]
+    write_page(page, found, title="Poise: what just ran", intro=intro, closing=closing)

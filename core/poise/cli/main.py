@@ -19,19 +19,20 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; return the exit code (0, 1 failed, 2 wrong usage, 130 interrupted)."""
     from poise.errors import PoiseError
+    from poise.streams import fit_streams
 
+    fit_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("poise: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"poise: {error}" if error.args else "poise: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `poise list | head`
-        sys.stderr.close()
-        return 0
 
 
 def _dispatch(argv: list[str]) -> int:

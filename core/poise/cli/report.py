@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from poise.errors import ConfigError
+from poise.files import write_text
+from poise.report.loading import Found, load
+from poise.report.tables import report
 
 FORMATS = ("terminal", "markdown", "csv", "html")
 USAGE = (
@@ -14,10 +18,7 @@ USAGE = (
 
 
 def main(argv: list[str]) -> int:
-    """Print or write the report of all runs at or below the directories."""
-    from poise.files import write_text
-    from poise.report.tables import report
-
+    """Print or write the report of all runs at or below the directories; 1 when one could not be read."""
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
@@ -29,20 +30,26 @@ def main(argv: list[str]) -> int:
         raise ConfigError(USAGE)
     metrics = list(options["--metric"])
     out = str(options["--out"])
+    found = load(directories)
+    _show(found, form, metrics, out)
+    for error in found.damaged:
+        print(f"poise: left out: {error}", file=sys.stderr)
+    return 1 if found.damaged else 0
+
+
+def _show(found: Found, form: str, metrics: list[str], out: str) -> None:
     if form == "html":
         from poise.report.page import write_page
 
         target = Path(out or "report.html")
-        write_page(target, [("Runs", directories)], metrics=metrics)
-        print(f"report: {target.resolve()}")
-        return 0
-    text = report([Path(d) for d in directories], form=form, metrics=metrics)
-    if out:
-        write_text(out, text + "\n")
-        print(f"report: {Path(out).resolve()}")
+        write_page(target, [("Runs", found)], metrics=metrics)
+    elif out:
+        target = Path(out)
+        write_text(target, report(found, form=form, metrics=metrics) + "\n")
     else:
-        print(text)
-    return 0
+        print(report(found, form=form, metrics=metrics))
+        return
+    print(f"report: {target.resolve()}")
 
 
 def parse(argv: list[str], known: dict[str, str], usage: str):

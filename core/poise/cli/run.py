@@ -15,6 +15,7 @@ _CFG = ("job", "hydra", "all")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _VALUES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 _SWEEPING = ("--multirun", "-m")
+_FORCE = "force_resume"
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +35,7 @@ def main(argv: list[str]) -> int:
                 f"--info defaults|searchpath|plugins, --help"
             )
     overrides = [a for a in argv if not a.startswith("-")]
-    resume = [o for o in overrides if o.startswith("resume=")]
-    if resume:
+    if resume := [o for o in overrides if o.startswith("resume=")]:
         return _resume(resume[-1].partition("=")[2], [o for o in overrides if o not in resume])
     outcomes = compose.run_all(overrides, sweep=sweep, announce=announce)
     return _conclude(outcomes)
@@ -55,9 +55,18 @@ def _check_shown(argv: list[str]) -> None:
 
 def _resume(directory: str, others: list[str]) -> int:
     from poise.compose import parse_changes
-    from poise.runs.execute import build_parts, execute, resumed_config
+    from poise.runs.execute import execute
+    from poise.runs.records import SWEEP
+    from poise.runs.resume import resumed
+    from poise.runs.sweeps import finish
 
-    built = build_parts(resumed_config(directory, parse_changes(others)))
+    changes = dict(parse_changes(others))
+    force = changes.pop(_FORCE, False)
+    if not isinstance(force, bool):
+        raise ConfigError(f"{_FORCE}={force}: allowed is true or false")
+    if (Path(directory) / SWEEP).is_file():
+        return _conclude(finish(Path(directory), changes, force))
+    built = resumed(directory, changes, force)
     announce(built.config, Path(directory))
     return _conclude([execute(built, directory, resume=True)])
 
@@ -84,14 +93,19 @@ def announce(config: Any, directory: Path) -> None:
 
 
 def _conclude(outcomes: list[Any]) -> int:
+    from poise.report.loading import load
     from poise.report.tables import report
+    from poise.runs.records import SWEEP
 
     directories = [o.run.directory for o in outcomes]
-    print(report(directories))
+    print(report(load(directories)))
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"poise: {_sentence(outcome)}", file=sys.stderr)
     root = directories[0] if len(directories) == 1 else directories[0].parent
+    if any(o.error for o in outcomes) and (root / SWEEP).is_file():
+        print(f"poise: try what is missing again with: poise run resume={shlex.quote(str(root))}",
+              file=sys.stderr)
     print(f"records: {root}")
     return max((o.exit_code for o in outcomes), default=0)
 

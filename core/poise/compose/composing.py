@@ -16,7 +16,7 @@ from poise.compose.code import refuse_code
 from poise.compose.messages import one_line_errors
 from poise.compose.overrides import check_overrides, open_key
 from poise.compose.schema import initialized, install
-from poise.config import RunConfig
+from poise.config import MOST_THREADS, RunConfig
 from poise.errors import ConfigError, RunError
 
 _OUTSIDE = ("paths", "hydra")  # keys of the composed file that are not part of a RunConfig
@@ -82,8 +82,16 @@ def from_hydra(whole: DictConfig) -> RunConfig:
                 OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if is_node else node
             )
     if values.get("threads") is None:
-        values["threads"] = len(os.sched_getaffinity(0))
+        values["threads"] = default_threads()
     return RunConfig.from_plain(values)
+
+
+def default_threads() -> int:
+    """Return how many threads a run has that does not say: `OMP_NUM_THREADS`, else the cores it may use."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # one number a nesting level
+    if first.isdecimal() and 1 <= int(first) <= MOST_THREADS:
+        return int(first)
+    return len(os.sched_getaffinity(0))
 
 
 def sweep_directory(whole: DictConfig, overrides: list[str]) -> Path:

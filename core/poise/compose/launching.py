@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,14 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from poise.compose.composing import composed, from_hydra, sweep_directory
+from poise.compose.composing import composed, default_threads, from_hydra, sweep_directory
 from poise.compose.messages import KNOWN, one_line_errors
 from poise.compose.overrides import check_overrides, is_sweep, open_key
 from poise.compose.schema import HYDRA_VERSION_BASE, conf_root, install
 from poise.config import RunConfig
-from poise.errors import ConfigError, RunError
-from poise.runs.execute import Built, Outcome, build_parts, execute
-from poise.runs.records import find_runs, load_run
+from poise.errors import ConfigError
+from poise.runs.building import Built, build_parts
+from poise.runs.execute import Outcome, execute, hold
+from poise.runs.records import find_runs
+from poise.runs.signals import interruptible
+from poise.runs.sweeps import Job, interrupted, outcome_of, write_jobs
+from poise.streams import fit_streams
 
 
 def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
@@ -38,13 +43,19 @@ def sweep(overrides: list[str], quiet: bool) -> list[Outcome]:
         single = [o for o in overrides if not is_sweep(o)]
         whole = composed(single)
         jobs = _jobs(whole, overrides)
-        for number, chosen in enumerate(jobs):
-            _check(number, len(jobs), chosen)
+        made = [_check(number, len(jobs), chosen) for number, chosen in enumerate(jobs)]
         directory = sweep_directory(whole, single)
     argv = ["--multirun", *overrides, f"hydra.sweep.dir={_quoted(directory)}"]
-    with one_line_errors(overrides, KNOWN):
-        _hydra_main(argv, quiet, {_TOTAL: str(len(jobs))})
-    return [_outcome(path) for path in find_runs([directory])]
+    with interruptible(), contextlib.ExitStack() as held, one_line_errors(overrides, KNOWN):
+        hold(directory, held)
+        write_jobs(directory, made)
+        try:
+            # a launcher's processes have fewer threads, and would take that for their default
+            told = {_TOTAL: str(len(jobs)), "OMP_NUM_THREADS": str(default_threads())}
+            _hydra_main(argv, quiet, told)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(interrupted(directory)) from None
+    return [outcome_of(path) for path in find_runs([directory])]
 
 
 def _jobs(whole: DictConfig, overrides: list[str]) -> list[list[str]]:
@@ -59,14 +70,18 @@ _TOTAL = "POISE_JOBS"
 _built: dict[str, Built] = {}  # parts that `_check` has built, by configuration, until their job takes them
 
 
-def _check(number: int, total: int, chosen: list[str]) -> None:
+def _check(number: int, total: int, chosen: list[str]) -> Job:
     try:
         with one_line_errors(chosen):
-            config = from_hydra(composed(chosen))
+            whole = composed([*chosen, f"hydra.job.num={number}", f"hydra.job.id={number}"])
+            name = str(whole.hydra.sweep.subdir)
+            config = from_hydra(whole)
         built = build_parts(config)
     except ConfigError as error:
         raise ConfigError(f"job {number + 1} of {total} ({' '.join(chosen)}): {error}") from None
     _built[_key(built.config)] = built
+    own = [o for o in chosen if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return Job(name, own, built.config.plain(), built.places())
 
 
 def _key(config: RunConfig) -> str:
@@ -75,14 +90,6 @@ def _key(config: RunConfig) -> str:
 
 def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "\\'") + "'"
-
-
-def _outcome(directory: Path) -> Outcome:
-    """Return how a job ended, from its records: it may have run in another process."""
-    one = load_run(directory)
-    if one.state == "done":
-        return Outcome(one)
-    return Outcome(one, RunError(f"{directory}: {one.state}: {one.status.get('reason', '')}"))
 
 
 def job(whole: DictConfig) -> None:
@@ -94,6 +101,7 @@ def job(whole: DictConfig) -> None:
     built = _built.pop(_key(config), None) or build_parts(config)  # a launcher's process builds its own
     quiet = bool(os.environ.get("POISE_QUIET"))
     if not quiet:
+        fit_streams()  # a launcher's process has its own
         number = f"{int(mine.job.num) + 1}/{os.environ[_TOTAL]}"
         print(f"[{number}] {' '.join(chosen)}", file=sys.stderr, flush=True)
     outcome = execute(built, directory, quiet=quiet)

@@ -10,7 +10,8 @@ from poise.compose.composing import compose, free_directory
 from poise.compose.launching import sweep as launch_sweep
 from poise.compose.overrides import refuse_sweeps
 from poise.config import RunConfig
-from poise.runs.execute import Outcome, build_parts, execute
+from poise.runs.building import build_parts
+from poise.runs.execute import Outcome, execute
 
 
 def run(overrides: list[str] | None = None, *, quiet: bool = True) -> Any:

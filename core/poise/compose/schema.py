@@ -115,7 +115,17 @@ def _node(label: str, component: type, entry: str | None) -> type:
 
 
 def initialized() -> AbstractContextManager[None]:
-    """Return a context in which Hydra composes from `conf_root()`."""
+    """Return a context in which Hydra composes from `conf_root()`.
+
+    Raises
+    ------
+    ConfigError
+        When the working directory was removed, which Hydra asks for.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed: change to one that is there") from None
     if GlobalHydra.instance().is_initialized():
         GlobalHydra.instance().clear()
     root = conf_root()

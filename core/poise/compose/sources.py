@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 
 import yaml
@@ -11,7 +10,8 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.plugins.config_source import ConfigResult
 from omegaconf._utils import get_yaml_loader
 
-from poise.errors import ConfigError
+from poise.errors import ConfigError, FileError
+from poise.files import read_regular
 
 LARGEST = 1 << 20  # bytes of one file
 DEEPEST = 40  # nodes within nodes
@@ -75,16 +75,11 @@ def _check_top(path: Path, node: yaml.Node) -> None:
 
 def _text(path: Path) -> str:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{path} is no regular file")
-        if found.st_size > LARGEST:
-            raise ConfigError(f"{path} has {found.st_size:,} bytes; allowed are {LARGEST:,}")
-        return path.read_bytes().decode()
+        return read_regular(path, LARGEST).decode()
+    except FileError as error:
+        raise ConfigError(str(error)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _measure(path: Path, node: yaml.Node, depth: int = 0, sizes: dict[int, int] | None = None) -> int:

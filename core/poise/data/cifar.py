@@ -35,7 +35,7 @@ def load_cifar10(options, seed: int) -> Splits:
     DataError
         For what is missing, torn, pickled, or no image of 32 x 32 pixels.
     """
-    path = Path(options.path) if options.path else packaged.shared(SHARED)
+    path = place(options)
     if not path.exists():
         raise DataError(f"{path} does not exist: check `path`")
     sums: dict[str, str] = {}
@@ -43,6 +43,11 @@ def load_cifar10(options, seed: int) -> Splits:
     (x, y), own = (_floats(*train), _floats(*test))
     loaded = Loaded(x, y, str(path), packaged.licence_of(path), sums, own, list(CLASSES))
     return split(loaded, options, seed)
+
+
+def place(options) -> Path:
+    """Return the folder or archive that is read."""
+    return Path(options.path) if options.path else packaged.shared(SHARED)
 
 
 def _floats(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

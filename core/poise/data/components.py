@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poise.data import packaged
 from poise.data.splits import check_fractions
 from poise.errors import ConfigError
+from poise.hooks import Input
 from poise.options import check_options, option
 
 if TYPE_CHECKING:
@@ -53,6 +56,13 @@ class Tabular:
         from poise.data import tabular
 
         return tabular.load(self, seed)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the table, unless an installed package holds it."""
+        if self.path:
+            return {"path": Input(Path(self.path))}
+        found = packaged.shared_table(self.name)
+        return {"path": Input(found)} if found else {}
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,14 @@ class Images:
 
         return images.load_images(self, seed)
 
+    def inputs(self) -> dict[str, Input]:
+        """Return the folder or files that are read."""
+        from poise.data import images
+
+        given = {name: getattr(self, name) for name in ("labels", "test_path", "test_labels")}
+        return {"path": Input(images.place(self), images.FILES),
+                **{name: Input(Path(path)) for name, path in given.items() if path}}
+
 
 @dataclass(frozen=True)
 class Cifar10:
@@ -147,6 +165,12 @@ class Cifar10:
         from poise.data import cifar
 
         return cifar.load_cifar10(self, seed)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the folder or archive that is read."""
+        from poise.data import cifar
+
+        return {"path": Input(cifar.place(self), ("*.bin",))}
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,12 @@ class Text:
         from poise.data import text
 
         return text.load_text(self, seed)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the text file."""
+        from poise.data import text
+
+        return {"path": Input(text.place(self))}
 
 
 @dataclass(frozen=True)
@@ -235,6 +265,13 @@ class Gsm8k:
         from poise.data import math
 
         return math.load_gsm8k(self, seed)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the training file, and the test file if there is one."""
+        from poise.data import math
+
+        path, test_path = math.places(self)
+        return {"path": Input(path), **({"test_path": Input(test_path)} if test_path else {})}
 
 
 __all__ = ["Cifar10", "Digits", "Gsm8k", "GsmSymbolic", "Images", "Mnist5k", "Sotu", "Tabular", "Text"]

@@ -30,6 +30,8 @@ class Loaded:
 
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+# what is read of a folder
+FILES = ("*/*.png", "train/*/*.png", "test/*/*.png", "*-ubyte", "*-ubyte.gz")
 # third byte of an IDX magic number: 8 is unsigned byte, the only type used for images
 _UNSIGNED_BYTE = 0x08
 
@@ -74,7 +76,7 @@ def load_images(options, seed: int) -> Splits:
     DataError
         For what is missing, torn, of mixed sizes, or not images.
     """
-    path = Path(options.path) if options.path else _fashion_mnist()
+    path = place(options)
     if not path.exists():
         raise DataError(f"{path} does not exist: check `path`")
     sums: dict[str, str] = {}
@@ -91,6 +93,11 @@ def load_images(options, seed: int) -> Splits:
                         f"{x.shape[1:]}: give `size`")
     loaded = Loaded(x, y, str(path), packaged.licence_of(path), sums, test, classes)
     return split(loaded, options, seed)
+
+
+def place(options) -> Path:
+    """Return the file or folder that is read."""
+    return Path(options.path) if options.path else _fashion_mnist()
 
 
 def _fashion_mnist() -> Path:

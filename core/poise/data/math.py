@@ -148,10 +148,7 @@ def load_gsm8k(options, seed: int) -> Splits:
     DataError
         For a missing or empty file, or a line that is not a problem, with its number.
     """
-    path = Path(options.path) if options.path else packaged.shared("math/gsm8k_train.jsonl")
-    test_path = options.test_path
-    if test_path is None and options.path is None:
-        test_path = packaged.shared("math/gsm8k_test.jsonl")
+    path, test_path = places(options)
     rows, digest = read_problems(path)
     sums = {str(path): digest}
     if options.limit and options.limit < len(rows):
@@ -162,13 +159,21 @@ def load_gsm8k(options, seed: int) -> Splits:
         for part in split_rows(len(rows), held, options.validation, seed, str(path))
     )
     if test_path:
-        test, sums[str(test_path)] = read_problems(Path(test_path))
+        test, sums[str(test_path)] = read_problems(test_path)
         test = test[: options.limit] if options.limit else test
     parts = (train, validation, test)
     return Splits(*parts, provenance(
         str(path), packaged.licence_of(path), sums, parts, seed, limit=options.limit,
         test="own file" if test_path else "held out",
     ))
+
+
+def places(options) -> tuple[Path, Path | None]:
+    """Return the training file, and the test file if there is one."""
+    test_path = Path(options.test_path) if options.test_path else None
+    if options.path:
+        return Path(options.path), test_path
+    return packaged.shared("math/gsm8k_train.jsonl"), test_path or packaged.shared("math/gsm8k_test.jsonl")
 
 
 def read_problems(path: Path) -> tuple[list[Example], str]:

@@ -43,6 +43,11 @@ class Packaged:
     files: dict[str, str]
 
 
+# tables that scikit-learn brings, with its loader and file
+SKLEARN = {
+    "diabetes": ("load_diabetes", "diabetes_data_raw.csv.gz"),
+    "linnerud": ("load_linnerud", "linnerud_exercise.csv"),
+}
 _GSM = "reasoning_gym/arithmetic/gsm_symbolic"
 CC_BY = "CC BY 4.0"
 
@@ -197,6 +202,13 @@ def shared(relative: str) -> Path:
     if not (root / relative).exists():
         raise DataError(f"{root / relative} does not exist ({VARIABLE}={root}): give `path`")
     return root / relative
+
+
+def shared_table(name: str) -> Path | None:
+    """Return a table below POISE_DATA; None when it is not there, or a package's table has its name."""
+    root = folder()
+    path = root / "tabular" / f"{name}.csv.gz" if root else None
+    return path if path and path.is_file() and name not in _TABLES and name not in SKLEARN else None
 
 
 def licence_of(path: Path) -> str:

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-SKLEARN = {
-    "diabetes": ("load_diabetes", "diabetes_data_raw.csv.gz"),
-    "linnerud": ("load_linnerud", "linnerud_exercise.csv"),
-}
 # separated by blanks, without a header
 _BARE = ("istanbul", "resid_build_sale_price")
 # a date, and two columns whose sum is the target
@@ -80,19 +76,18 @@ def names() -> list[str]:
     own = [n.split("/")[1] for n in packaged.PACKAGES if n.startswith("tabular/")]
     root = packaged.folder()
     extra = sorted(p.name[: -len(".csv.gz")] for p in root.glob("tabular/*.csv.gz")) if root else []
-    return list(dict.fromkeys([*own, *SKLEARN, *extra]))
+    return list(dict.fromkeys([*own, *packaged.SKLEARN, *extra]))
 
 
 def named(name: str) -> Table:
     """Read a table by name; a packaged one goes before one below POISE_DATA."""
     if f"tabular/{name}" in packaged.PACKAGES:
         return _packaged(name)
-    if name in SKLEARN:
+    if name in packaged.SKLEARN:
         return _sklearn(name)
-    root = packaged.folder()
-    path = root / "tabular" / f"{name}.csv.gz" if root else None
-    if path is None or not path.is_file():
-        more = "" if root else f"; more with {packaged.VARIABLE} set"
+    path = packaged.shared_table(name)
+    if path is None:
+        more = "" if packaged.folder() else f"; more with {packaged.VARIABLE} set"
         raise DataError(
             f"no table {name!r}{nearest(name, names())} (have: {', '.join(names())}{more})"
         )
@@ -117,7 +112,7 @@ def _packaged(name: str) -> Table:
 def _sklearn(name: str) -> Table:
     datasets = require("sklearn.datasets", "tabular")
     require("pandas", "tabular")
-    loader, file = SKLEARN[name]
+    loader, file = packaged.SKLEARN[name]
     path = packaged.located("scikit-learn", f"sklearn/datasets/data/{file}")
     digest = {file: read_bytes(path)[1]} if path else {}
     frame = getattr(datasets, loader)(as_frame=True).frame

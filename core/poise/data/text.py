@@ -30,7 +30,7 @@ def load_text(options, seed: int) -> Splits:
     DataError
         For a file that is missing, empty, not UTF-8, or too short to split.
     """
-    path = Path(options.path) if options.path else packaged.shared("text/tinyshakespeare.txt")
+    path = place(options)
     text, digest = read_text(path)
     text = text[: options.limit] if options.limit else text
     n = len(text)
@@ -43,6 +43,11 @@ def load_text(options, seed: int) -> Splits:
         str(path), packaged.licence_of(path), {str(path): digest}, parts, seed,
         characters=n, chunk=options.chunk, split="contiguous",
     ))
+
+
+def place(options) -> Path:
+    """Return the file that is read."""
+    return Path(options.path) if options.path else packaged.shared("text/tinyshakespeare.txt")
 
 
 def load_sotu(options, seed: int) -> Splits:

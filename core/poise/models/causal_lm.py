@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.errors import ConfigError, FileError, nearest, require
-from poise.files import read_json, write_shards
+from poise.files import make_folder, read_json, sync_folder, write_shards
 from poise.models.tokenizers import ByteTokenizer, load_tokenizer
 from poise.walk import checkpoint
 
@@ -113,7 +113,7 @@ def save_model(
                           f"as a directory")
     directory = Path(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as fresh:
             _write(model, tokenizer, Path(fresh), directory, checkpoint(model) if pairs is None else pairs)
     except OSError as error:
@@ -135,6 +135,7 @@ def _write(
             old.unlink()
     for path in sorted(fresh.iterdir(), key=lambda p: p.name == "config.json"):
         os.replace(path, directory / path.name)
+    sync_folder(directory)
 
 
 def _as_on_disk(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

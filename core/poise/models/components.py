@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from poise.errors import ConfigError
+from poise.hooks import Input
 from poise.options import check_options, option
 
 if TYPE_CHECKING:
@@ -173,6 +175,10 @@ class CausalLM:
         from poise.models import causal_lm
 
         return causal_lm.load(self) if self.path else causal_lm.random(self)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the files of the directory: configuration, weights, tokenizer."""
+        return {"path": Input(Path(self.path), ("*.json", "*.safetensors"))} if self.path else {}
 
     def tokenizer(self) -> Tokenizer:
         """Return the directory's tokenizer; bytes for a random model."""

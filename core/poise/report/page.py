@@ -7,12 +7,13 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from poise.files import write_text
+from poise.files import read_regular, write_text
 from poise.report import plots
 from poise.report.groups import group, varied_keys
+from poise.report.loading import Found
 from poise.report.tables import Table, metric_names, recipe_report, tables
-from poise.runs.records import Run, find_runs, load_run
 
+_MOST_PICTURE = 1 << 26  # bytes
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-weight:600}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin-bottom:.3rem}
@@ -25,21 +26,20 @@ p.note{color:#555}
 
 
 def write_page(
-    target: Path | str, sections: Sequence[tuple[str, Sequence[Path | str]]],
+    target: Path | str, sections: Sequence[tuple[str, Found]],
     title: str = "Poise report", intro: str = "", closing: str = "", metrics: Sequence[str] = (),
 ) -> Path:
-    """Write a page with one section per (heading, directories of runs).
+    """Write a page with one section per (heading, what was found).
 
     Parameters
     ----------
     target : path of the HTML file
-    sections : list of (heading, run directories)
+    sections : list of (heading, Found)
     intro, closing : HTML put before and after the sections
     """
     body = [f"<h1>{html.escape(title)}</h1>", intro]
-    for heading, directories in sections:
-        runs = [load_run(d) for d in find_runs(directories)]
-        body += [f"<h2>{html.escape(heading)}</h2>", *section(runs, metrics)]
+    for heading, found in sections:
+        body += [f"<h2>{html.escape(heading)}</h2>", *section(found, metrics)]
     body.append(closing)
     text = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}"
@@ -49,9 +49,10 @@ def write_page(
     return Path(target)
 
 
-def section(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[str]:
+def section(found: Found, metrics: Sequence[str] = ()) -> list[str]:
     """Return the HTML of some runs: tables, curves, and the figures they drew themselves."""
-    parts = [table_html(t) for t in tables(runs, metrics) if t.rows]
+    runs = found.runs
+    parts = [table_html(t) for t in tables(found, metrics) if t.rows]
     done = [r for r in runs if r.state == "done"]
     groups = group(done, varied_keys(runs))
     pictures = [plots.curves(groups, n) for n in ("validation_loss", "loss")]
@@ -61,7 +62,7 @@ def section(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[str]:
     parts += [image(data, title) for title, data in recipe_report(once)[1]]
     for run in once:
         for path in sorted((run.directory / "figures").glob("*.png")):
-            parts.append(image(path.read_bytes(), path.stem.replace("_", " ")))
+            parts.append(image(read_regular(path, _MOST_PICTURE), path.stem.replace("_", " ")))
     for run in runs:
         parts.append(f"<p class='note'>records: {html.escape(str(run.directory))}</p>")
     return parts

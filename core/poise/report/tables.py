@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.errors import ConfigError
+from poise.errors import ConfigError, FileError
 from poise.hooks import Reported
 from poise.registry import installed
-from poise.report.groups import Group, group, varied_keys
+from poise.report.groups import Group, group, label, varied_keys
+from poise.report.loading import Found, load
 from poise.report.numbers import difference, number, spread
-from poise.runs.records import Run, find_runs, load_run
+from poise.runs.records import Run
 from poise.runs.trackers import flat
 
 SHOWN = 8  # metrics shown when none are asked for
@@ -35,34 +36,31 @@ class Table:
         return {"terminal": _terminal, "markdown": _markdown, "csv": _csv}[form](self)
 
 
-def report(
-    directories: Sequence[Path | str], form: str = "terminal", metrics: Sequence[str] = ()
-) -> str:
-    """Return the report of all runs at or below the directories.
+def report(found: Found, form: str = "terminal", metrics: Sequence[str] = ()) -> str:
+    """Return the report of all runs that were found.
 
     Parameters
     ----------
-    directories : paths of runs, sweeps, or folders of either
     form : terminal, markdown or csv
     metrics : shell patterns; without any, the first few of the runs' final metrics
     """
-    runs = [load_run(d) for d in find_runs(directories)]
-    return "\n\n".join(t.render(form) for t in tables(runs, metrics) if t.rows)
+    return "\n\n".join(t.render(form) for t in tables(found, metrics) if t.rows)
 
 
-def tables(runs: Sequence[Run], metrics: Sequence[str] = ()) -> list[Table]:
+def tables(found: Found, metrics: Sequence[str] = ()) -> list[Table]:
     """Return the summary table, paired differences, the runs' own tables, and what did not finish."""
+    runs = found.runs
     done = [r for r in runs if r.state == "done"]
     names = metric_names(done, metrics)
     groups = group(done, varied_keys(runs))
-    found = [summary(groups, names)]
+    made = [summary(groups, names)]
     if len(groups) > 1:
-        found.append(paired(groups, names))
-    found.append(clashes(groups))
+        made.append(paired(groups, names))
+    made.append(clashes(groups))
     once = [r for g in groups.values() for r in g.agreed]
-    found += recipe_report(once)[0]
-    found += [t for r in once[:12] for t in own_tables(r, runs)]
-    return [*found, unfinished(runs)]
+    made += recipe_report(once)[0]
+    made += [t for r in once[:12] for t in own_tables(r, runs)]
+    return [*made, unfinished(found)]
 
 
 def recipe_report(runs: Sequence[Run]) -> tuple[list[Table], list[tuple[str, bytes]]]:
@@ -150,21 +148,29 @@ def own_tables(run: Run, among: Sequence[Run]) -> list[Table]:
     return found
 
 
-def unfinished(runs: Sequence[Run]) -> Table:
-    """Return the runs that failed, were interrupted or killed, or are still running."""
+def unfinished(found: Found) -> Table:
+    """Return what failed, was interrupted or killed, still runs, or is a job that was never started."""
+    varied = [*varied_keys(found.runs), "seed"]
     rows = [
-        [str(r.directory), r.state, str(r.status.get("reason", ""))]
-        for r in runs if r.state != "done"
+        [str(r.directory), r.state, str(r.status.get("reason", "")), found.overrides(r) or label(r, varied)]
+        for r in found.runs if r.state != "done"
     ]
-    return Table("Not finished", ["run", "state", "reason"], rows)
+    rows += [[str(path), "not started", "", words] for path, words in found.waiting.items()]
+    never = f": {len(found.waiting)} of {found.jobs} jobs were never started" if found.waiting else ""
+    return Table(f"Not finished{never}", ["run", "state", "reason", "overrides"], rows)
 
 
 def compare(
     a: Path | str, b: Path | str, form: str = "terminal", metrics: Sequence[str] = ()
 ) -> str:
     """Return what differs between two runs (or folders of runs): choices, then metrics."""
-    sides = [[load_run(d) for d in find_runs([side])] for side in (a, b)]
+    found = [load([side]) for side in (a, b)]
+    if damaged := [error for side in found for error in side.damaged]:
+        raise damaged[0]
+    sides = [side.runs for side in found]
     for path, side in zip((a, b), sides, strict=True):
+        if not side:
+            raise FileError(f"{path} holds no run that was started")
         if len(kinds := group(side, varied_keys(side))) > 1:
             raise ConfigError(
                 f"{path} holds {len(kinds)} kinds of runs ({'; '.join(kinds)}): compare one of them "
@@ -180,9 +186,8 @@ def compare(
     values = Table("Metrics", ["metric", str(a), str(b), "b - a"], [
         [n, *_both(groups[str(a)], groups[str(b)], n)] for n in names
     ])
-    left_out = unfinished([r for side in sides for r in side])
-    found = [t for t in (choices, values, clashes(groups), left_out) if t.rows]
-    return "\n\n".join(t.render(form) for t in found) or "nothing differs, and no run is done"
+    made = [t for t in (choices, values, clashes(groups), *map(unfinished, found)) if t.rows]
+    return "\n\n".join(t.render(form) for t in made) or "nothing differs, and no run is done"
 
 
 def _one(runs: Sequence[Run]) -> Group:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from poise.interfaces import Tracker
 from poise.runs.checkpoint import Checkpoint, Checkpoints
 from poise.runs.progress import progress
 from poise.runs.records import Records
+from poise.runs.signals import handled
 
 
 class Interrupted(Exception):
@@ -36,6 +36,8 @@ class RunContext:
         The run's one seed; use `seed_for(purpose)`.
     device : str
         A torch device.
+    run : str
+        The run's number, which its checkpoints carry.
     keep : int
         Newest checkpoints kept.
     tracker : Tracker, optional
@@ -45,16 +47,17 @@ class RunContext:
     """
 
     def __init__(
-        self, directory: Path | str, seed: int = 0, device: str = "cpu", *, keep: int = 2,
-        tracker: Tracker | None = None, quiet: bool = False,
+        self, directory: Path | str, seed: int = 0, device: str = "cpu", *, run: str = "",
+        keep: int = 2, tracker: Tracker | None = None, quiet: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.seed, self.device, self.quiet = seed, device, quiet
+        self.seed, self.device, self.run, self.quiet = seed, device, run, quiet
         self.records = Records(self.directory)
-        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep)
+        self.checkpoints = Checkpoints(self.directory / "checkpoints", keep, run)
         self.resume_from: Checkpoint | None = None
-        self.stopping = False
+        self.earlier: dict[str, Any] = {}  # the status that a resume found
+        self.going = self.stopping = False
         self._tracker = tracker
 
     def seed_for(self, purpose: str) -> int:
@@ -72,6 +75,7 @@ class RunContext:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics at a step."""
+        self.going = True
         self.records.log(step, values)
         if self._tracker is not None:
             self._tracker.log(step, values)
@@ -86,19 +90,13 @@ class RunContext:
 
     @contextlib.contextmanager
     def graceful(self) -> Iterator[None]:
-        """Within the block, the first Ctrl-C or SIGTERM only sets `stopping`; a second one raises."""
+        """Within the block, the first request to stop only sets `stopping`; a second one raises."""
 
         def ask(number: int, frame: Any) -> None:
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
 
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals stay with whoever owns them
-            before = {}
-        try:
+        self.going = True
+        with handled(ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -1,24 +1,26 @@
-"""Execute a run: build the parts, call the recipe, close the records."""
+"""Execute a run: claim the directory, call the recipe, close the records."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from poise.config import PARTS, RunConfig
-from poise.errors import ConfigError, FileError, PoiseError, RunError
-from poise.hooks import Checked
-from poise.interfaces import Parts, Recipe, Tracker
-from poise.registry import Registry, installed
+from poise.config import RunConfig
+from poise.errors import FileError, PoiseError, RunError
+from poise.files import make_folder
+from poise.interfaces import Tracker
+from poise.runs.building import Built
 from poise.runs.context import Interrupted, RunContext
-from poise.runs.records import Run, load_config, load_run
-
-MAY_CHANGE = ("tracker", "tag", "train.log_every", "train.keep", "train.checkpoint_every")
+from poise.runs.liveness import HeldError, lock
+from poise.runs.origin import NAME, Origin, load_origin, look_at, same_inputs
+from poise.runs.records import Run, load_run, load_status
+from poise.runs.resume import refuse_resume, still_running
+from poise.runs.signals import interruptible, undisturbed
 
 
 @dataclass(frozen=True)
@@ -38,60 +40,6 @@ class Outcome:
         return getattr(self.error, "exit_code", 1)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A run that may start: its configuration, and the components that were built from it and fit."""
-
-    config: RunConfig
-    recipe: Recipe
-    parts: Parts
-    tracker: Tracker | None = None
-
-
-def build_parts(config: RunConfig, registry: Registry | None = None) -> Built:
-    """Build every component of a run and check that they fit together; nothing heavy is loaded.
-
-    Raises
-    ------
-    ConfigError
-        Unknown entry or option, wrong type, out of range, or a task that does not fit.
-    """
-    registry = registry or installed()
-    if config.component("recipe") is None:
-        raise ConfigError("recipe=none: a run needs a recipe (see: poise list recipe)")
-    built: dict[str, Any] = {
-        kind: registry.build_from(kind, part) if (part := config.component(kind)) else None
-        for kind in PARTS
-    }
-    _check_tasks(config, registry)
-    _check_device(config.device)
-    recipe: Recipe = built.pop("recipe")
-    tracker: Tracker | None = built.pop("tracker")
-    names = {kind: getattr(config, kind)["entry"] for kind in PARTS}
-    parts = Parts(**built, train=config.train, names=names)
-    if isinstance(recipe, Checked):
-        recipe.check(parts)
-    return Built(config, recipe, parts, tracker)
-
-
-def _check_tasks(config: RunConfig, registry: Registry) -> None:
-    recipe = registry.get("recipe", config.recipe["entry"])
-    for kind in PARTS:
-        part = config.component(kind)
-        if part is None or not recipe.tasks:
-            continue
-        entry = registry.get(kind, part["entry"])
-        if entry.tasks and not set(entry.tasks) & set(recipe.tasks):
-            fitting = [
-                e.name for e in registry.entries(kind)
-                if not e.tasks or set(e.tasks) & set(recipe.tasks)
-            ]
-            raise ConfigError(
-                f"{kind}={entry.name} is for {'/'.join(entry.tasks)}, but recipe={recipe.name} "
-                f"needs {'/'.join(recipe.tasks)}: use {kind}=" + "|".join(fitting or ["none"])
-            )
-
-
 def execute(
     built: Built, directory: Path | str, *, resume: bool = False, quiet: bool = False
 ) -> Outcome:
@@ -100,12 +48,28 @@ def execute(
     Only what goes wrong before the directory is claimed is raised; afterwards the error is in the
     outcome, and in `status.json`.
     """
+    directory = Path(directory)
+    with interruptible(), contextlib.ExitStack() as held:
+        hold(directory, held, resume)
+        context = _resumed(built, directory, quiet) if resume else _begun(built, directory, quiet)
+        error = _carry_out(built, context)
+    try:
+        return Outcome(load_run(directory), error)
+    except FileError:  # the directory was removed under the run, or what failed the run has its records too
+        if isinstance(error, PoiseError):
+            raise error from None
+        raise
+
+
+def _carry_out(built: Built, context: RunContext) -> BaseException | None:
+    """Call the recipe and close the records; return what ended the run early, if anything did."""
     config, tracker = built.config, built.tracker
-    context = _context(built, Path(directory), resume, quiet)
     try:
         _prepare_torch(config)
         context.records.environment(config.threads, config.device)
         context.records.status("running")
+        if not (context.directory / NAME).exists():
+            Origin(context.run, look_at(built.inputs())).write(context.directory)
         if tracker:
             tracker.start(context.directory, config.tag, config.plain())
         started = time.perf_counter()
@@ -123,6 +87,23 @@ def execute(
         return _close(context, tracker, "failed", error, {}, reason)
 
 
+def hold(directory: Path, held: contextlib.ExitStack, resume: bool = False) -> None:
+    """Make the directory and take its lock, before anything of the run is written."""
+    try:
+        make_folder(directory)
+        held.enter_context(lock(directory))
+    except OSError as error:
+        raise RunError(
+            f"cannot make the run directory {directory}: {error.strerror}; choose another with "
+            f"paths.out=DIR or hydra.run.dir=DIR"
+        ) from None
+    except HeldError:
+        if resume:
+            raise RunError(still_running(directory)) from None
+        raise RunError(f"{directory} already holds a run, which is still running: choose another "
+                       f"hydra.run.dir") from None
+
+
 def _keep_traceback(directory: Path) -> None:
     try:
         (directory / "traceback.txt").write_text(traceback.format_exc())
@@ -130,25 +111,34 @@ def _keep_traceback(directory: Path) -> None:
         traceback.print_exc()
 
 
-def _context(built: Built, directory: Path, resume: bool, quiet: bool) -> RunContext:
-    config = built.config
-    try:
-        context = RunContext(
-            directory, config.seed, config.device, keep=config.train.keep, tracker=built.tracker,
-            quiet=quiet,
-        )
-    except OSError as error:
-        raise RunError(
-            f"cannot make the run directory {directory}: {error.strerror}; choose another with "
-            f"paths.out=DIR or hydra.run.dir=DIR"
-        ) from None
-    if resume:
-        context.resume_from = context.checkpoints.newest()
-        rows = context.resume_from.meta["rows"] if context.resume_from else 0
-        context.records.open(keep_rows=rows)
-    else:
-        context.records.begin(config.plain())
+def _begun(built: Built, directory: Path, quiet: bool) -> RunContext:
+    """Claim the directory for a new run."""
+    context = _context(built, directory, uuid.uuid4().hex, quiet)
+    context.records.begin(built.config.plain())
     return context
+
+
+def _resumed(built: Built, directory: Path, quiet: bool) -> RunContext:
+    """Go back to the newest checkpoint of a run, once it is known to read what it read before."""
+    if load_status(directory).get("state") == "done":  # by another resume, since it was looked at
+        refuse_resume(directory, "done")
+    origin = load_origin(directory)
+    context = _context(built, directory, origin.run if origin else uuid.uuid4().hex, quiet)
+    if origin:
+        now = same_inputs(directory, origin.inputs, built.inputs())
+        if now != origin.inputs:
+            Origin(origin.run, now).write(directory)
+    context.resume_from = context.checkpoints.newest()
+    rows = context.resume_from.meta["rows"] if context.resume_from else 0
+    context.records.open(keep_rows=rows)
+    context.earlier = load_status(directory)
+    return context
+
+
+def _context(built: Built, directory: Path, run: str, quiet: bool) -> RunContext:
+    config = built.config
+    return RunContext(directory, config.seed, config.device, run=run, keep=config.train.keep,
+                      tracker=built.tracker, quiet=quiet)
 
 
 def _prepare_torch(config: RunConfig) -> None:
@@ -157,79 +147,19 @@ def _prepare_torch(config: RunConfig) -> None:
     torch.set_num_threads(config.threads)
 
 
-def _check_device(name: str) -> None:
-    """Refuse a device that is not there; the usual one needs no torch to be known."""
-    if name == "cpu":
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"device={name}: {reason}; write device=cpu, cuda or cuda:0") from None
-
-
 def _close(
     context: RunContext, tracker: Tracker | None, state: str, error: BaseException | None,
     metrics: Mapping[str, float], reason: str = "",
-) -> Outcome:
-    try:
-        context.records.status(state, reason)
-    except PoiseError as full:  # the disk that failed the run may refuse the status as well
-        error = error or full
-    context.records.close()
-    if tracker:
-        tracker.finish(state, metrics)
-    return Outcome(load_run(context.directory), error)
-
-
-def resumed_config(directory: Path | str, changes: Mapping[str, Any]) -> RunConfig:
-    """Return the saved configuration of a run with the few changes that a resume allows.
-
-    Parameters
-    ----------
-    directory : path of a run
-    changes : mapping of dotted key to value
-
-    Raises
-    ------
-    ConfigError
-        For a change that would make the result differ from the uninterrupted run.
-    FileError, RunError
-        When there is no run, or it is already done.
-    """
-    if not str(directory):
-        raise ConfigError("resume= needs the directory of a run")
-    saved = load_config(directory)
-    if lost := [f.name for f in dataclasses.fields(RunConfig) if f.name not in saved]:
-        raise FileError(f"{directory}/resolved.yaml is torn: it lacks {', '.join(lost)}")
-    run = load_run(directory)
-    if run.state == "done":
-        raise RunError(f"{directory} is done: there is nothing to resume")
-    if run.state == "running":
-        raise RunError(f"{directory} is still running (process {run.status.get('pid')})")
-    for key, value in changes.items():
-        if not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE):
-            raise ConfigError(
-                f"{key}={value}: a resumed run keeps its configuration; only these may change: "
-                + ", ".join(MAY_CHANGE)
-            )
-        _set(saved, key, value)
-    return RunConfig.from_plain(saved)
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    whole = key
-    for parent in parents:
-        inner = config.get(parent)
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{whole}={value}: {parent} has no options")
-        config = inner
-    if isinstance(config.get(last), dict) and not isinstance(value, dict):
-        value = {"entry": value}
-    config[last] = value
-
-
-__all__ = ["Built", "Outcome", "build_parts", "execute", "resumed_config"]
+) -> BaseException | None:
+    with undisturbed():
+        try:
+            if state == "failed" and context.earlier and not context.going:  # a resume that came to nothing
+                context.records.put_back(context.earlier)
+            else:
+                context.records.status(state, reason)
+        except PoiseError as full:  # the disk that failed the run may refuse the status as well
+            error = error or full
+        context.records.close()
+        if tracker:
+            tracker.finish(state, metrics)
+    return error

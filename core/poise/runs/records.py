@@ -3,8 +3,9 @@
 | file | content |
 |---|---|
 | `resolved.yaml` | the whole configuration, as plain data |
+| `origin.json` | the run's number, and the files of others that it reads (`origin.py`) |
 | `metrics.jsonl` | one line per value: step, name, value, wall time |
-| `status.json` | running, done, failed or interrupted, with the reason |
+| `status.json` | running, done, failed or interrupted, with the reason, and by which process |
 | `summary.json` | final metrics, and notes such as provenance and tables |
 | `environment.json` | versions, threads, machine |
 
@@ -24,9 +25,18 @@ from typing import Any
 import yaml
 
 from poise.errors import FileError, RunError
-from poise.files import plain, read_json, write_bytes, write_json
+from poise.files import plain, read_regular, still_there, sync_folder, write_bytes, write_json
+from poise.runs.checked import (
+    MOST_ROWS,
+    read_config,
+    read_mapping,
+    read_rows,
+    read_status,
+    read_summary,
+)
+from poise.runs.liveness import fate, this_process
 
-STATES = ("running", "done", "failed", "interrupted")
+SWEEP = "sweep.json"  # in the directory of a sweep: its jobs, also those that left no record
 PACKAGES = (
     "poise", "torch", "numpy", "hydra-core", "omegaconf", "safetensors", "transformers",
     "scikit-learn", "scipy", "lightgbm", "catboost", "xgboost-cpu", "quantile-forest",
@@ -35,23 +45,20 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from its directory."""
+    """A run as read from its directory.
+
+    `state` is one of `checked.STATES`; of a run that says it is running but has no live process, it is
+    killed, or unknown where that process may live on another machine.
+    """
 
     directory: Path
+    state: str
     config: dict[str, Any]
     status: dict[str, Any]
     metrics: dict[str, float]
     notes: dict[str, Any]
     rows: list[dict[str, Any]] = field(repr=False)
     environment: dict[str, Any] = field(repr=False)
-
-    @property
-    def state(self) -> str:
-        """One of `STATES`; a run that is "running" on no live process was killed."""
-        state = self.status.get("state", "running")
-        if state == "running" and not _alive(self.status.get("pid")):
-            return "killed"
-        return state
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return steps and values of one metric."""
@@ -92,12 +99,13 @@ class Records:
             ) from None
         finally:
             draft.unlink()
+        sync_folder(self.directory)
         self.open()
 
     def open(self, keep_rows: int | None = None) -> None:
         """Open for appending, after cutting all but the first `keep_rows` metric rows."""
         path = self.directory / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = read_regular(path, MOST_ROWS).splitlines(keepends=True) if path.exists() else []
         if keep_rows is not None:
             if len(lines) < keep_rows:
                 raise FileError(f"{path} holds {len(lines)} rows, the checkpoint expects {keep_rows}")
@@ -125,17 +133,25 @@ class Records:
     def status(self, state: str, reason: str = "") -> None:
         """Write the status file."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        body = {"state": state, "reason": reason, "time": now, "pid": os.getpid(),
+        body = {"state": state, "reason": reason, "time": now, "process": this_process(),
                 "seconds": round(time.time() - self._started, 2)}
-        write_json(self.directory / "status.json", body)
+        self._write("status.json", body)
+
+    def put_back(self, status: Mapping[str, Any]) -> None:
+        """Write a status as it was read before."""
+        self._write("status.json", status)
 
     def environment(self, threads: int, device: str) -> None:
         """Write versions, thread counts and the machine."""
-        write_json(self.directory / "environment.json", environment(threads, device))
+        self._write("environment.json", environment(threads, device))
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Write final metrics and notes."""
-        write_json(self.directory / "summary.json", {"metrics": metrics, "notes": self.notes})
+        self._write("summary.json", {"metrics": metrics, "notes": self.notes})
+
+    def _write(self, name: str, value: Any) -> None:
+        still_there(self.directory)
+        write_json(self.directory / name, value)
 
     def close(self) -> None:
         """Close the metrics file."""
@@ -171,55 +187,28 @@ def load_run(directory: Path | str) -> Run:
         When the directory holds no run or its records are damaged.
     """
     directory = Path(directory)
-    config = load_config(directory)
-    summary = _optional(directory / "summary.json")
-    for part in ("metrics", "notes"):
-        if not isinstance(summary.get(part, {}), dict):
-            raise FileError(f"{directory}/summary.json is damaged: its {part} are no mapping")
+    config, status = load_config(directory), load_status(directory)
+    metrics, notes = read_summary(directory / "summary.json")
     return Run(
-        directory=directory, config=config, status=_optional(directory / "status.json"),
-        metrics={k: float(v) for k, v in summary.get("metrics", {}).items()},
-        notes=summary.get("notes", {}),
-        rows=read_rows(directory / "metrics.jsonl"),
-        environment=_optional(directory / "environment.json"),
+        directory=directory, state=_state(directory, status), config=config, status=status,
+        metrics=metrics, notes=notes, rows=read_rows(directory / "metrics.jsonl"),
+        environment=read_mapping(directory / "environment.json"),
     )
+
+
+def load_status(directory: Path) -> dict[str, Any]:
+    """Read a run's status; empty when it was stopped before it had one."""
+    return read_status(directory / "status.json")
 
 
 def load_config(directory: Path | str) -> dict[str, Any]:
     """Read a run's resolved configuration as plain values."""
     path = Path(directory) / "resolved.yaml"
-    if not path.is_file():
+    if not path.exists():
         inner = sorted(p.parent.name for p in Path(directory).glob("*/resolved.yaml"))
         hint = f"; the runs of this sweep: {', '.join(inner)}" if inner else ""
         raise FileError(f"{directory} holds no run: there is no {path.name}{hint}")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise FileError(f"{path} is damaged: it holds no mapping")
-    return config
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read metric rows; a last line torn by a kill is left out.
-
-    Raises
-    ------
-    FileError
-        Naming the first line that is no metric row.
-    """
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for n, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"]), "value": float(row["value"])})
-        except (ValueError, TypeError, KeyError):
-            if n == len(lines) and not line.endswith(b"\n"):
-                break
-            raise FileError(f"{path} is damaged: line {n} is no metric row") from None
-    return rows
+    return read_config(path)
 
 
 def find_runs(paths: Iterable[Path | str]) -> list[Path]:
@@ -228,14 +217,14 @@ def find_runs(paths: Iterable[Path | str]) -> list[Path]:
     Raises
     ------
     FileError
-        For a path that does not exist or holds no run.
+        For a path that does not exist, or holds neither a run nor a sweep.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise FileError(f"no directory {path}")
         here = sorted((p.parent for p in path.rglob("resolved.yaml")), key=_natural)
-        if not here:
+        if not here and not any(path.rglob(SWEEP)):
             raise FileError(f"{path} holds no run (no resolved.yaml at or below it)")
         found += [p for p in here if p not in found]
     return found
@@ -245,20 +234,6 @@ def _natural(path: Path) -> list[Any]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.parts]
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.exists() else {}
-    if not isinstance(value, dict):
-        raise FileError(f"{path} is damaged: it holds no mapping")
-    return value
-
-
-def _alive(pid: int | None) -> bool:
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _state(directory: Path, status: Mapping[str, Any]) -> str:
+    state = status.get("state", "running")
+    return fate(directory, status.get("process", {})) if state == "running" else state
