@@ -6,7 +6,6 @@ checksum of the tensors and of itself, and so decides whether the bundle exists.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -85,12 +84,7 @@ def make_folder(folder: Path) -> None:
 
 
 def still_there(folder: Path) -> None:
-    """Refuse to make a folder again that somebody has removed in the meantime.
-
-    Raises
-    ------
-    FileError
-    """
+    """Raise `FileError` where a folder was removed in the meantime: nobody wants half of it made again."""
     if not folder.is_dir():
         raise FileError(f"{folder} was removed while a run was writing to it: leave a run's directory "
                         f"alone until it ends")
@@ -412,30 +406,3 @@ def _tensors(stem: Path) -> Path:
 
 def _own_checksum(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder(*parts: str) -> Path:
-    """Return a folder for things that can be made again, created when missing.
-
-    `POISE_CACHE`, else `XDG_CACHE_HOME/poise`, else `~/.cache/poise`; when that cannot be written,
-    a folder of this user in the system's temporary directory: not one that somebody else made there under
-    that name, but then one for this process alone.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    chosen = Path(os.environ.get("POISE_CACHE") or Path(home) / "poise", *parts)
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=chosen):
-            return chosen
-    except OSError:
-        fallback = Path(_ours(Path(tempfile.gettempdir(), f"poise-cache-{os.getuid()}")), *parts)
-        fallback.mkdir(parents=True, exist_ok=True)
-        return fallback
-
-
-@functools.lru_cache(maxsize=8)
-def _ours(named: Path) -> Path:
-    named.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = os.lstat(named)
-    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    return named if private else Path(tempfile.mkdtemp(prefix="poise-cache-"))

@@ -75,6 +75,7 @@ def test_asked_to_stop_a_write_leaves_no_draft(tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_started_to_ignore_a_closing_terminal_ignores_it(here):
     process = subprocess.Popen(
         ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", POISE, "run", *TINY, "train.steps=2000",
@@ -145,7 +146,8 @@ def redirected(how: str, *argv: str, cwd: Path, **changes: str) -> subprocess.Co
 
 @pytest.mark.parametrize(
     "how, code",
-    [("<&- >&- 2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 1), ("2>&1 | head -1", 0)],
+    [("<&- >&- 2>&-", 0), (">/dev/full", 1), pytest.param("2>/dev/full", 0, marks=pytest.mark.slow),
+     pytest.param("2>&1 | head -1", 0, marks=pytest.mark.slow)],
 )
 def test_whatever_becomes_of_its_streams_a_run_keeps_its_record(here, finished, how, code):
     ended = redirected(how, "run", *TINY, "hydra.run.dir=run", cwd=here)

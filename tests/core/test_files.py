@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poise.caches import cache_folder
 from poise.errors import FileError
 from poise.files import (
-    cache_folder,
     checksum,
     load_arrays,
     load_bundle,

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.caches import cache_folder
 from poise.errors import FileError
-from poise.files import cache_folder, write_bytes
+from poise.files import write_bytes
 from poise.trust import read_own, refuse_foreign_folder
 from poise_compander.functions import Function
 from poise_compander.names import FUNCTION_NAMES

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.caches import cache_folder
 from poise.config import Train
 from poise.errors import FileError, require
-from poise.files import cache_folder, load_bundle, save_bundle
+from poise.files import load_bundle, save_bundle
 from poise.recipes.loop import build_optimizer, fit
 from poise.registry import build as build_component
 from poise.runs.context import seed_for
