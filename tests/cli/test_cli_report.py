@@ -176,8 +176,8 @@ def test_a_metric_that_is_not_finite_is_shown_as_such():
 
 def run_of(folder, seed, choice="a", **metrics):
     """A finished run as read from its records."""
-    return Run(folder, {"seed": seed, "tag": "t", "model": {"entry": choice}}, {"state": "done"},
-               {k: float(v) for k, v in metrics.items()}, {}, [], {})
+    return Run(directory=folder, config={"seed": seed, "tag": "t", "model": {"entry": choice}}, state="done",
+               status={}, metrics={k: float(v) for k, v in metrics.items()}, notes={}, rows=[], environment={})
 
 
 def cells(runs, title, metric="loss"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source as hydras
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.plugins.config_source import ConfigResult
 from omegaconf._utils import get_yaml_loader
@@ -18,8 +18,11 @@ DEEPEST = 40  # nodes within nodes
 MOST = 100_000  # values, each alias counted as what it stands for
 
 
-class CheckedFiles(FileConfigSource):
-    """Hydra's own source of `file://` folders, which refuses what is no plain configuration."""
+class FileConfigSource(hydras.FileConfigSource):
+    """Hydra's own source of `file://` folders, which refuses what is no plain configuration.
+
+    Called as Hydra's is: its registry takes two classes of one name for the same.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         check_file(Path(self.path) / self._normalize_file_name(config_path))
@@ -32,8 +35,8 @@ class CheckedFiles(FileConfigSource):
 
 
 def install_sources() -> None:
-    """Have Hydra read folders through `CheckedFiles`; its registry keeps the first source of a scheme."""
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = CheckedFiles
+    """Have Hydra read folders through the source above."""
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 def check_file(path: Path) -> None:
