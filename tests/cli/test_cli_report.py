@@ -176,8 +176,9 @@ def test_a_metric_that_is_not_finite_is_shown_as_such():
 
 def run_of(folder, seed, choice="a", **metrics):
     """A finished run as read from its records."""
-    return Run(directory=folder, config={"seed": seed, "tag": "t", "model": {"entry": choice}}, state="done",
-               status={}, metrics={k: float(v) for k, v in metrics.items()}, notes={}, rows=[], environment={})
+    config = {"seed": seed, "tag": "t", "model": {"entry": choice}}
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return Run(folder, "done", config, {}, numbers, {}, [], {})
 
 
 def cells(runs, title, metric="loss"):
