@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export POISE_DATA ?= $(wildcard $(abspath ../shared/data))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint bench bench-compander wheel clean install
+.PHONY: demo test test-slow fuzz lint bench bench-compander wheel clean install
 
 install: $(STAMP)
 
@@ -30,6 +30,10 @@ test: $(STAMP) lint
 test-slow: $(STAMP)
 	@echo "running the long campaigns"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+
+fuzz: $(STAMP)
+	@echo "running every case of the fuzzers"
+	@POISE_FUZZ=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/fuzz
 
 lint: $(STAMP)
 	@echo "checking style, types and import rules"

@@ -158,7 +158,7 @@ def test_a_lie_in_any_file_is_refused_by_name_or_does_no_harm(saved, tmp_path):
     ("model_0_0", lambda a, m: (a, m | {"class": ["LinearRegressor"]}), "unknown kind"),
     ("model_0_0", lambda a, m: (a, m | {"class": "JoinedLevels"}), "model_0_0"),
     ("model_1_1", lambda a, m: (a | {"targets": a["targets"] * np.nan}, m), "damaged"),
-], ids=str)
+], ids=lambda value: "lie" if callable(value) else value)  # the address of a lambda is no name
 def test_lies_are_named(stem, change, words, tmp_path):
     QuantileAggregatorRegressor(LEVELS, **ENSEMBLES["qra"]).fit(*rows()).save(tmp_path)
     assert used(tmp_path)
