@@ -12,6 +12,7 @@ from typing import Any
 
 from poise.errors import PoiseError
 
+WORDS = (b" ", b"\t", b"-", b":", b",", b"&a ", b"*a", b"[", b"{", b"null", b"1e999", b"\n")
 SECONDS = 20  # of one case, after which it hangs
 
 
@@ -36,7 +37,7 @@ class Verdicts:
             verdict = "refused" if len(str(error).splitlines()) == 1 else "raw"
         except TimeoutError:
             verdict = "hang"
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody should see it
+        except Exception as error:  # whatever it is, nobody should see it
             verdict, case = "raw", (case, repr(error))
         self.counts[verdict] += 1
         self.examples.setdefault(verdict, case)
@@ -75,8 +76,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             case 1:
                 del found[at : at + length]
             case 2:
-                odd = rng.choice([rng.randbytes(length), b" ", b"\t", b"-", b":", b"&a ", b"*a", b"[", b"{", b"\n"])
-                found[at:at] = odd
+                found[at:at] = rng.choice([rng.randbytes(length), *WORDS])
             case 3:
                 found[at:at] = found[at : at + length]
             case _:

@@ -13,16 +13,18 @@ from poise.compose.composing import compose
 
 CONF = Path(__file__).parents[2] / "conf" / "experiment"
 KEYS = [
-    "seed", "threads", "device", "tag", "version", "train.lr", "train.steps", "train.clip", "train.milestones",
-    "train.optimizer", "model", "model.hidden", "model.dropout", "model.entry", "adapter", "adapter.r", "data",
-    "data.limit", "data.path", "recipe", "recipe.normalise", "quantizer", "quantizer.bits", "aggregator",
-    "tracker", "launcher", "experiment", "paths.out", "hydra.run.dir", "hydra.mode", "hydra.searchpath",
-    "hydra.verbose", "hydra.launcher", "hydra", "train", "nope", "model.nope", "", ".", "a.b.c", "model@x",
+    "seed", "threads", "device", "tag", "version", "train.lr", "train.steps", "train.clip",
+    "train.milestones", "train.optimizer", "model", "model.hidden", "model.dropout", "model.entry",
+    "adapter", "adapter.r", "data", "data.limit", "data.path", "recipe", "recipe.normalise", "quantizer",
+    "quantizer.bits", "aggregator", "tracker", "launcher", "experiment", "paths.out", "hydra.run.dir",
+    "hydra.mode", "hydra.searchpath", "hydra.verbose", "hydra.launcher", "hydra", "train", "nope",
+    "model.nope", "", ".", "a.b.c", "model@x",
 ]
 VALUES = [
-    "", "1", "0", "-1", "1e3", "1e999", "nan", "null", "true", "x", "mlp", "bone", "none", "digits", "[]", "[1]",
-    "[a,b]", "{}", "{a:1}", "'", '"', "${seed}", "${nope}", "${", "1,2", "range(3)", "../x", "/etc/passwd", "\\",
-    "a=b", "é", "9" * 30, "[" * 60 + "]" * 60, "\x00", "\ud800", " ", "MULTIRUN", "0.5", "16", "a\nb",
+    "", "1", "0", "-1", "1e3", "1e999", "nan", "null", "true", "x", "mlp", "bone", "none", "digits", "[]",
+    "[1]", "[a,b]", "{}", "{a:1}", "'", '"', "${seed}", "${nope}", "${", "1,2", "range(3)", "../x",
+    "/etc/passwd", "\\", "a=b", "é", "9" * 30, "[" * 60 + "]" * 60, "\x00", "\ud800", " ", "MULTIRUN",
+    "0.5", "16", "a\nb",
 ]
 EXACT = {"seed": int, "threads": int, "train.lr": float, "train.steps": int, "data.limit": int}
 
