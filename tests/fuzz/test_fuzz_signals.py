@@ -1,0 +1,89 @@
+"""Signals at any moment of a run: it says that it was stopped, and goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fuzzing import Verdicts, cases
+
+from poise.cli.main import main
+from poise.runs.records import load_run
+
+POISE = str(Path(sys.executable).with_name("poise"))
+WORDS = ["threads=1", "model.hidden=[64]", "train.steps=400", "train.eval_every=50", "train.log_every=20",
+         "train.checkpoint_every=25", "hydra.run.dir=run"]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+
+
+def default_signals():
+    for one in SIGNALS[:3]:
+        signal.signal(one, signal.SIG_DFL)  # a background job would inherit "ignore"
+
+
+def started(folder):
+    return subprocess.Popen([POISE, "run", *WORDS], cwd=folder, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=default_signals)  # noqa: PLW1509 - the child only resets signals
+
+
+def result(folder):
+    """Return weights and final metrics, times apart."""
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    return ((folder / "final.safetensors").read_bytes(),
+            {k: v for k, v in metrics.items() if not k.endswith("seconds")})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run that was left alone, and how long it took."""
+    folder = tmp_path_factory.mktemp("alone")
+    began = time.monotonic()
+    process = started(folder)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return result(folder / "run"), time.monotonic() - began
+
+
+def stopped(folder, rng, took) -> bool:
+    """Stop a run at a random moment, go on, and tell whether all is as it must be."""
+    process, number = started(folder), rng.choice(SIGNALS)
+    try:
+        process.wait(timeout=rng.uniform(0.2, 1.0) * took)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    run = folder / "run"
+    if not (run / "resolved.yaml").exists():  # before there was a run
+        return process.returncode in (130, -number)
+    state = load_run(run).state
+    allowed = {0: ("done",), 130: ("interrupted",), -signal.SIGKILL: ("killed", "done")}
+    if "Traceback" in said or state not in allowed.get(process.returncode, ()):
+        return False
+    return state == "done" or main(["run", f"resume={run}"]) == 0
+
+
+def test_signals(alone, tmp_path, capsys):
+    want, took = alone
+    verdicts = Verdicts("signals")
+    for rng in cases(2, 200):
+        folder = tmp_path / "here"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+        def right(folder=folder, rng=rng):
+            return stopped(folder, rng, took) and (
+                not (folder / "run").exists() or result(folder / "run") == want)
+
+        verdicts.judge(rng.getstate()[1][0], right)
+        capsys.readouterr()
+    with capsys.disabled():
+        verdicts.check()
