@@ -50,7 +50,7 @@ def right(overrides) -> bool:
 
 def test_overrides(here):
     verdicts = Verdicts("overrides")
-    for rng in cases(60, 2500):
+    for rng in cases(30, 2500):
         overrides = [f"{rng.choice(['', '', '', '', '+', '++', '~'])}{rng.choice(KEYS)}"
                      f"{rng.choice(['=', '=', '=', '=', '', '=='])}{rng.choice(VALUES)}"
                      for _ in range(rng.choice([1, 1, 2, 3]))]
@@ -64,7 +64,7 @@ def test_experiment_files(here):
     known = [path.read_bytes() for path in sorted(CONF.glob("*.yaml"))]
     assert len(known) == len(experiments())
     verdicts = Verdicts("experiment files")
-    for rng in cases(60, 2500):
+    for rng in cases(30, 2500):
         data = mutated(rng.choice(known), rng)
         target.write_bytes(data)
         verdicts.judge(data, lambda: right(["experiment=odd", f"hydra.searchpath=[file://{here}]"]))

@@ -53,18 +53,20 @@ def alone(tmp_path_factory):
     return result(folder / "run"), time.monotonic() - began
 
 
-def stopped(folder, rng, took) -> bool:
+def stopped(folder, rng, took, case) -> bool:
     """Stop a run at a random moment, go on, and tell whether all is as it must be."""
     process, number = started(folder), rng.choice(SIGNALS)
+    case |= {"signal": number.name, "after": rng.uniform(0.2, 1.0) * took}
     try:
-        process.wait(timeout=rng.uniform(0.2, 1.0) * took)
+        process.wait(timeout=case["after"])
     except subprocess.TimeoutExpired:
         process.send_signal(number)
     _, said = process.communicate(timeout=60)
+    case |= {"code": process.returncode, "said": said[-300:]}
     run = folder / "run"
     if not (run / "resolved.yaml").exists():  # before there was a run
         return process.returncode in (130, -number)
-    state = load_run(run).state
+    case["state"] = state = load_run(run).state
     allowed = {0: ("done",), 130: ("interrupted",), -signal.SIGKILL: ("killed", "done")}
     if "Traceback" in said or state not in allowed.get(process.returncode, ()):
         return False
@@ -74,16 +76,18 @@ def stopped(folder, rng, took) -> bool:
 def test_signals(alone, tmp_path, capsys):
     want, took = alone
     verdicts = Verdicts("signals")
-    for rng in cases(2, 200):
+    for rng in cases(int(os.environ.get("N","2")), 200):
         folder = tmp_path / "here"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
 
-        def right(folder=folder, rng=rng):
-            return stopped(folder, rng, took) and (
+        case = {}
+
+        def right(folder=folder, rng=rng, case=case):
+            return stopped(folder, rng, took, case) and (
                 not (folder / "run").exists() or result(folder / "run") == want)
 
-        verdicts.judge(rng.getstate()[1][0], right)
+        verdicts.judge(case, right)
         capsys.readouterr()
     with capsys.disabled():
         verdicts.check()
