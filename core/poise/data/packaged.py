@@ -6,6 +6,7 @@ dependencies that reading their files does not need. This module imports only th
 
 from __future__ import annotations
 
+import base64
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,10 +43,10 @@ class Packaged:
     files: dict[str, str]
 
 
-# tables that scikit-learn brings, with its loader and file
+# tables that scikit-learn brings, with its loader and the files that this reads
 SKLEARN = {
-    "diabetes": ("load_diabetes", "diabetes_data_raw.csv.gz"),
-    "linnerud": ("load_linnerud", "linnerud_exercise.csv"),
+    "diabetes": ("load_diabetes", ("diabetes_data_raw.csv.gz", "diabetes_target.csv.gz")),
+    "linnerud": ("load_linnerud", ("linnerud_exercise.csv", "linnerud_physiological.csv")),
 }
 _GSM = "reasoning_gym/arithmetic/gsm_symbolic"
 CC_BY = "CC BY 4.0"
@@ -176,6 +177,34 @@ def verified(name: str) -> list[Path]:
                 f"{HOW} --force-reinstall"
             )
     return paths
+
+
+def of_sklearn(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the SHA-256 of files of scikit-learn's data, by name, once they agree with its own record.
+
+    Any version will do, so the checksums are those that its installation noted. One without a record, as of
+    some package managers, is taken as it is.
+
+    Raises
+    ------
+    DataError
+        For a file that was altered since it was installed.
+    """
+    found = {}
+    for name in names:
+        file = f"sklearn/datasets/data/{name}"
+        if (path := located("scikit-learn", file)) is None:
+            continue
+        found[name] = checksum(path)
+        noted = [f.hash for f in metadata.files("scikit-learn") or () if str(f) == file]
+        if noted and noted[0] and noted[0].mode == "sha256" and noted[0].value != _as_noted(found[name]):
+            raise DataError(f"{path} is altered: pip install --force-reinstall --no-deps scikit-learn")
+    return found
+
+
+def _as_noted(digest: str) -> str:
+    """Return a checksum in hex as the record of an installation has it (base64, without padding)."""
+    return base64.urlsafe_b64encode(bytes.fromhex(digest)).decode().rstrip("=")
 
 
 def folder() -> Path | None:

@@ -112,9 +112,8 @@ def _packaged(name: str) -> Table:
 def _sklearn(name: str) -> Table:
     datasets = require("sklearn.datasets", "tabular")
     require("pandas", "tabular")
-    loader, file = packaged.SKLEARN[name]
-    path = packaged.located("scikit-learn", f"sklearn/datasets/data/{file}")
-    digest = {file: read_bytes(path)[1]} if path else {}
+    loader, files = packaged.SKLEARN[name]
+    digest = packaged.of_sklearn(files)
     frame = getattr(datasets, loader)(as_frame=True).frame
     return Table(frame, f"scikit-learn {loader}", "BSD-3-Clause (scikit-learn)", digest)
 
