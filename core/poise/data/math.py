@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Splits
 
 MARK = "####"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PATIENCE = 2000  # problems in a row that are not new
 
 
@@ -188,12 +190,14 @@ def read_problems(path: Path) -> tuple[list[Example], str]:
 def _problem(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict) or not all(
         isinstance(row.get(k), str) for k in ("question", "answer")
     ):
         raise DataError(f"{where} needs the keys 'question' and 'answer', both text")
+    if _SURROGATE.search(row["question"] + row["answer"]):
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character")
     _, mark, final = row["answer"].rpartition(MARK)
     if not mark or not final.strip():
         raise DataError(f"{where}: its answer does not end in '{MARK} ANSWER'")
