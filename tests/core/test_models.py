@@ -171,6 +171,61 @@ def test_bad_directories_are_named(saved, tmp_path):
     refuses(saved, "only pickled weights.*never loaded")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_directory_is_not_waited_for(saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)
+    refuses(saved, f"cannot read .*{name}: it is no regular file", FileError)
+
+
+def test_weights_that_a_directory_lacks_are_not_made_up(saved):
+    """One byte of a name is enough, and transformers draws the weight at random."""
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole.replace(b"model.layers.1.mlp.up_proj", b"model.layers.1.mlp.uq_proj"))
+    refuses(saved, r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 weight of Llama", FileError)
+
+
+@pytest.mark.parametrize("change", [
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "data_offsets": [0, 2**63]}},
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "shape": [2**40, 2**40]}},
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "dtype": "F9"}},
+    lambda header: header | {"lm_head.weight": 1},
+    lambda header: {},
+])
+def test_headers_that_lie_are_named(saved, change):
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    header = json.dumps(change(json.loads(whole[8 : 8 + n]))).encode()
+    for size in (len(header), 2**63, len(header) - 1):
+        weights.write_bytes(size.to_bytes(8, "little") + header + whole[8 + n :])
+        refuses(saved, "torn safetensors|does not load", FileError)
+
+
+@pytest.mark.parametrize("config", [
+    "[]", '"a"', '{"model_type": "llama", "hidden_size": "wide"}', "[" * 100_000,
+    '{"model_type": "llama", "num_attention_heads": 0}', '{"model_type": ["llama"]}',
+])
+def test_configurations_that_are_none_are_named(saved, config):
+    (saved / "config.json").write_text(config)
+    with pytest.raises((ConfigError, FileError), match="saved") as caught:
+        CausalLM(path=str(saved)).build()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["##", "####"])
+def test_a_tokenizer_that_panics_is_named(saved, prefix):
+    """Its merge cuts a prefix off that is not there; a panic of Rust is no Exception."""
+    (saved / "poise_tokenizer.json").unlink()
+    (saved / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [], "model": {
+            "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+            "continuing_subword_prefix": prefix}}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(saved)
+
+
 def test_code_of_a_directory_is_never_run(saved):
     config = json.loads((saved / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
