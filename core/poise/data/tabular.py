@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # separated by blanks, without a header
 _BARE = ("istanbul", "resid_build_sale_price")
+# what pandas calls an index without a name
+_INDEX = re.compile(r"__index_level_\d+__")
 # a date, and two columns whose sum is the target
 _LEAKS = {"bike_sharing_day": ["dteday", "casual", "registered"]}
 
@@ -112,9 +115,8 @@ def _packaged(name: str) -> Table:
 def _sklearn(name: str) -> Table:
     datasets = require("sklearn.datasets", "tabular")
     require("pandas", "tabular")
-    loader, file = packaged.SKLEARN[name]
-    path = packaged.located("scikit-learn", f"sklearn/datasets/data/{file}")
-    digest = {file: read_bytes(path)[1]} if path else {}
+    loader, files = packaged.SKLEARN[name]
+    digest = packaged.of_sklearn(files)
     frame = getattr(datasets, loader)(as_frame=True).frame
     return Table(frame, f"scikit-learn {loader}", "BSD-3-Clause (scikit-learn)", digest)
 
@@ -142,6 +144,8 @@ def _csv(raw: bytes, path: Path, separator: str = ",") -> pd.DataFrame:
     pandas = require("pandas", "tabular")
     try:
         text = raw.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds the character NUL")
         header = next(csv.reader(io.StringIO(text), delimiter=separator), [])
         header = [name.strip() for name in header]
         _unique(header, path)
@@ -159,16 +163,32 @@ def _csv(raw: bytes, path: Path, separator: str = ",") -> pd.DataFrame:
 
 
 def _parquet(raw: bytes, path: Path) -> pd.DataFrame:
+    """Read the pages, whose checksums are compared where the file has them (it need not have any)."""
     parquet = require("pyarrow.parquet", "tabular")
     arrow = require("pyarrow", "tabular")
-    try:
-        table = parquet.read_table(arrow.BufferReader(raw))
-    except (arrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a whole Parquet file: {reason}") from None
-    _unique(table.column_names, path)
     require("pandas", "tabular")
-    return table.to_pandas().reset_index(drop=True)
+    try:
+        table = parquet.read_table(arrow.BufferReader(raw), page_checksum_verification=True)
+        table.validate(full=True)
+        names = [name for name in table.column_names if not _INDEX.fullmatch(name)]
+        _unique(names, path)
+        table = table.select(names)
+        plain = [(name, _plain(arrow.types, table.schema.field(name).type)) for name in names]
+        # what pandas left in the file is not followed: it may name other columns and types
+        return table.cast(arrow.schema(plain)).to_pandas(ignore_metadata=True)
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file fails in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a whole Parquet file: {reason}") from None
+
+
+def _plain(types: Any, kind: Any) -> Any:
+    """Return the type to read a column as: of dictionaries their values', of decimals float64."""
+    import pyarrow
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return pyarrow.float64() if types.is_decimal(kind) else kind
 
 
 def _unique(header: list[str], path: Path) -> None:
@@ -198,6 +218,7 @@ def _target(column: pd.Series, what: str) -> np.ndarray:
     """Return the target as float64, refusing text, NaN and Inf."""
     import numpy as np
 
+    _refuse_odd(column, what)
     if not _numeric(column):
         shown = next((v for v in column if isinstance(v, str)), column.iloc[0])
         raise DataError(
@@ -218,6 +239,18 @@ def _numeric(column: pd.Series) -> bool:
     from pandas.api import types
 
     return types.is_numeric_dtype(column) and not types.is_complex_dtype(column)
+
+
+def _refuse_odd(column: pd.Series, what: str) -> None:
+    """Raise `DataError` for a column of neither numbers nor text: dates, lists, mappings, bytes."""
+    from pandas.api import types
+
+    if _numeric(column):
+        return
+    kind = types.infer_dtype(column, skipna=True)
+    if kind not in ("string", "boolean", "empty"):
+        raise DataError(f"{what}: column {str(column.name)!r} holds neither numbers nor text ({kind}): "
+                        f"convert it, or leave it out")
 
 
 class Encoder:
@@ -250,11 +283,12 @@ class Encoder:
         Raises
         ------
         DataError
-            For an infinite value, or when no column is left.
+            For an infinite value, a column of neither numbers nor text, or when no column is left.
         """
         done: dict[str, Any] = {"imputed": {}, "one_hot": {}, "constant": []}
         for name in frame.columns:
             column = frame[name]
+            _refuse_odd(column, what)
             steps = (self._number if _numeric(column) else self._category)(column, train, what)
             missing = int(column.isna().sum())
             if not steps:

