@@ -178,6 +178,18 @@ def test_a_pipe_in_a_directory_is_not_waited_for(saved, name):
     refuses(saved, f"cannot read .*{name}: it is no regular file", FileError)
 
 
+def test_a_pipe_in_the_place_of_a_shard_is_not_waited_for(saved):
+    from poise.walk import open_weights
+
+    shard = saved / "model-00001-of-00001.safetensors"
+    (saved / "model.safetensors").rename(saved / "kept")
+    os.mkfifo(shard)
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard.name}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileError, match=r"00001\.safetensors is missing or torn: it is no regular"):
+        list(open_weights(saved))
+
+
 def test_weights_that_a_directory_lacks_are_not_made_up(saved):
     """One byte of a name is enough, and transformers draws the weight at random."""
     weights = saved / "model.safetensors"

@@ -116,6 +116,8 @@ class _Files:
         from safetensors import SafetensorError, safe_open
 
         if name not in self._open:
+            if not (self.directory / name).is_file():  # a pipe would keep its reader waiting
+                raise FileError(f"{self.directory / name} is missing or torn: it is no regular file")
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
             except (OSError, SafetensorError) as error:
