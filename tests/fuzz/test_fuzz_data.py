@@ -1,7 +1,7 @@
 """Files of data with bytes changed: each is read as it stands, or refused in one line.
 
-`POISE_FUZZ_COUNT` is the number of changed files of each kind. What is right is told by a second reader for
-the formats without checksums (whose changed bytes are other data), and is the original for those with.
+What is right is told by a second reader for the formats without checksums (whose changed bytes are other
+data), and is the original for those with.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from poise.models import smollm2  # noqa: E402
 from poise.models.causal_lm import save_model  # noqa: E402
 from poise.models.components import CausalLM  # noqa: E402
 
-COUNT = int(os.environ.get("POISE_FUZZ_COUNT", "60"))
+COUNT = 3000 if os.environ.get("POISE_FUZZ") == "full" else 60  # changed files of each kind
 PATIENCE = 20  # seconds, for what takes milliseconds
 RNG = np.random.default_rng(0)
 

@@ -76,7 +76,7 @@ def stopped(folder, rng, took, case) -> bool:
 def test_signals(alone, tmp_path, capsys):
     want, took = alone
     verdicts = Verdicts("signals")
-    for rng in cases(int(os.environ.get("N","2")), 200):
+    for rng in cases(2, 200):
         folder = tmp_path / "here"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
