@@ -67,7 +67,10 @@ def stopped(folder, rng, took, case) -> bool:
     if not (run / "resolved.yaml").exists():  # before there was a run
         return process.returncode in (130, -number)
     case["state"] = state = load_run(run).state
-    allowed = {0: ("done",), 130: ("interrupted",), -signal.SIGKILL: ("killed", "done")}
+    # a signal may also come when the run is done, and the process on its way out
+    allowed = {0: ["done"], 130: ["interrupted", "done"], -number: ["done"]}
+    if number == signal.SIGKILL:
+        allowed[-number].append("killed")
     if "Traceback" in said or state not in allowed.get(process.returncode, ()):
         return False
     return state == "done" or main(["run", f"resume={run}"]) == 0
