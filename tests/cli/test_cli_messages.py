@@ -65,6 +65,7 @@ WRONG = {
     "a folder that is not there": ("hydra.searchpath=[nope]", "hydra.searchpath", "nope"),
     "an empty folder of a run": ("hydra.run.dir=", "hydra.run.dir is empty"),
     "a launcher that is none": ("hydra.launcher=1", "hydra.launcher=1"),
+    "a variable of the environment": ("+hydra.job.env_set.LD_PRELOAD=x", "LD_PRELOAD", "in the shell"),
     "loggers that are none": ("hydra.verbose=3", "hydra.verbose=3"),
     "a value nested too deeply": ("tag=" + "[" * 500 + "]" * 500, "tag=[[", "nested too deeply"),
     "a tag longer than a folder's name": ("tag=" + "x" * 300, "tag=xxx", "200 bytes"),

@@ -38,6 +38,9 @@ def _refuse_odd(hydra: Any) -> None:
         if not isinstance(hydra[name], dict) or "_target_" not in hydra[name]:
             raise ConfigError(f"hydra.{name}={hydra[name]!r} is no {name}: write {name}=NAME, or options "
                               f"of it (hydra.{name}.KEY=VALUE)")
+    if names := list(hydra["job"]["env_set"] or {}):
+        raise ConfigError(f"hydra.job.env_set.{names[0]}: a configuration sets no variables of the "
+                          f"environment: set {names[0]} in the shell")
     verbose = hydra["verbose"]
     if not isinstance(verbose, (bool, str)) and not (
             isinstance(verbose, list) and all(isinstance(name, str) for name in verbose)):
