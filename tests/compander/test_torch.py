@@ -108,16 +108,35 @@ def test_the_folded_model_goes_to_onnx(path, tmp_path):
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def run_worker(*cases):
-    """Start two processes of worker.py, which compares with one process and raises on a difference."""
+LEAVES = """
+import atexit, sys
+import torch.distributed as dist
+from worker import leave
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+atexit.register(print, "the interpreter ends")
+print("work done")
+leave()
+"""
+
+
+def python(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER),
-         *cases], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300,
+                          env=environment, check=False)
+
+
+def run_worker(*cases):
+    """Start two processes of worker.py, which compares with one process and raises on a difference."""
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     for case in cases:
         assert done.stdout.count(f"{case} equal") == 2, done.stdout
+
+
+def test_a_worker_leaves_before_the_interpreter_ends_beside_threads_of_gloo(tmp_path):
+    done = python("-c", LEAVES, str(tmp_path / "store"))
+    assert (done.returncode, done.stdout) == (0, "work done\n"), done.stderr[-3000:]
 
 
 def test_two_processes_train_what_one_does():
