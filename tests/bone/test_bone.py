@@ -346,6 +346,14 @@ def test_folding_a_packed_base_puts_a_plain_layer_in_its_place_and_back():
         assert torch.equal(model(input_ids=IDS).logits, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_plain_layer_of_half_precision_keeps_blocks_in_fp32(dtype):
+    model = nn.Sequential(nn.Linear(16, 8)).to(dtype)
+    attached = Bone(r=4).attach(model, "half")
+    assert {t.dtype for t in attached.state_dict().values()} == {torch.float32}
+    assert model(torch.zeros(2, 16, dtype=dtype)).dtype == dtype
+
+
 def test_a_packed_layer_with_a_half_precision_base_keeps_blocks_in_fp32():
     model = llama(dtype="bfloat16")
     quantize_model(model, Affine(4, 8))

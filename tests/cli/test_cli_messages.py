@@ -68,6 +68,8 @@ WRONG = {
     "a variable of the environment": ("+hydra.job.env_set.LD_PRELOAD=x", "LD_PRELOAD", "in the shell"),
     "loggers that are none": ("hydra.verbose=3", "hydra.verbose=3"),
     "a value nested too deeply": ("tag=" + "[" * 500 + "]" * 500, "tag=[[", "nested too deeply"),
+    "a tag that is a path": ("tag=a/b", "tag='a/b'", "one folder"),
+    "a tag that leads out": ("tag=..", "tag='..'", "one folder"),
     "a tag longer than a folder's name": ("tag=" + "x" * 300, "tag=xxx", "200 bytes"),
     "unknown flag": ("--frobnicate", "'--frobnicate'", "--multirun", "--cfg"),
 }
