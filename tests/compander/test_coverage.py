@@ -109,12 +109,12 @@ def test_what_the_reference_path_cannot_compute_is_named():
 @pytest.mark.parametrize("adapter", [WeightNorm(), LrMatched(a=0.5, b=0.7)], ids=["norm", "matched"])
 def test_the_controls_say_it_too(adapter):
     model = encoder()
+    total = sum(p.numel() for p in matrices(model).values())
     attached, said = attach(adapter, model)
     report = attached.report()
     if isinstance(adapter, LrMatched):  # what a compander would take
         assert report["share"] == 1 and not said
     else:
-        total = sum(p.numel() for p in matrices(model).values())
         inner = sum(p.numel() for n, p in matrices(model).items() if n.endswith("in_proj_weight"))
         assert report["share"] == pytest.approx(1 - inner / total)
         assert report["left_out"].popitem()[1]["weights"] == 2 and "attention" in said[0]

@@ -63,7 +63,8 @@ def test_every_source_of_data_keeps_its_contract(entry):
 
 @pytest.mark.shared
 @pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA names no folder of larger files")
-@pytest.mark.parametrize("name", ["cifar10", "gsm8k", "images", "text"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cifar10", marks=pytest.mark.slow), "gsm8k", "images", "text"])
 def test_every_source_of_larger_files_keeps_its_contract(name):
     check_data(poise.build("data", name))
 
