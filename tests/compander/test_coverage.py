@@ -126,6 +126,18 @@ def test_what_was_asked_for_is_in_the_report_and_no_reason_to_warn():
     assert "exclude_modules" in reason and report["left_out"][reason]["weights"] == 2 and not said
 
 
+@pytest.mark.parametrize(("adapter", "make", "named", "why"), [
+    (WeightCompander(target_modules=["wpe"]), gpt2, "transformer.wpe", "embeddings"),
+    (WeightCompander(path="reference", target_modules=["body.*"]), lambda: Recurrent(nn.LSTM),
+     "body.weight_ih_l0", "path='fast' can"),
+    (WeightNorm(target_modules=["in_proj_weight"]), encoder, "self_attn.in_proj_weight", "attention"),
+], ids=["embedding", "recurrent", "attention"])
+def test_what_is_named_and_cannot_be_taken_says_why(adapter, make, named, why):
+    with pytest.raises(ConfigError, match="is named and cannot be taken") as refused:
+        adapter.attach(make())
+    assert named in str(refused.value) and why in str(refused.value)
+
+
 def test_experts_of_one_parameter_are_taken_together():
     model = mixtral()
     every, _ = attach(WeightCompander(bound_policy="grow", target_modules=["experts.*.gate_up"]), model)

@@ -15,9 +15,11 @@ from poise.models.components import CausalLM
 from poise.quantizers import Affine, quantize_model
 from poise.walk import (
     count,
+    held,
     matches,
     path_of,
     refuse_tied,
+    replace,
     replace_module,
     select,
     weights,
@@ -369,3 +371,25 @@ def test_modules_are_found_and_replaced_by_path():
     new = nn.Linear(2, 5)
     replace_module(model, "1.0", new)
     assert model[1][0] is new
+
+
+def test_a_layer_in_two_places_is_replaced_in_both_and_comes_back():
+    class Doubled(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def held_weights(self, path):
+            yield from held(self.base, path)
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    model = nn.Sequential(layer, nn.Identity(), layer)
+    before = model(x)
+    (w,) = weights(model)
+    undo = replace(w, Doubled(w.layer))
+    assert model[0] is model[2] and torch.allclose(model(x), 4 * before)
+    undo()
+    assert model[0] is layer and model[2] is layer and torch.equal(model(x), before)

@@ -22,6 +22,10 @@ def cases(few: int, full: int) -> Iterator[random.Random]:
         yield random.Random(number)
 
 
+class HangError(BaseException):
+    """A case did not end; no Exception, which a reader might catch on the way."""
+
+
 class Verdicts:
     """Counts of how the cases of one class ended; only right values and one-line errors are allowed."""
 
@@ -34,10 +38,12 @@ class Verdicts:
             with _limited():
                 verdict = "right" if act() else "wrong"
         except PoiseError as error:
-            verdict = "refused" if len(str(error).splitlines()) == 1 else "raw"
-        except TimeoutError:
+            verdict, case = ("refused" if len(str(error).splitlines()) == 1 else "raw"), (case, str(error))
+        except HangError:
             verdict = "hang"
-        except Exception as error:  # whatever it is, nobody should see it
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
             verdict, case = "raw", (case, repr(error))
         self.counts[verdict] += 1
         self.examples.setdefault(verdict, case)
@@ -54,7 +60,7 @@ class Verdicts:
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
     def late(*_: Any) -> None:
-        raise TimeoutError
+        raise HangError
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)

@@ -179,8 +179,7 @@ def _place(packed: list[tuple[Weight, Any, Any]]) -> None:
         elif isinstance(replaced, PackedLinear):  # packed before: the plain layer is the same
             replaced = replaced.like
         layer = PackedLinear(stored, quantizer, bias, replaced)
-        for slot in (w.slot, *w.again.values()):  # one layer may be registered in several places
-            assert slot is not None
+        for slot in w.slots:
             slot.put(layer)
     for experts in fused.values():
         experts.unfuse()

@@ -30,12 +30,11 @@ def replace(weight: Weight, layer: nn.Module) -> Callable[[], None]:
         Where the weight takes part in its module's own arithmetic, or the model itself is the layer.
     """
     before = weight.layer
-    slot = weight.slot
-    assert slot is not None
     if not hasattr(layer, "held_weights"):
         raise ConfigError(f"{type(layer).__name__} cannot take the place of {weight.name}: it has no "
                           f"held_weights(path), so the weight would be lost to the walk")
-    slot.put(layer)
+    for slot in weight.slots:
+        slot.put(layer)
     # models look at a linear's weight and bias, torch's fused paths take them; in its __dict__, since they
     # are no parameters of this layer
     for name, stand_in in (("weight", Product(layer)), ("bias", getattr(before, "bias", None))):
@@ -43,8 +42,9 @@ def replace(weight: Weight, layer: nn.Module) -> Callable[[], None]:
             layer.__dict__[name] = stand_in
 
     def undo() -> None:
-        if slot.get() is not layer:
+        if any(slot.get() is not layer for slot in weight.slots):
             raise ConfigError(f"{weight.name}: another layer has been put over this one: undo that first")
-        slot.put(before)
+        for slot in weight.slots:
+            slot.put(before)
 
     return undo

@@ -133,6 +133,11 @@ class Weight:
         return tuple(name for name in self.tied_with if name not in self.again)
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every place in which the layer is registered."""
+        return tuple(slot for slot in (self.slot, *self.again.values()) if slot is not None)
+
+    @property
     def layer(self) -> nn.Module:
         """What makes the product x W^T now: the plain layer, a packed one, or what an adapter put there.
 

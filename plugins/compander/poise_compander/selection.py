@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from poise.errors import ConfigError
 from poise.holding import refuse_frozen, who_holds
-from poise.walk import Weight, choose, weights
+from poise.walk import Weight, choose, matches, weights
 from poise_compander.coverage import ASKED, Coverage
 from poise_compander.plain import Home
 
@@ -97,6 +97,10 @@ def _choose(
     everything = [w for w in weights(model) if w.numel]
     reasons = {id(w): why_not(w) for w in everything}
     fit = [w for w in everything if reasons[id(w)] is None]
+    for pattern in include or []:
+        named = [w for w in everything if matches(w.name, pattern)]
+        if named and all(reasons[id(w)] for w in named):
+            raise ConfigError(f"{named[0].name} is named and cannot be taken: {reasons[id(named[0])]}")
     taken = choose(fit, include, exclude, (*_ROLES, "embedding"))
     mine = {id(w) for w in taken}
     for w in fit:
