@@ -15,8 +15,9 @@ from poise.models.components import CausalLM
 from poise.quantizers import Affine, PackedLinear, quantize_model
 from poise.testing import check_adapter
 from poise.walk import weights
-from poise_bone import Bone, BoneLinear, bone_delta, bone_forward
-from poise_bone.functional import fold_weight, shard_sum
+from poise_bone import Bone
+from poise_bone.functional import changed, delta, shard_sum
+from poise_bone.layers import BoneLayer
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 IDS = torch.tensor([[1, 2, 3, 200, 17, 5, 9, 30]])
@@ -24,6 +25,17 @@ IDS = torch.tensor([[1, 2, 3, 200, 17, 5, 9, 30]])
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def bone_delta(D, i):
+    return delta(torch.zeros(D.shape[1], i, dtype=D.dtype), D)
+
+
+def bone_forward(x, D):
+    """What a layer adds to a product of zero."""
+    layer = BoneLayer(nn.Linear(x.shape[-1], D.shape[1], dtype=x.dtype), D.shape)
+    layer.D.data = D
+    return layer.output(x, torch.zeros(*x.shape[:-1], D.shape[1], dtype=x.dtype)).detach()
 
 
 def shapes():
@@ -87,7 +99,7 @@ def test_the_shard_sum_adds_the_blocks_of_the_input(sizes):
 def test_a_layer_is_base_plus_change(sizes):
     i, o, r = sizes
     base = nn.Linear(i, o).double()
-    layer = BoneLinear(base, r)
+    layer = BoneLayer(base, (r, o))
     layer.D.data.copy_(randn(r, o))
     x = randn(5, i, seed=1)
     want = x @ (base.weight + bone_delta(layer.D, i)).T + base.bias
@@ -99,7 +111,7 @@ def test_a_layer_is_base_plus_change(sizes):
 def test_the_gradients_are_those_of_the_algebra(sizes):
     """dD = S^T dy, and dx = dy (W + delta)."""
     i, o, r = sizes
-    layer = BoneLinear(nn.Linear(i, o).double(), r)
+    layer = BoneLayer(nn.Linear(i, o).double(), (r, o))
     layer.base.requires_grad_(False)
     layer.D.data.copy_(randn(r, o))
     x, dy = randn(5, i, seed=1).requires_grad_(), randn(5, o, seed=2)
@@ -182,7 +194,7 @@ def test_patterns_choose_the_layers():
 def test_a_block_wider_than_the_input_is_refused_and_nothing_is_changed():
     model = network()
     trainable = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ConfigError, match="r=8 exceeds the 7 inputs of 2: lower r"):
+    with pytest.raises(ConfigError, match=r"bone: 2 \(3, 7\): r=8 must lie between 1 and the 7 inputs: lower r"):
         Bone(r=8).attach(model)
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
     assert [p.requires_grad for p in model.parameters()] == trainable
@@ -217,7 +229,9 @@ def test_a_bare_linear_is_refused_in_words_or_adapted():
 
 
 @pytest.mark.parametrize(
-    "options", [{"r": 0}, {"r": 2.5}, {"variant": "bat2"}, {"target_modules": "q_proj"}])
+    "options", [{"r": 0}, {"r": 2.5}, {"variant": "bat2"}, {"target_modules": "q_proj"}, {"mini_r": 2},
+    {"mini_r": None, "variant": "mini"}, {"scale": "rownorm"}, {"scale": 2.0, "variant": "bat"}, {"tiles": [2, 1]}, {"dropout": 1.0},
+    {"rank_pattern": {"q_proj": 0}}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=f"Bone.{next(iter(options))}="):
         Bone(**options)
@@ -248,7 +262,7 @@ def test_fold_then_unfold_is_bit_exact(dtype):
 def test_folding_adds_the_change_once_rounded(dtype):
     W, D = randn(7, 10, dtype=dtype), randn(4, 7, dtype=torch.float32)
     exact = W.double() + bone_delta(D.double(), 10)
-    assert torch.equal(fold_weight(W, D), exact.to(torch.float32).to(dtype))
+    assert torch.equal(changed(W, D), exact.to(torch.float32).to(dtype))
 
 
 def test_the_folded_checkpoint_is_plain_and_the_live_model_goes_on_training():

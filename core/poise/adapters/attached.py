@@ -63,7 +63,7 @@ class AttachedLayers:
     def trainable(self) -> list[dict[str, Any]]:
         """Return one group with the method's own parameters; weight decay acts as the optimizer says."""
         self._refuse_gone()
-        return [{"params": [p for layer in self.layers.values() for p in layer.own_parameters()]}]
+        return [{"params": [t for _, t in self.tensors() if isinstance(t, nn.Parameter)]}]
 
     def optimizer(self, cls: type, **options: Any) -> torch.optim.Optimizer:
         """Return a torch optimizer over this adapter's parameters."""
@@ -212,8 +212,12 @@ class AttachedLayers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the method's own tensors by layer name, `NAME.D`."""
-        return {f"{name}.{key}": tensor.detach()
-                for name, layer in self.layers.items() for key, tensor in layer.own().items()}
+        return {name: tensor.detach() for name, tensor in self.tensors()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the method's own tensors, live, each once, with their names in `state_dict`."""
+        for name, layer in self.layers.items():
+            yield from ((f"{name}.{key}", tensor) for key, tensor in layer.own().items())
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -236,7 +240,7 @@ class AttachedLayers:
 
     def report(self) -> dict[str, Any]:
         """Return counts and bytes."""
-        own = [p for layer in self.layers.values() for p in layer.own_parameters()]
+        own = [t for _, t in self.tensors() if isinstance(t, nn.Parameter)]
         return {
             "name": self.name, "layers": len(self.layers),
             "trainable_parameters": sum(p.numel() for p in own),

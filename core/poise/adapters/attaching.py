@@ -16,7 +16,7 @@ from poise.walk import Weight, choose, has_own_forward, refuse_tied, weights
 
 def choose_layers(
     model: nn.Module, what: str, target_modules: list[str] | None, exclude_modules: list[str] | None,
-    roles: tuple[str, ...] = ("linear",), *, fused: bool = True,
+    roles: tuple[str, ...] = ("linear",), *, if_named: tuple[str, ...] = (),
 ) -> list[Weight]:
     """Choose the weights that an adapter of layers takes.
 
@@ -26,8 +26,8 @@ def choose_layers(
         The adapter's name, for messages.
     target_modules : list of str or None
         Patterns of weights; None: every one of these roles but a language model's head and routers.
-    fused : bool
-        Take single experts of a fused parameter too, where experts are taken.
+    if_named : tuple of str
+        Roles besides that are taken where a pattern names them and nothing else; routers are.
 
     Raises
     ------
@@ -35,8 +35,8 @@ def choose_layers(
         When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
         module's own arithmetic.
     """
-    found = (w for w in weights(model) if fused or w.index is None)
-    chosen = choose(found, target_modules, exclude_modules, roles, replaceable=True)
+    chosen = choose(weights(model), target_modules, exclude_modules, roles, replaceable=True,
+                    if_named=("router", *if_named))
     if target_modules is None:  # the output head stays as it is unless it is asked for
         heads = _heads(model)
         chosen = [w for w in chosen if not _is_head(w, heads)]

@@ -19,7 +19,8 @@ class AdaptedLayer(nn.Module):
     """Calls the layer that it replaces, its child `base`, and changes the result.
 
     A subclass has parameters of its own and two methods: `output(x, y)` gives the changed product and
-    `changed(W)` the changed weight (out, in); both say the same. Everything else is here: the walk sees the
+    `changed(W)` the changed weight (out, in); both say the same. One whose product is no function of that
+    of the weight before has `product(x)` in place of `output`. Everything else is here: the walk sees the
     weight beneath, and adapters on one weight act in the order in which they were attached.
 
     Parameters
@@ -29,6 +30,9 @@ class AdaptedLayer(nn.Module):
     """
 
     base: nn.Module
+    row_block: int | None = None
+    """Output rows that change together, so that `changed` takes any whole blocks of them with the number of
+    the first as its second argument; None: it takes the whole weight only."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -42,9 +46,13 @@ class AdaptedLayer(nn.Module):
         """Return the product with the changed weight, given x (..., in) and that of the weight before."""
         raise NotImplementedError
 
-    def changed(self, W: Tensor) -> Tensor:
-        """Return the changed weight (out, in), rounded once to the type of W."""
+    def changed(self, W: Tensor, first: int = 0) -> Tensor:
+        """Return the changed weight (out, in), rounded once to the type of W; see `row_block`."""
         raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the product with the changed weight, with the bias of the layer beneath."""
+        return self.output(x, self.base(x))
 
     # ------------------------------------------------------------ what a model may ask of a linear
 
@@ -72,8 +80,7 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product with the weight as it is now, shape (..., out)."""
-        y = self.base(x)
-        return self.output(x, y) if self.acts else y
+        return self.product(x) if self.acts else self.base(x)
 
     @property
     def folded(self) -> bool:
@@ -90,16 +97,26 @@ class AdaptedLayer(nn.Module):
         """The weight that all adapters here act on."""
         return next(held(self.base, ""))
 
-    def beneath(self) -> Tensor:
-        """Return the weight (out, in) as the earlier adapters leave it."""
+    def beneath(self, rows: slice | None = None) -> Tensor:
+        """Return the weight (out, in), or some of its rows, as the earlier adapters leave it."""
         if isinstance(self.base, AdaptedLayer):
-            below = self.base.beneath()
-            return self.base.changed(below) if self.base.acts else below
-        return self.weight_beneath.read()
+            return self.base.altered(rows) if self.base.acts else self.base.beneath(rows)
+        return self.weight_beneath.read(rows)
+
+    def altered(self, rows: slice | None = None) -> Tensor:
+        """Return the weight (out, in), or some of its rows, as this adapter leaves it."""
+        if rows is None:
+            return self.changed(self.beneath())
+        if self.row_block is None:
+            return self.changed(self.beneath())[rows]
+        first = rows.start - rows.start % self.row_block
+        last = min(self.out_features, rows.stop + -rows.stop % self.row_block)
+        wide = self.changed(self.beneath(slice(first, last)), first)
+        return wide[rows.start - first: rows.stop - first]
 
     def folded_weight(self) -> Tensor:
         """Return the weight (out, in) with the change in it, as `fold` writes it."""
-        return self.weight_beneath.read() if self.folded else self.changed(self.beneath())
+        return self.weight_beneath.read() if self.folded else self.altered()
 
     def chain(self) -> Iterator[AdaptedLayer]:
         """Yield this layer and the earlier adapters' ones, the last attached first."""
@@ -126,6 +143,10 @@ class AdaptedLayer(nn.Module):
         """Return what trains of the method."""
         return [t for t in self.own().values() if isinstance(t, nn.Parameter)]
 
+    def trained(self) -> list[Tensor]:
+        """Return the tensors that the change depends on and that train."""
+        return [p for p in self.own_parameters() if p.requires_grad]
+
     @torch.no_grad()
     def fold(self) -> None:
         """Put the change into the weight beneath; a packed layer makes room for a plain one.
@@ -134,7 +155,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.folded:
             return
-        new = self.changed(self.beneath())
+        new = self.altered()
         *_, first = self.chain()
         if isinstance(first.base, PackedLinear):
             before: Any = first.base

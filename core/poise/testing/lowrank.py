@@ -49,7 +49,7 @@ class SumLayer(AdaptedLayer):
         """Return y + x A^T B^T."""
         return y + (x.to(self.A.dtype) @ self.A.T @ self.B.T).to(y.dtype)
 
-    def changed(self, W: Tensor) -> Tensor:
+    def changed(self, W: Tensor, first: int = 0) -> Tensor:
         """Return W + B A."""
         return (W.to(self.A.dtype) + self.B @ self.A).to(W.dtype)
 
@@ -69,7 +69,7 @@ class LeftLayer(AdaptedLayer):
         product = (y if self.bias is None else y - self.bias).to(self.A.dtype)
         return y + (product @ self.A.T @ self.B.T).to(y.dtype)
 
-    def changed(self, W: Tensor) -> Tensor:
+    def changed(self, W: Tensor, first: int = 0) -> Tensor:
         """Return (I + B A) W."""
         wide = W.to(self.A.dtype)
         return (wide + self.B @ (self.A @ wide)).to(W.dtype)

@@ -82,6 +82,7 @@ def select(
 def choose(
     everything: Iterable[Weight], include: list[str] | None = None, exclude: list[str] | None = None,
     roles: tuple[str, ...] | None = None, *, replaceable: bool = False,
+    if_named: tuple[str, ...] = ("router",),
 ) -> list[Weight]:
     """Return those of some weights whose names match.
 
@@ -90,7 +91,9 @@ def choose(
     include, exclude : list of str, optional
         Shell patterns on whole names or on their last parts (`q_proj`, `experts.*.down`).
     roles : tuple of str, optional
-        Keep only these roles. A router is kept besides where a pattern names it and nothing else.
+        Keep only these roles.
+    if_named : tuple of str
+        Roles that are kept besides where a pattern names them and nothing else.
     replaceable : bool
         Keep what no layer can stand in for only where a pattern names it and nothing else.
 
@@ -104,7 +107,7 @@ def choose(
     def only_if_named(w: Weight) -> bool:
         return (roles is not None and w.role not in roles) or (replaceable and not w.replaceable)
 
-    candidates = [w for w in everything if roles is None or w.role in (*roles, "router")]
+    candidates = [w for w in everything if roles is None or w.role in (*roles, *if_named)]
     _check_patterns(candidates, include, exclude)
     unnamed = include is None
     taken = {id(w) for p in include or ["*"] for w in covered(candidates, p, only_if_named, unnamed)}

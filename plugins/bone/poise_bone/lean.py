@@ -1,0 +1,243 @@
+"""Exact products with a weight-guided change, which keep nothing for the backward pass but x, W and B.
+
+A chunk of output rows of the changed weight is built, used and dropped; the backward pass builds it again.
+For few tokens the change goes to x instead, and no changed weight is built at all.
+
+Source: derived here; the plain form is `functional.forward`. For T tokens, P = o i weights and blocks of r,
+in multiplications and additions: recomputed 2TP + 2rP forward and 4TP + 4rP backward, factored 4TP and 6TP;
+plain 2TP + 2rP and 4TP + 2rP, with two copies of the weight kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from poise.errors import RunError
+
+CHUNK = {"cpu": 1 << 18, "other": 1 << 23}  # weights built at a time: on a CPU what stays in its cache
+FACTORED = 1 << 22  # numbers of x changed at a time
+
+
+# a compiled model calls these as they are: what they build, and when, is their point
+_apart: Any = torch.compiler.disable(lambda function, *arguments: function.apply(*arguments))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The weight whose product is made, as rows that can be built when they are needed.
+
+    Parameters
+    ----------
+    shape : (out, in)
+    block : int
+        Rows that are built together; it divides `out`.
+    beneath : callable
+        Output rows (a slice) of the weight before the change; differentiable in `others`.
+    change : callable
+        The changed rows, from those before, the part of the block they depend on, and the number of the
+        first.
+    part : callable
+        The part of the block that rows (a slice) depend on, as an index of it.
+    others : tuple of Tensor
+        What trains beneath, of earlier adapters.
+    base : callable
+        x to the product before the change, with the bias.
+    version : callable
+        Something that differs when the weight beneath has been written to.
+    views : bool
+        Whether `beneath` returns a view of the weight, rather than building rows.
+    """
+
+    shape: tuple[int, int]
+    block: int
+    beneath: Callable[[slice], Tensor]
+    change: Callable[[Tensor, Tensor, int], Tensor]
+    part: Callable[[slice], slice]
+    others: tuple[Tensor, ...]
+    base: Callable[[Tensor], Tensor]
+    version: Callable[[], Any]
+    views: bool
+    name: str
+
+    def chunks(self, budget: int) -> Iterator[slice]:
+        """Yield slices of whole blocks of rows, of at most `budget` weights where one block is not more."""
+        out, columns = self.shape
+        step = self.block * max(1, budget // (self.block * columns))
+        for start in range(0, out, step):
+            yield slice(start, min(out, start + step))
+
+    def built(self, rows: slice, block: Tensor) -> Tensor:
+        """Return changed rows."""
+        return self.change(self.beneath(rows), block[self.part(rows)], rows.start)
+
+
+def recomputed(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+    """Return x W'^T + bias, shape (..., out), building W' chunk by chunk, in the backward pass again.
+
+    Raises
+    ------
+    RunError
+        In the backward pass, when the weight beneath has been written to since.
+    """
+    x, bias = _under_autocast(x, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _apart(_Recomputed, flat, block, bias, rows, *rows.others)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def factored(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+    """Return the same for bat's column form, by z[a] = x + x B[a]^T and y[a] = z[a] W[a]^T + S B[a]^T.
+
+    Raises
+    ------
+    RunError
+        In the backward pass, when the weight beneath has been written to since.
+    """
+    x, bias = _under_autocast(x, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _apart(_Factored, flat, block, bias, rows)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _under_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both in the type that the product is made in."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x, None if bias is None else bias.to(x.dtype)
+
+
+def _budget(x: Tensor) -> int:
+    return CHUNK.get(x.device.type, CHUNK["other"])
+
+
+def _factored_budget(rows: Rows, x: Tensor) -> int:
+    """Return weights at a time: the changed inputs of their blocks stay small, and rows that are built."""
+    budget = max(1, FACTORED // max(1, len(x))) * rows.block
+    return budget if rows.views else min(budget, _budget(x))
+
+
+def _unchanged(x: Tensor, block: Tensor, rows: Rows) -> Tensor | None:
+    """Return the product before the change, bit for bit, where the block is zero.
+
+    Products of parts may round otherwise than that of the whole. Elsewhere than on a CPU to look would mean
+    to wait for the device.
+    """
+    return None if x.device.type != "cpu" or block.any() else rows.base(x)
+
+
+def _refuse_written(ctx: Any) -> None:
+    if ctx.rows.version() != ctx.version:
+        raise RunError(f"the weight of {ctx.rows.name} was changed between the forward pass and its "
+                       f"backward pass "
+                       f"(folded, or written to): call backward() first")
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, block: Tensor, bias: Tensor | None, rows: Rows, *others: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, block, *others)
+        ctx.rows, ctx.version, ctx.bias = rows, rows.version(), bias is not None
+        chunks = list(rows.chunks(_budget(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            if len(chunks) == 1:
+                return F.linear(x, rows.built(chunks[0], block).to(x.dtype), bias)
+            if (y := _unchanged(x, block, rows)) is not None:
+                return y
+            y = x.new_empty(len(x), rows.shape[0])
+            for c in chunks:
+                y[:, c] = F.linear(x, rows.built(c, block).to(x.dtype), None if bias is None else bias[c])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_written(ctx)
+        x, block, *others = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        wanted = ctx.needs_input_grad
+        dx = torch.zeros_like(x) if wanted[0] else None
+        d_block = torch.zeros_like(block) if wanted[1] else None
+        d_others = [torch.zeros_like(t) for t in others]
+        with torch.autocast(x.device.type, enabled=False):
+            for c in rows.chunks(_budget(x)):
+                _chunk_backward(rows, c, x, dy[:, c], block, dx, d_block, others, d_others)
+        bias = dy.sum(0) if ctx.bias and wanted[2] else None
+        return dx, d_block, bias, None, *d_others
+
+
+def _chunk_backward(
+    rows: Rows, c: slice, x: Tensor, dy: Tensor, block: Tensor, dx: Tensor | None, d_block: Tensor | None,
+    others: list[Tensor], d_others: list[Tensor],
+) -> None:
+    """Add the share of some output rows to the gradients."""
+    part = block[rows.part(c)].detach().requires_grad_(d_block is not None)
+    needed = [t for t in (part, *others) if t.requires_grad]
+    with torch.enable_grad():
+        W = rows.change(rows.beneath(c), part, c.start)
+    if dx is not None:
+        dx.addmm_(dy, W.detach().to(x.dtype))
+    if not needed:
+        return
+    G = (dy.mT @ x).to(W.dtype)
+    found = list(torch.autograd.grad(W, needed, G, allow_unused=True))
+    if d_block is not None:
+        d_block[rows.part(c)] += found.pop(0)
+    totals = [d for t, d in zip(others, d_others, strict=True) if t.requires_grad]
+    for total, one in zip(totals, found, strict=True):
+        if one is not None:
+            total.add_(one)
+
+
+class _Factored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+        ctx.save_for_backward(x, block)
+        ctx.rows, ctx.version, ctx.bias = rows, rows.version(), bias is not None
+        with torch.autocast(x.device.type, enabled=False):
+            if (y := _unchanged(x, block, rows)) is not None:
+                return y
+            B = block.to(x.dtype)
+            T, r = len(x), B.shape[-1]
+            blocks = x.view(T, x.shape[1] // r, r)
+            S = blocks.sum(1)
+            y = x.new_empty(T, rows.shape[0])
+            for c in rows.chunks(_factored_budget(rows, x)):
+                part = B[rows.part(c)]
+                W = rows.beneath(c).to(x.dtype).reshape(len(part), r, -1)
+                # every block of x times every B[a]^T, as one product
+                z = (blocks.reshape(-1, r) @ part.reshape(-1, r).T).view(*blocks.shape[:2], len(part), r)
+                z = (z + blocks.unsqueeze(2)).permute(2, 0, 1, 3).reshape(len(part), *x.shape)
+                out = torch.baddbmm(S @ part.mT, z, W.mT)
+                y[:, c] = out.transpose(0, 1).flatten(1)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_written(ctx)
+        x, block = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        with torch.autocast(x.device.type, enabled=False):
+            B = block.to(x.dtype)
+            T, r = len(x), B.shape[-1]
+            blocks = x.view(T, x.shape[1] // r, r)
+            S, dx, dB = blocks.sum(1), torch.zeros_like(x), torch.empty_like(B)
+            for c in rows.chunks(_factored_budget(rows, x)):
+                where = rows.part(c)
+                part = B[where]
+                W = rows.beneath(c).to(x.dtype).reshape(len(part), r, -1)
+                d = dy[:, c].reshape(T, len(part), r).transpose(0, 1)  # (g, T, r)
+                u = torch.bmm(d, W).view(len(part), -1, r)  # (g, T i/r, r)
+                dx += torch.baddbmm(u, u, part).sum(0).view(x.shape)
+                dx.view(blocks.shape).add_(torch.bmm(d, part).sum(0).unsqueeze(1))
+                dB[where] = u.mT @ blocks.reshape(-1, r) + d.mT @ S
+        bias = dy.sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
+        return dx, dB.to(block.dtype), bias, None
