@@ -23,10 +23,11 @@ def loops(W, D, variant):
     if variant in ADDED:
         sizes = [len(part) for part in torch.arange(o).tensor_split(len(D))]
         shard = torch.repeat_interleave(torch.arange(len(D)), torch.tensor(sizes))
+        entry = {"bone": lambda p, j: D[j % len(D), p], "bone_out": lambda p, j: D[shard[p], j],
+                 "mini": lambda p, j: D[j % len(D), p % D.shape[1]]}[variant]
         for p in range(o):
             for j in range(i):
-                out[p, j] = {"bone": lambda p=p, j=j: D[j % len(D), p], "mini": lambda p=p, j=j:
-                             D[j % len(D), p % D.shape[1]], "bone_out": lambda p=p, j=j: D[shard[p], j]}[variant]()
+                out[p, j] = entry(p, j)
         return out
     for a in range(o // r):
         for b in range(-(-i // r)):

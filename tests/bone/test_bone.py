@@ -194,7 +194,8 @@ def test_patterns_choose_the_layers():
 def test_a_block_wider_than_the_input_is_refused_and_nothing_is_changed():
     model = network()
     trainable = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ConfigError, match=r"bone: 2 \(3, 7\): r=8 must lie between 1 and the 7 inputs: lower r"):
+    with pytest.raises(ConfigError, match=r"bone: 2 \(3, 7\): r=8 must lie between 1 and the 7 inputs: "
+                                          r"lower r"):
         Bone(r=8).attach(model)
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]
     assert [p.requires_grad for p in model.parameters()] == trainable
@@ -230,7 +231,8 @@ def test_a_bare_linear_is_refused_in_words_or_adapted():
 
 @pytest.mark.parametrize(
     "options", [{"r": 0}, {"r": 2.5}, {"variant": "bat2"}, {"target_modules": "q_proj"}, {"mini_r": 2},
-    {"mini_r": None, "variant": "mini"}, {"scale": "rownorm"}, {"scale": 2.0, "variant": "bat"}, {"tiles": [2, 1]}, {"dropout": 1.0},
+    {"mini_r": None, "variant": "mini"}, {"scale": "rownorm"}, {"scale": 2.0, "variant": "bat"},
+    {"tiles": [2, 1]}, {"dropout": 1.0},
     {"rank_pattern": {"q_proj": 0}}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=f"Bone.{next(iter(options))}="):

@@ -74,7 +74,8 @@ def test_the_paper_counts_of_parameters():
     """LLaMA2-7B, seven modules, r = 64: 87.03 M for bone and bat, 72.88 M for bat_row and bone_out."""
     h, f = 4096, 11008
     modules = [(h, h)] * 4 + [(f, h)] * 2 + [(h, f)]
-    total = {v: 32 * sum(n_parameters(v, o, i, 64) for o, i in modules) for v in ("bone", "bat", "bat_row", "bone_out")}
+    total = {v: 32 * sum(n_parameters(v, o, i, 64) for o, i in modules)
+             for v in ("bone", "bat", "bat_row", "bone_out")}
     assert total == {"bone": 87_031_808, "bat": 87_031_808, "bat_row": 72_876_032, "bone_out": 72_876_032}
 
 
@@ -89,7 +90,8 @@ def test_two_changes_in_turn_are_one_composed_change(case):
     if variant == "bat_left" and i % shape[-1]:  # a cut block has no square identity
         return
     turns = changed(changed(W, first, variant), second, variant)
-    assert torch.allclose(changed(W, compose(first, second, variant), variant), turns, rtol=1e-10, atol=1e-10)
+    once = changed(W, compose(first, second, variant), variant)
+    assert torch.allclose(once, turns, rtol=1e-10, atol=1e-10)
 
 
 @few
@@ -132,7 +134,8 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match="cannot be composed"):
         compose(randn(2, 3), randn(3, 2))
     for wrong, words in (((3, 7), r"does not fit a weight of shape \(6, 8\), which has \(3, 6\)"),
-                         ((2, 4, 4), "it has 2 dimensions"), ((9, 6), "r=9 must lie between 1 and the 8 inputs")):
+                         ((2, 4, 4), "it has 2 dimensions"), ((9, 6), "r=9 must lie between 1 and the 8 "
+                                                                      "inputs")):
         with pytest.raises(ConfigError, match=words):
             delta(randn(6, 8), randn(*wrong))
     with pytest.raises(ConfigError, match="variant='bat_up' is not allowed"):
@@ -144,7 +147,8 @@ def test_column_row_and_left_are_three_methods_even_on_square_weights():
     column, row, left = (delta(W, B, v) for v in ("bat", "bat_row", "bat_left"))
     assert all(float((a - b).abs().max()) > 0.1 for a, b in ((column, row), (column, left), (row, left)))
     # the column form of the transposed weight acts from the left, with its matrices transposed
-    turned = torch.cat([B[a].T @ W[:, 4 * a: 4 * a + 4].unflatten(0, (2, 4)) + B[a].T for a in range(2)], -1)
+    parts = [B[a].T @ W[:, 4 * a: 4 * a + 4].unflatten(0, (2, 4)) + B[a].T for a in range(2)]
+    turned = torch.cat(parts, -1)
     assert torch.allclose(delta(W.T, B, "bat").T, turned.flatten(0, 1), rtol=1e-12)
 
 
