@@ -352,7 +352,7 @@ def put(key, shape):
     ({"tensors": put("0", (16, 8))}, r"has shape \(16, 8\); r=8 and init_weights=True need \(8, outputs\)"),
     ({"tensors": put("0", (2, 8, 8))}, r"has shape \(2, 8, 8\); r=8"),
     ({"config": {"init_weights": "bat"}}, r"need \(outputs / 8, 8, 8\)"),
-    ({"config": {"init_weights": "mini", "mini_r": 4}}, "has 16 columns, mini_r is 4"),
+    ({"config": {"init_weights": "mini", "mini_r": 4}}, "columns, mini_r is 4"),
     ({"config": {"init_weights": "pissa"}}, "init_weights='pissa' is not known"),
     ({"config": {"r": 4}}, "r=4"), ({"config": {"r": "8"}}, "r='8' is no number"),
     ({"config": {"peft_type": "LORA"}}, "is of peft_type 'LORA': MISS and BONE are read"),

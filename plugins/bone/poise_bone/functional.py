@@ -86,9 +86,10 @@ def _bat(W: Tensor, B: Tensor, rows: slice, o: int, beta: float) -> Tensor:
     r = B.shape[-1]
     B = B[rows.start // r: rows.stop // r]
     V = W.reshape(len(B), -1, r)  # no copy: a block's rows and its columns' blocks are neighbours
-    out = torch.baddbmm(V, V, B, beta=beta)
-    out.view(len(B), r, -1, r).add_(B.unsqueeze(2))
-    return out.view(W.shape)
+    out = torch.baddbmm(V, V, B, beta=beta).view(len(B), r, -1, r)
+    if torch.is_grad_enabled():
+        return (out + B.unsqueeze(2)).view(W.shape)
+    return out.add_(B.unsqueeze(2)).view(W.shape)
 
 
 def _bat_row(W: Tensor, B: Tensor, rows: slice, o: int, beta: float) -> Tensor:
@@ -136,6 +137,13 @@ def change_rows(
     wide = torch.promote_types(W.dtype, block.dtype)
     rows = slice(first, first + len(W))
     return _CHANGES[variant](W.to(wide), block.to(wide), rows, out_features, 1.0 if added else 0.0)
+
+
+def pull_bat(W: Tensor, G: Tensor, r: int) -> Tensor:
+    """Return dB[a] = sum over b of W[a, b]^T G[a, b] + G[a, b], for the gradient G of changed rows."""
+    n = len(W) // r
+    product = torch.bmm(W.reshape(n, -1, r).mT.to(G.dtype), G.view(n, -1, r))
+    return product + G.view(n, r, -1, r).sum(2)
 
 
 def delta(weight: Tensor, block: Tensor, variant: str = "bone") -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from poise.adapters import AdaptedLayer
 from poise.errors import RunError
 from poise.holding import tensor_of
-from poise_bone.functional import change_rows, shard_sum, shards
-from poise_bone.lean import Rows, factored, recomputed
+from poise_bone.functional import change_rows, pull_bat, shard_sum, shards
+from poise_bone.lean import Rows, blockwise, factored, recomputed
 
 
 class Blocks(nn.Module):
@@ -204,17 +204,16 @@ class BatRowLayer(GuidedLayer):
     def whole(self, x: Tensor) -> Tensor:
         """Return x W'^T and the bias."""
         v = self._v(x)
-        return self._plus_sum(self.base(x + v.to(x.dtype)), v)
+        return self._plus_sum(self.base(x + v), v)
 
     def change(self, x: Tensor) -> Tensor:
         """Return x (W' - W)^T."""
         v = self._v(x)
-        return self._plus_sum(self.product_without_bias(v.to(x.dtype)), v)
+        return self._plus_sum(self.product_without_bias(v), v)
 
     def _v(self, x: Tensor) -> Tensor:
         B = self.block()
-        blocks = x.reshape(-1, *B.shape[:2]).transpose(0, 1).to(B.dtype)
-        return torch.bmm(blocks, B.mT).transpose(0, 1).reshape(x.shape)
+        return blockwise(x.reshape(-1, *B.shape[:2]), B.mT).reshape(x.shape)
 
     def _plus_sum(self, y: Tensor, v: Tensor) -> Tensor:
         r = self.block().shape[-1]
@@ -241,9 +240,8 @@ class BatLeftLayer(GuidedLayer):
     def _plus_change(self, y: Tensor, h: Tensor, x: Tensor) -> Tensor:
         B = self.block()
         S = shard_sum(x, B.shape[-1]).to(h.dtype)
-        both = (h.unflatten(-1, B.shape[:2]) + S.unsqueeze(-2)).reshape(-1, *B.shape[:2]).transpose(0, 1)
-        update = torch.bmm(both.to(B.dtype), B).transpose(0, 1).reshape(y.shape)
-        return y + update.to(y.dtype)
+        both = (h.unflatten(-1, B.shape[:2]) + S.unsqueeze(-2)).reshape(-1, *B.shape[:2])
+        return y + blockwise(both, B).reshape(y.shape)
 
 
 class RecomputedLayer(GuidedLayer):
@@ -267,6 +265,10 @@ class RecomputedLayer(GuidedLayer):
         """Return which of the block's first axis some output rows depend on."""
         return slice(None)
 
+    def pull(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return a gradient of the block that is written out, where there is one."""
+        return None
+
     def rows(self, change: Callable[[Tensor, Tensor, int], Tensor]) -> Rows:
         """Return the weight beneath as rows to be built."""
         others = tuple(t for one in self.chain() if one is not self and one.acts for t in one.trained())
@@ -277,7 +279,7 @@ class RecomputedLayer(GuidedLayer):
                            f"requires_grad = False again")
         sources = [held] if held is not None else list(weight.module.buffers())  # type: ignore[union-attr]
         return Rows(
-            weight.shape, self.row_block, self.beneath, change, self.part, others, self.base,
+            weight.shape, self.row_block, self.beneath, change, self.pull(), self.part, others, self.base,
             lambda: [t._version for t in (*sources, *others)],
             views=held is not None and not isinstance(self.base, AdaptedLayer), name=weight.name)
 
@@ -297,6 +299,10 @@ class BatLayer(RecomputedLayer):
         """Return the blocks of B that some output rows depend on."""
         r = self.row_block
         return slice(rows.start // r, rows.stop // r)
+
+    def pull(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the gradient of some rows' blocks: the same whether W itself is in the rows or not."""
+        return lambda W, G: pull_bat(W, G, self.row_block)
 
     def _changed(self, W: Tensor, part: Tensor, first: int) -> Tensor:
         return change_rows(W, part.to(W.dtype), self.variant, 0, len(W))  # part is of these rows alone

@@ -42,6 +42,9 @@ class Rows:
     change : callable
         The changed rows, from those before, the part of the block they depend on, and the number of the
         first.
+    pull : callable or None
+        The gradient of that part, from the rows before and the gradient of the changed ones; None:
+        autograd's.
     part : callable
         The part of the block that rows (a slice) depend on, as an index of it.
     others : tuple of Tensor
@@ -58,6 +61,7 @@ class Rows:
     block: int
     beneath: Callable[[slice], Tensor]
     change: Callable[[Tensor, Tensor, int], Tensor]
+    pull: Callable[[Tensor, Tensor], Tensor] | None
     part: Callable[[slice], slice]
     others: tuple[Tensor, ...]
     base: Callable[[Tensor], Tensor]
@@ -138,6 +142,29 @@ def _refuse_written(ctx: Any) -> None:
                        f"(folded, or written to): call backward() first")
 
 
+class _Blockwise(torch.autograd.Function):
+    """x[t, b] B[b] for every token t and block b; torch's bmm with a result laid out as x is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, B)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.bmm(x.transpose(0, 1), B, out=y.transpose(0, 1))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, B = ctx.saved_tensors
+        dx = blockwise(dy, B.mT) if ctx.needs_input_grad[0] else None
+        dB = torch.bmm(x.permute(1, 2, 0), dy.transpose(0, 1)) if ctx.needs_input_grad[1] else None
+        return dx, dB
+
+
+def blockwise(x: Tensor, B: Tensor) -> Tensor:
+    """Return x[t, b] B[b], shape (T, n, r), for x (T, n, r) and B (n, r, r); B in the type of x."""
+    return _Blockwise.apply(x, B.to(x.dtype))  # type: ignore[return-value]
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,7 +180,11 @@ class _Recomputed(torch.autograd.Function):
                 return y
             y = x.new_empty(len(x), rows.shape[0])
             for c in chunks:
-                y[:, c] = F.linear(x, rows.built(c, block).to(x.dtype), None if bias is None else bias[c])
+                W = rows.built(c, block).to(x.dtype).mT
+                if bias is None:
+                    torch.mm(x, W, out=y[:, c])
+                else:
+                    torch.addmm(bias[c], x, W, out=y[:, c])
         return y
 
     @staticmethod
@@ -178,7 +209,15 @@ def _chunk_backward(
     others: list[Tensor], d_others: list[Tensor],
 ) -> None:
     """Add the share of some output rows to the gradients."""
-    part = block[rows.part(c)].detach().requires_grad_(d_block is not None)
+    part = block[rows.part(c)].detach()
+    if rows.pull is not None and not others:
+        below = rows.beneath(c)
+        if dx is not None:
+            dx.addmm_(dy, rows.change(below, part, c.start).to(x.dtype))
+        if d_block is not None:
+            d_block[rows.part(c)] += rows.pull(below, dy.mT @ x)
+        return
+    part.requires_grad_(d_block is not None)
     needed = [t for t in (part, *others) if t.requires_grad]
     with torch.enable_grad():
         W = rows.change(rows.beneath(c), part, c.start)
