@@ -79,6 +79,15 @@ class Reported(Protocol):
 
 
 @runtime_checkable
+class Located(Protocol):
+    """A training task that can say which rows of the training data a batch is made of."""
+
+    def rows(self, step: int, part: int) -> Any:
+        """Return their numbers, as a tensor or list."""
+        ...
+
+
+@runtime_checkable
 class Stops(Protocol):
     """A training task that may have enough before its last step."""
 

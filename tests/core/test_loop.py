@@ -291,7 +291,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_spares_the_checkpoints(tmp
             self.seen = getattr(self, "seen", 0) + 1
             return super().loss(batch) * (float("nan") if self.seen == 6 else 1.0)
 
-    with pytest.raises(RunError, match=r"the loss is nan at step 6: lower train.lr"):
+    seen = ", ".join(str(int(n)) for n in Order(40, 8, 5).rows(5))
+    with pytest.raises(RunError, match=rf"the loss is nan at step 6 \(training rows {seen}; the "
+                                       r"last good checkpoint is of step 4\): lower train.lr"):
         run(tmp_path, settings_of(checkpoint_every=2), task_class=Diverges)
     assert Checkpoints(tmp_path / "checkpoints").newest().step == 4
     half = run(tmp_path / "half", settings_of(steps=4, checkpoint_every=2))

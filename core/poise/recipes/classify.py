@@ -31,9 +31,11 @@ class ClassifyTask:
         (self.x, self.y), self.validation = train, validation
         self.augment, self.attached = augment, attached
 
+    def rows(self, step: int, part: int) -> Tensor:
+        return self.order.rows(step * self.accumulate + part)
+
     def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        index = step * self.accumulate + part
-        rows = self.order.rows(index)
+        index, rows = step * self.accumulate + part, self.rows(step, part)
         x = self.x[rows]
         if self.augment:
             seed = seed_for(self.order.seed, f"augment/{index}")

@@ -154,8 +154,11 @@ class FinetuneTask:
         self.model, self.train, self.held_out = model, train, held_out
         self.order, self.accumulate, self.device, self.attached = order, accumulate, device, attached
 
+    def rows(self, step: int, part: int) -> Tensor:
+        return self.order.rows(step * self.accumulate + part)
+
     def batch(self, step: int, part: int) -> Sequences:
-        return _to(self.train.rows(self.order.rows(step * self.accumulate + part)), self.device)
+        return _to(self.train.rows(self.rows(step, part)), self.device)
 
     def size(self, batch: Sequences) -> int:
         return int((batch.labels[:, 1:] != IGNORE).sum())

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from poise.config import Train
 from poise.errors import RunError
-from poise.hooks import Stops
+from poise.hooks import Located, Stops
 from poise.runs.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from poise.runs.context import Interrupted, RunContext, seed_for
 from poise.runs.progress import progress
 
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_MOST_ROWS = 32  # named in a message
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -133,7 +134,7 @@ def fit(
     with around.graceful(), around.progress(train.steps - start, "training") as bar:
         for step in range(start, train.steps):
             began = time.perf_counter()
-            loss = _step(task, optimizer, train, step)
+            loss = _step(task, optimizer, train, step, around)
             times.append(time.perf_counter() - began)
             bar.advance(note=f"loss {loss:.4g}")
             if _close(task, optimizer, train, around, step + 1, loss):
@@ -162,7 +163,9 @@ def _due(done: int, every: int, train: Train) -> bool:
     return done == train.steps or (every > 0 and done % every == 0)
 
 
-def _step(task: Task, optimizer: torch.optim.Optimizer, train: Train, step: int) -> float:
+def _step(
+    task: Task, optimizer: torch.optim.Optimizer, train: Train, step: int, around: Surroundings
+) -> float:
     """Take one optimizer step over all accumulation parts; return the mean loss."""
     factor = rate(train, step)
     for group in optimizer.param_groups:
@@ -180,12 +183,26 @@ def _step(task: Task, optimizer: torch.optim.Optimizer, train: Train, step: int)
         part.backward()
         loss_sum += float(part.detach())
     if not math.isfinite(loss_sum):
-        raise RunError(f"the loss is {loss_sum} at step {step + 1}: lower train.lr or set train.clip")
+        raise RunError(f"the loss is {loss_sum} at step {step + 1}{_where(task, train, step, around)}: lower "
+                       f"train.lr or set train.clip")
     if train.clip:
         trained = [p for g in optimizer.param_groups for p in g["params"]]
         nn.utils.clip_grad_norm_(trained, train.clip)
     optimizer.step()
     return loss_sum
+
+
+def _where(task: Task, train: Train, step: int, around: Surroundings) -> str:
+    """Say which rows a step saw, and what there is to go on from."""
+    said = []
+    if isinstance(task, Located):
+        rows = [int(n) for part in range(train.accumulate) for n in task.rows(step, part)]
+        more = f" and {len(rows) - _MOST_ROWS} more" if len(rows) > _MOST_ROWS else ""
+        said.append(f"training rows {', '.join(map(str, rows[:_MOST_ROWS]))}{more}")
+    if around.checkpoints is not None:
+        steps = around.checkpoints.steps()
+        said.append(f"the last good checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet")
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _evaluate(task: Task, context: Surroundings, step: int) -> float | None:

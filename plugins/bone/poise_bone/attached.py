@@ -20,6 +20,8 @@ from poise_bone.functional import block_shape, combine
 from poise_bone.layers import LAYERS, BlockLayer, Blocks
 from poise_bone.other_layers import ConvLayer, EmbeddingLayer, conv_shape, embedding_shape
 
+_KINDS = {"linear": ("linear", "linears"), "router": ("router", "routers"), "expert": ("matrix", "matrices"),
+          "conv": ("convolution", "convolutions"), "embedding": ("embedding", "embeddings")}
 _log = logging.getLogger("poise.bone")
 
 
@@ -117,15 +119,11 @@ def _shared_blocks(chosen: list[Weight], form: _Form) -> dict[str, tuple[Blocks,
 
 
 def _matched(chosen: list[Weight]) -> str:
-    """Say how many layers of which kind."""
-    kinds = Counter(f"packed {w.role}" if w.stored is not None else w.role for w in chosen)
-    plural = {"linear": "linears", "conv": "convolutions"}
-    words = [f"{n} {' '.join(plural.get(part, part) if n > 1 else part for part in kind.split())}"
-             for kind, n in kinds.items()]
+    """Say how many layers of which kind, and of how many experts."""
+    kinds = Counter(("packed " if w.stored is not None else "", w.role) for w in chosen)
     experts = {(w.state_key.rpartition(".")[0], w.expert.number) for w in chosen if w.expert is not None}
-    if experts:
-        words.append(f"matrices of {len(experts)} experts")
-    return ", ".join(words)
+    said = [f"{n} {packed}{_KINDS[role][n > 1]}" for (packed, role), n in kinds.items()]
+    return ", ".join(said) + (f" of {len(experts)} experts" if experts else "")
 
 
 class AttachedBone(AttachedLayers):
