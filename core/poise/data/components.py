@@ -276,4 +276,32 @@ class Gsm8k:
         return {"path": Input(path), **({"test_path": Input(test_path)} if test_path else {})}
 
 
-__all__ = ["Cifar10", "Digits", "Gsm8k", "GsmSymbolic", "Images", "Mnist5k", "Sotu", "Tabular", "Text"]
+@dataclass(frozen=True)
+class MetaMath:
+    """MetaMathQA (arXiv 2309.12284), from its JSON file of `query` and `response`."""
+
+    path: str = option(help="training file, MetaMathQA-395K.json")
+    test_path: str | None = option(None, "GSM8K's test file (JSONL); null: `test` of the training file")
+    test: float = _test()
+    validation: float = _validation(0.01)
+    limit: int = _limit()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_fractions(self)
+
+    def load(self, seed: int = 0) -> Splits:
+        """Return splits of `Example` lists."""
+        from poise.data import metamath
+
+        return metamath.load(self, seed)
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the training file, and the test file if there is one."""
+        found = {"path": Input(Path(self.path))}
+        return {**found, **({"test_path": Input(Path(self.test_path))} if self.test_path else {})}
+
+
+__all__ = [
+    "Cifar10", "Digits", "Gsm8k", "GsmSymbolic", "Images", "MetaMath", "Mnist5k", "Sotu", "Tabular", "Text",
+]

@@ -183,8 +183,8 @@ def _step(
         part.backward()
         loss_sum += float(part.detach())
     if not math.isfinite(loss_sum):
-        raise RunError(f"the loss is {loss_sum} at step {step + 1}{_where(task, train, step, around)}: lower "
-                       f"train.lr or set train.clip")
+        where = f"{step + 1}{_where(task, train, step, around)}"
+        raise RunError(f"the loss is {loss_sum} at step {where}: lower train.lr or set train.clip")
     if train.clip:
         trained = [p for g in optimizer.param_groups for p in g["params"]]
         nn.utils.clip_grad_norm_(trained, train.clip)

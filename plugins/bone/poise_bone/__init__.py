@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from poise_bone.attached import AttachedBone, combine_adapters
-    from poise_bone.components import Bone
+    from poise_bone.components import Bone, Lora
     from poise_bone.exchange import export_lora, load_peft, save_peft
     from poise_bone.reading import SavedAdapter, read_adapter
 
 _HOMES = {
-    "Bone": "components", "AttachedBone": "attached", "combine_adapters": "attached",
+    "Bone": "components", "Lora": "components", "AttachedBone": "attached", "combine_adapters": "attached",
     "save_peft": "exchange", "load_peft": "exchange", "export_lora": "exchange",
     "SavedAdapter": "reading", "read_adapter": "reading",
 }
 __all__ = [
-    "AttachedBone", "Bone", "SavedAdapter", "combine_adapters", "export_lora", "load_peft", "read_adapter",
-    "save_peft",
+    "AttachedBone", "Bone", "Lora", "SavedAdapter", "combine_adapters", "export_lora", "load_peft",
+    "read_adapter", "save_peft",
 ]
 
 

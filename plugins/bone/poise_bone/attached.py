@@ -20,8 +20,10 @@ from poise_bone.functional import block_shape, combine
 from poise_bone.layers import LAYERS, BlockLayer, Blocks
 from poise_bone.other_layers import ConvLayer, EmbeddingLayer, conv_shape, embedding_shape
 
-_KINDS = {"linear": ("linear", "linears"), "router": ("router", "routers"), "expert": ("matrix", "matrices"),
-          "conv": ("convolution", "convolutions"), "embedding": ("embedding", "embeddings")}
+_KINDS = {
+    "linear": ("linear", "linears"), "router": ("router", "routers"), "expert": ("matrix", "matrices"),
+    "conv": ("convolution", "convolutions"), "embedding": ("embedding", "embeddings"),
+}
 _log = logging.getLogger("poise.bone")
 
 

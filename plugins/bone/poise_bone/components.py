@@ -1,4 +1,4 @@
-"""The Bone adapter: its options, and the contract's `attach`."""
+"""The adapters: their options, and the contract's `attach`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from poise_bone.variants import VARIANTS
 if TYPE_CHECKING:
     from torch import nn
 
+    from poise.adapters import AttachedLayers
     from poise_bone.attached import AttachedBone
 
 SCALED = ("bone", "mini")
@@ -88,5 +89,40 @@ class Bone:
             name.
         """
         from poise_bone.attached import adapt
+
+        return adapt(model, adapter=self, name=name, **options_of(self))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA through PEFT, for comparisons: y = W x + (lora_alpha / r) B A x; needs the extra `peft`.
+
+    Source: arXiv 2106.09685; initialized and computed by PEFT's own modules.
+    """
+
+    r: int = option(8, "rank of the update", low=1)
+    lora_alpha: float = option(16.0, "the update is multiplied by lora_alpha / r", above=0)
+    lora_dropout: float = option(0.0, "share of inputs left out of the update in training", low=0, below=1)
+    use_rslora: bool = option(False, "multiply by lora_alpha / sqrt(r)")
+    target_modules: list[str] | None = option(
+        None, "patterns of the layers to adapt; null: all linears but head and routers")
+    exclude_modules: list[str] | None = option(None, "patterns of layers to leave alone")
+
+    freezes_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def attach(self, model: nn.Module, name: str = "default") -> AttachedLayers:
+        """Attach to the matching linears in place and freeze all else.
+
+        Raises
+        ------
+        ConfigError
+            As `Bone.attach`.
+        MissingExtra
+            Without peft.
+        """
+        from poise_bone.lora import adapt
 
         return adapt(model, adapter=self, name=name, **options_of(self))
