@@ -1,7 +1,7 @@
 """One layer with an adapter: time of forward and forward + backward, bytes kept, peak of temporaries.
 
-Run: python benchmarks/bone_layer/run.py [--rounds 30] [--sizes 1024 2048] [--tokens 1 64 1024] [--device cpu]
-(needs peft)
+Run: python benchmarks/bone_layer/run.py [--rounds 30] [--sizes 1024 2048] [--tokens 1 64 1024] [--device
+cpu] (needs peft)
 """
 
 from __future__ import annotations
@@ -104,20 +104,40 @@ def kept(model: nn.Module, n: int, tokens: int) -> int:
 
 
 def peak(model: nn.Module, n: int, tokens: int) -> int:
-    """Return the peak of what one forward and backward pass allocate, in bytes, without y, dx and the gradients."""
+    """Return the peak of what both passes allocate, in bytes, without y, dx and the gradients."""
     x, dy = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, n)
     step(model, x, dy, backward=True)
     x.grad = None
     model.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+    with torch.profiler.profile(profile_memory=True) as trace:
         model(x).backward(dy)
+    events: Any = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
     now = most = 0
-    for event in sorted((e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"),  # type: ignore[union-attr]
-                        key=lambda e: e.start_ns()):
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now)
     results = 4 * (2 * tokens * n + sum(p.numel() for p in model.parameters() if p.requires_grad))
     return most - results
+
+
+def compared(found: dict[str, list[float]]) -> dict[str, float]:
+    """Return medians of paired ratios to PEFT's bat and to LoRA."""
+    return {f"{name} / "
+            f"{ref}": statistics.median(a / b for a, b in zip(found[name], found[ref], strict=True))
+            for ref in ("peft bat", "LoRA") for name in found if name != ref}
+
+
+def timed(models: dict[str, nn.Module], n: int, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time every arm forward, and forward and backward."""
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    rows = []
+    for backward in (False, True):
+        rounds = max(5, options.rounds * (4 if tokens < 1024 else 1) // (1 if n < 2048 else 2))
+        found = times(models, n, tokens, backward, rounds, options.device, dtype)
+        ms = {name: 1e3 * statistics.median(v) for name, v in found.items()}
+        rows.append({"n": n, "tokens": tokens, "backward": backward, "ms": ms, "ratios": compared(found)})
+        print(summary(rows[-1]), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -129,28 +149,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     rows = []
     for n in options.sizes:
-        models = arms(n, options.device, dtype)
+        models = arms(n, options.device, torch.float32 if options.device == "cpu" else torch.bfloat16)
         for tokens in options.tokens:
-            for backward in (False, True):
-                rounds = max(5, options.rounds * (4 if tokens < 1024 else 1) // (1 if n < 2048 else 2))
-                found = times(models, n, tokens, backward, rounds, options.device, dtype)
-                rows.append({"n": n, "tokens": tokens, "backward": backward,
-                             "ms": {k: 1e3 * statistics.median(v) for k, v in found.items()},
-                             "ratios": {f"{k} / {ref}": statistics.median(a / b for a, b in zip(found[k], found[ref], strict=True))
-                                        for ref in ("peft bat", "LoRA") for k in found if k != ref}})
-                print(summary(rows[-1]), flush=True)
-        if options.device == "cpu":
-            for name, model in models.items():
-                if name != "base":
-                    rows.append({"n": n, "arm": name, "kept": {t: kept(model, n, t) for t in (1, 64, 1024)},
-                                 "peak": peak(model, n, 1024), "weight": 4 * n * n})
-                    print(rows[-1], flush=True)
+            rows += timed(models, n, tokens, options)
+        for name, model in models.items() if options.device == "cpu" else ():
+            if name != "base":
+                rows.append({"n": n, "arm": name, "kept": {t: kept(model, n, t) for t in (1, 64, 1024)},
+                             "peak": peak(model, n, 1024), "weight": 4 * n * n})
+                print(rows[-1], flush=True)
     out = Path(__file__).with_name("results") / ("latest.json" if options.device == "cpu" else "gpu.json")
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability(), "rows": rows}, indent=1) + "\n")
+    cpu = torch.backends.cpu.get_cpu_capability()
+    out.write_text(json.dumps({"cpu": cpu, "rows": rows}, indent=1) + "\n")
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -159,7 +171,8 @@ def summary(row: dict[str, Any]) -> str:
     return (f"{row['n']:5d} T={row['tokens']:5d} {'f+b' if row['backward'] else 'fwd'}"
             f"  peft bat / bat {1 / r['bat / peft bat']:5.2f}  row / LoRA {r['bat_row / LoRA']:.3f}"
             f"  left / LoRA {r['bat_left / LoRA']:.3f}  bone / LoRA {r['bone / LoRA']:.3f}"
-            f"  miss / LoRA {r['peft miss / LoRA']:.3f}   peft bat {row['ms']['peft bat']:.2f} ms, LoRA {row['ms']['LoRA']:.2f} ms")
+            f"  miss / LoRA {r['peft miss / LoRA']:.3f}   peft bat {row['ms']['peft bat']:.2f} ms, LoRA "
+            f"{row['ms']['LoRA']:.2f} ms")
 
 
 if __name__ == "__main__":

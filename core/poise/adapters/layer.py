@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import ConfigError
-from poise.holding import adopt
+from poise.holding import adopt, tensor_of
 from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, held
+
+_PIECE = 1 << 17  # weights changed at a time: 512 KiB of fp32
 
 
 class AdaptedLayer(nn.Module):
@@ -155,16 +157,31 @@ class AdaptedLayer(nn.Module):
         """
         if self.folded:
             return
-        new = self.altered()
         *_, first = self.chain()
         if isinstance(first.base, PackedLinear):
             before: Any = first.base
-            first.base = plain = before.dense(new)
+            first.base = plain = before.dense(self.altered())
             adopt(plain.weight, before.parameters())
         else:
             before = self.weight_beneath.read().clone()
-            self.weight_beneath.write(new)
-        self._before = before, _hash(self.weight_beneath.read())
+            try:
+                self._write(before)
+            except BaseException:  # whole or not there
+                self.weight_beneath.write(before)
+                raise
+        self._before = before, _fingerprint(self.weight_beneath.read())
+
+    def _write(self, before: Tensor) -> None:
+        """Write the changed weight, in pieces that stay in the cache where they can be written in place."""
+        weight = self.weight_beneath
+        target = weight.read()
+        if self.row_block is None or not _is_view(target, tensor_of(weight)):
+            weight.write(self.changed(before))
+            return
+        step = _step(before, self.row_block)
+        for start in range(0, len(before), step):
+            rows = slice(start, start + step)
+            target[rows].copy_(self.changed(before[rows], start))
 
     def forget(self) -> None:
         """Drop what `unfold` needs: the change stays."""
@@ -185,7 +202,7 @@ class AdaptedLayer(nn.Module):
     @property
     def untouched(self) -> bool:
         """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
-        return not self.folded or torch.equal(_hash(self.weight_beneath.read()), self._before[1])
+        return not self.folded or torch.equal(_fingerprint(self.weight_beneath.read()), self._before[1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)
@@ -193,14 +210,32 @@ class AdaptedLayer(nn.Module):
             before, _ = self._before
             if before is not None:
                 before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
-            self._before = before, _hash(self.weight_beneath.read())
+            self._before = before, _fingerprint(self.weight_beneath.read())
         return self
 
 
-def _hash(matrix: Tensor) -> Tensor:
-    """Return numbers that tell of other values: one a row and one a column, as a hash forgets the order."""
-    dense = matrix.contiguous()
-    return torch.cat([torch.hash_tensor(dense, dim=1), torch.hash_tensor(dense, dim=0)]).view(torch.int64)
+def _fingerprint(matrix: Tensor) -> Tensor:
+    """Return numbers that tell of other values, bit for bit: sums of words by row and by column, since a
+    sum
+    forgets the order."""
+    dense = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
+    width = max(w for w in (1, 2, 4, 8) if not dense.shape[1] * dense.element_size() % w)
+    words = dense.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+    columns, step = torch.zeros(words.shape[1], dtype=torch.int64, device=words.device), _step(words, 1)
+    parts = []
+    for piece in words.split(step):  # one pass over memory for both
+        parts.append(piece.sum(1))
+        columns += piece.sum(0)
+    return torch.cat([*parts, columns])
+
+
+def _step(matrix: Tensor, block: int) -> int:
+    """Return how many rows are handled at a time, whole blocks."""
+    return block * max(1, _PIECE // (block * max(1, matrix.shape[1])))
+
+
+def _is_view(tensor: Tensor, of: Tensor | None) -> bool:
+    return of is not None and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
 
 
 def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
