@@ -93,6 +93,7 @@ def test_logging_can_be_silent_in_either_way_of_hydra(capsys, here, choice):
     (["hydra.sweep.subdir=/tmp/x${hydra.job.num}"], "below hydra.sweep.dir"),
     (["hydra.sweep.subdir=."], "below hydra.sweep.dir"),
     (["hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: allowed is 1 or more"),
+    (["launcher=joblib", "hydra.launcher.pre_dispatch=quit"], "pre_dispatch=quit: allowed is"),
     (["experiment={}"], "experiment takes the name of one choice"),
     (["launcher={a:1}"], "launcher takes the name of one choice"),
 ], ids=lambda t: t[0] if isinstance(t, list) else "")

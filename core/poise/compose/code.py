@@ -6,6 +6,7 @@ What is refused is all that is not known to be harmless: a list of what harms wo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,9 @@ def _refuse_odd(hydra: Any) -> None:
                               f"of it (hydra.{name}.KEY=VALUE)")
     if (most := hydra["sweeper"].get("max_batch_size")) is not None and (type(most) is not int or most < 1):
         raise ConfigError(f"hydra.sweeper.max_batch_size={most!r}: allowed is 1 or more, or null")
+    ahead = hydra["launcher"].get("pre_dispatch", "all")  # an expression, which joblib evaluates
+    if not re.fullmatch(r"all|[1-9]\d*(\s*\*\s*n_jobs)?", str(ahead), re.ASCII):
+        raise ConfigError(f"hydra.launcher.pre_dispatch={ahead}: allowed is all, NUMBER or NUMBER*n_jobs")
     if names := list(hydra["job"]["env_set"] or {}):
         raise ConfigError(f"hydra.job.env_set.{names[0]}: a configuration sets no variables of the "
                           f"environment: set {names[0]} in the shell")
