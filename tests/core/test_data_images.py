@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
 import zlib
@@ -124,6 +125,32 @@ def test_bad_folders_are_named(tmp_path):
     torn = tmp_path / "mixed" / "dog" / "z.png"
     torn.write_bytes(torn.read_bytes()[:42])
     refuses(Images(path=folder), "z.png", "not a whole PNG")
+
+
+def test_test_images_are_of_the_kind_and_classes_of_the_training_ones(pair, tmp_path):
+    (tmp_path / "wide").write_bytes(idx(np.zeros((40, 6, 9), np.uint8)))
+    other = Images(**pair, test_path=str(tmp_path / "wide"), test_labels=pair["labels"])
+    refuses(other, "test images are (1, 6, 9), training ones (1, 6, 5): give `size`")
+    pngs(tmp_path / "both" / "train")
+    (tmp_path / "both" / "test").mkdir()
+    refuses(Images(path=str(tmp_path / "both")), "test has no PNG files")
+    pngs(tmp_path / "both" / "test" / "more")  # as a class of its own
+    refuses(Images(path=str(tmp_path / "both")), "has classes that train/ lacks: ['more']")
+
+
+def test_a_mode_that_is_neither_grey_nor_colour_is_refused():
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("F", (3, 2)).save(file, "TIFF")
+    with pytest.raises(DataError, match="it is of Pillow's mode F: save it as grey or RGB"):
+        decode(file.getvalue(), "it", 1, ("TIFF",))
+
+
+def test_a_gzip_of_nothing_is_empty(tmp_path):
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(DataError, match=r"x\.gz is empty inside its gzip"):
+        read_idx(tmp_path / "x.gz", 3, {})
 
 
 # ------------------------------------------------------------------ kinds of PNG file

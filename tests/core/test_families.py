@@ -242,7 +242,8 @@ def test_a_torn_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("index", "words"), [
-    ("{}", "has no weight_map"),
+    ("{}", "has no weight_map"), ('["weight_map"]', "has no weight_map"), ("null", "has no weight_map"),
+    ('{"weight_map": {"a": 3}}', "names 3: only safetensors files beside"),
     ('{"weight_map": {"a": "../b.safetensors"}}', "only safetensors files beside"),
     ('{"weight_map": {"a": "b.bin"}}', "only safetensors files beside"), ("{", "is not valid JSON"),
 ])
@@ -291,6 +292,13 @@ def test_a_family_of_no_row_is_recognised_by_what_is_called_experts():
     assert {w.name: (w.role, w.expert and dataclasses.astuple(w.expert)) for w in weights(model)} == {
         "0.experts.0.w1": ("expert", (0, 0, "w1")), "0.experts.1.w1": ("expert", (0, 1, "w1")),
         "0.router": ("router", None), "1.router": ("linear", None)}
+
+
+def test_a_table_among_experts_is_no_expert():
+    model = nn.ModuleDict({"experts": nn.ModuleDict({"0": nn.ModuleDict({
+        "up": nn.Linear(4, 4), "table": nn.Embedding(3, 4), "conv": nn.Conv1d(4, 4, 2)})})})
+    assert {w.name: w.role for w in weights(model)} == {
+        "experts.0.up": "expert", "experts.0.table": "embedding", "experts.0.conv": "conv"}
 
 
 def rewritten(tmp_path, change):

@@ -408,6 +408,18 @@ def test_a_state_that_does_not_say_its_format_is_refused():
         packed_one(AbsMax(4, 8)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("name, change", [
+    ("codes", lambda t: t.float()), ("codes", lambda t: t.to(torch.int8)), ("scale", lambda t: t.double()),
+    ("poise_format", lambda t: t.float()), ("poise_format", lambda t: t[None])])
+def test_a_state_whose_tensors_are_of_another_type_is_refused(name, change):
+    """torch casts what it loads: codes of int8 would become other codes."""
+    own, state = packed_one(AbsMax(4, 8), seed=1), packed_one(AbsMax(4, 8)).state_dict()
+    key = f"0.packed.{name}"
+    state[key] = change(state[key])
+    with pytest.raises(FileError, match=rf"the state of 0\.packed holds {name} as torch"):
+        own.load_state_dict(state)
+
+
 @pytest.mark.parametrize("cast", [
     lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.half(), lambda m: m.float().half()])
 def test_casting_leaves_codes_and_scales_and_sets_the_dtype_of_what_comes_out(cast):

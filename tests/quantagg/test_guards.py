@@ -1,16 +1,22 @@
 """Guards that nothing else meets: each is reached by what it is there for, and says what to do."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from poise.errors import ConfigError, DataError, RunError
 from poise.interfaces import Arrays, Splits
+from poise_quantagg import programs
+from poise_quantagg.aggregators.simple import fqra
+from poise_quantagg.calibration import Calibration
 from poise_quantagg.checks import check_levels, row_weights
 from poise_quantagg.comparison import relative_bootstrap
-from poise_quantagg.components import Average, GlobalCoarse, Linear, MultiQuantileNet
+from poise_quantagg.components import Average, GlobalCoarse, LightGBM, Linear, MultiQuantileNet
 from poise_quantagg.crossfit import cross_fit
 from poise_quantagg.estimator import QuantileAggregatorRegressor
 from poise_quantagg.reference import pinball_program
@@ -129,3 +135,65 @@ def test_a_constant_feature_says_nothing_and_harms_nothing(constant):
     parts = [Arrays(wide[s], y[s]) for s in (slice(20), slice(20, 30), slice(30, 40))]
     split = standardised(Splits(*parts, {"source": "made"}, {}))
     assert np.abs(split.train.x[:, 2]).max() < 1e-6 and np.abs(split.test.x[:, 2]).max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", [3, 13, 37])
+def test_a_gap_is_not_negative_where_the_bound_lies_above_the_optimum_by_rounding(seed):
+    """Without a word for it these gaps are -1e-16 to -1e-18."""
+    rng = np.random.default_rng(seed)
+    Z, levels = rng.normal(size=(4, 2, 3)), np.array([0.2, 0.5, 0.8])
+    assert programs.fine(Z, Z[:, 0, 0], levels, np.ones(4)).gap >= 0
+    Z, y = rng.normal(size=(3, 3, 3)), np.full(3, 2.5)  # 2.5 itself: the factors' program is exact
+    for choose in ("bic", "variance"):
+        assert fqra(Z, y, levels, np.ones(3), factors=None, choose=choose, variance=0.9).gap >= 0
+
+
+@pytest.mark.parametrize("levels", [[0.5], [0.2, 0.5], [0.2, 0.5, 0.9], [0.1, 0.3]])
+def test_the_median_alone_is_no_pair_and_an_interval_is_calibrated_by_itself(levels):
+    rng, levels = np.random.default_rng(0), np.array(levels)
+    y, q = rng.normal(size=40), np.sort(rng.normal(size=(40, len(levels))), axis=1)
+    found = Calibration(y, q, None, levels)
+    assert found.pairs is None
+    with warnings.catch_warnings(action="ignore"):  # some ends lie beyond the levels
+        ends = found.interval(q, 0.4)
+    assert ends.shape == (40, 2) and np.isfinite(ends).all()
+
+
+def test_a_seed_reaches_lightgbm_as_a_number_that_it_holds():
+    X, y = np.arange(20.0)[:, None], np.arange(20.0)
+    for seed, told in ((5, 5), (2**31 - 1, 2**31 - 1), (2**31 + 5, 5)):
+        model = LightGBM(levels=LEVELS, n_estimators=1, random_state=seed).build().fit(X, y)
+        assert f"[seed: {told}]" in model.tensors()[1]["boosters"][0]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A model that writes down on how many threads torch would work while it is fitted."""
+
+    seen: list
+
+    def build(self, spec=None):
+        return self
+
+    def fit(self, X, y, sample_weight=None):
+        self.seen.extend(torch_threads())
+        return self
+
+    def predict_quantiles(self, X, levels=None):
+        return np.tile(np.asarray(levels), (len(X), 1))
+
+
+def torch_threads():
+    """Return torch's number of threads in this thread and in a new one: torch keeps one for each."""
+    with ThreadPoolExecutor(1) as pool:
+        return [torch.get_num_threads(), pool.submit(torch.get_num_threads).result()]
+
+
+def test_torch_has_one_thread_while_a_model_is_fitted_and_its_own_again_afterwards():
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        cross_fit({"counting": Counting(seen)}, np.arange(8.0)[:, None], np.arange(8.0), LEVELS, folds=2)
+        assert set(seen) == {1} and torch_threads() == [3, 3]
+    finally:
+        torch.set_num_threads(before)

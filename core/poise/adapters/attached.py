@@ -115,8 +115,6 @@ class AttachedLayers:
 
     def _fold(self, verb: str, keep: bool) -> None:
         self._refuse_gone()
-        if self.folded:
-            return
         self._refuse_order(verb)
         try:
             for layer in self.layers.values():
@@ -201,8 +199,6 @@ class AttachedLayers:
         Other adapters' changes are in it where they are folded.
         """
         self._refuse_gone()
-        if self.folded:
-            return checkpoint(self.model)
         self._refuse_order("fold")
         return checkpoint(self.model, ((n, layer.folded_weight) for n, layer in self.layers.items()))
 

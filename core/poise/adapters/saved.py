@@ -81,12 +81,11 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _check(meta: Any, folder: Path) -> None:
+def _check(meta: Mapping[str, Any], folder: Path) -> None:
     """Refuse what is no adapter's metadata, whoever wrote it."""
-    if not isinstance(meta, dict) or meta.get("kind") != KIND or meta.get("version") != FILE_VERSION:
-        found = meta if isinstance(meta, dict) else {}
-        raise FileError(f"{folder} holds no adapter of version {FILE_VERSION} (kind {found.get('kind')!r}, "
-                        f"version {found.get('version')!r})")
+    if meta.get("kind") != KIND or meta.get("version") != FILE_VERSION:
+        raise FileError(f"{folder} holds no adapter of version {FILE_VERSION} (kind {meta.get('kind')!r}, "
+                        f"version {meta.get('version')!r})")
     wanted = {"entry": str, "name": str, "base": str, "options": dict}
     for key, kind in wanted.items():
         if not isinstance(meta.get(key), kind):

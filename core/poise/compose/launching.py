@@ -115,6 +115,7 @@ def show(argv: list[str]) -> None:
     overrides = [a for a in argv if not a.startswith("-") and "=" in a]
     check_overrides(overrides)
     with one_line_errors(overrides):
+        composed([open_key(o) for o in overrides if not is_sweep(o)])  # --help sets up logging
         _hydra_main([open_key(a) if a in overrides else a for a in argv])
 
 

@@ -63,7 +63,8 @@ def _check_choice(text: str, key: str, value: Any, taken_away: bool) -> None:
     """Refuse what is not the name of one choice of a group, nor options of the present one."""
     if value is None and not taken_away:
         raise ConfigError(f"{text}: a group has no null; write {key}=none")
-    if not isinstance(value, (str, QuotedString, dict, type(None))):
+    named = (str, QuotedString, type(None))
+    if not isinstance(value, named if key in ("experiment", "launcher") else (*named, dict)):
         hint = f" (see: poise list {key})" if key in PARTS else ""
         raise ConfigError(f"{text}: {key} takes the name of one choice, not {str(value)[:40]}{hint}")
 

@@ -87,11 +87,21 @@ class Stored(nn.Module):
         if saved is None:
             raise FileError(f"the state of {prefix[:-1]} does not say in which format it is packed: save "
                             f"it again with this Poise")
+        self._check_type(state_dict, prefix, FORMAT)
         theirs, own = (bytes(t.tolist()).decode(errors="replace") for t in (saved, getattr(self, FORMAT)))
         if theirs != own:
             raise FileError(f"the state of {prefix[:-1]} is packed as {theirs}, this layer as {own}: "
                             f"quantize the model alike first")
+        for name in self.names:
+            self._check_type(state_dict, prefix, name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_type(self, state: Any, prefix: str, name: str) -> None:
+        """Refuse a tensor of another type, which torch would cast without a word."""
+        given, kept = state.get(prefix + name), getattr(self, name)
+        if given is not None and (given.dtype, given.dim()) != (kept.dtype, kept.dim()):
+            raise FileError(f"the state of {prefix[:-1]} holds {name} as {given.dtype} of {given.dim()} "
+                            f"dimensions, not {kept.dtype} of {kept.dim()}: it is damaged")
 
 
 class PackedLinear(nn.Module):

@@ -149,7 +149,7 @@ def _quantizer(default: Any, name: str, value: Any) -> Any:
         return installed().build_from("quantizer", dict(value))
     if hasattr(value, "quantize") and not isinstance(value, type):
         return value
-    if value in FULL and not isinstance(value, bool):
+    if value in FULL:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"plan: {name}: {value!r} is neither bits nor a quantizer")

@@ -50,9 +50,16 @@ def write_jobs(directory: Path, jobs: Sequence[Job]) -> None:
 
     Raises
     ------
+    ConfigError
+        When two jobs have one place, or a place is not below the directory.
     RunError
         When the directory holds a sweep, or runs in the jobs' places.
     """
+    names = [job.name for job in jobs]
+    for n, name in enumerate(names):
+        if not _inside(name) or names.index(name) < n:
+            raise ConfigError(f"hydra.sweep.subdir={name}: each job needs a folder of its own below "
+                              f"hydra.sweep.dir, as '${{hydra.job.num}}' gives it")
     taken = [directory / SWEEP, *(directory / job.name / "resolved.yaml" for job in jobs)]
     if any(path.exists() for path in taken):
         raise RunError(f"{directory} already holds a run or a sweep: choose another hydra.sweep.dir, or "
@@ -78,8 +85,11 @@ def load_jobs(directory: Path) -> list[Job]:
 def _is_job(row: Any) -> bool:
     if not isinstance(row, dict) or row.keys() != _KEYS.keys():
         return False
-    inside = fits(row["name"], str) and not {"", "..", "/"} & {row["name"], *Path(row["name"]).parts}
-    return inside and all(fits(row[key], hint) for key, hint in _KEYS.items())
+    return all(fits(row[key], hint) for key, hint in _KEYS.items()) and _inside(row["name"])
+
+
+def _inside(name: str) -> bool:
+    return not {"", ".", "..", "/"} & {name, *Path(name).parts}
 
 
 def begun(directory: Path) -> bool:

@@ -85,7 +85,8 @@ def label(job: Job, work: Work) -> str:
 
 def fit(job: Job, X, y, weight, train, held, extra) -> Result:
     """Fit one job on one thread and predict its held-out and extra rows."""
-    with require("threadpoolctl", "quantagg").threadpool_limits(1), _one_torch_thread():
+    # torch first: under the limit it would say that it has one thread, and be given back that one
+    with _one_torch_thread(), require("threadpoolctl", "quantagg").threadpool_limits(1):
         try:
             parts = [train[k] for k in job.folds]
             if getattr(job.model, "fits_many", False):

@@ -329,7 +329,7 @@ def _coarse_streamed(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.nda
         del A
         w, bound = candidate[0], max(bound, float(found.bound[0]))
     cells = float(s.sum() * m)
-    return Program(best[1], np.zeros(()), best[0] / cells, max(0.0, best[0] - bound) / cells)
+    return Program(best[1], np.zeros(()), best[0] / cells, (best[0] - bound) / cells)
 
 
 def _pilot(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, count: int) -> np.ndarray:

@@ -51,7 +51,7 @@ class Members:
 
     Parameters
     ----------
-    seeds : list of int
+    seeds : list of int, in [0, 2^32)
     rows : list of int64 tensors
         Rows each member trains on.
     batch_size : int
@@ -131,7 +131,7 @@ class Stream:
         self.rate = members.dropout[member] if members.dropout else 0.0
         seed = members.seeds[member]
         self.order, self.drop, self.uniform = (
-            torch.Generator().manual_seed((seed * 3 + k) % 2**63) for k in range(3)
+            torch.Generator().manual_seed(seed * 3 + k) for k in range(3)
         )
         self.left = torch.empty(0, dtype=torch.int64)
 
@@ -257,7 +257,7 @@ def train(
         Called with (step, members still training) at every validation.
     """
     count = len(members)
-    params = [task.init(c, torch.Generator().manual_seed(members.seeds[c] % 2**63)) for c in range(count)]
+    params = [task.init(c, torch.Generator().manual_seed(members.seeds[c])) for c in range(count)]
     stack = Stack([{k: v.to(dtype) for k, v in one.items()} for one in params], task, members,
                   schedule.amsgrad)
     batches = Batches(members, dtype)

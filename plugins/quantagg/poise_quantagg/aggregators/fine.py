@@ -85,7 +85,7 @@ def train_fine(task, members: Members, schedule: Schedule, dtype: torch.dtype = 
 
 def _train_one(task, members: Members, member: int, schedule: Schedule, dtype, progress):
     params = {k: v.to(dtype) for k, v in
-              task.init(member, torch.Generator().manual_seed(members.seeds[member] % 2**63)).items()}
+              task.init(member, torch.Generator().manual_seed(members.seeds[member])).items()}
     head, trunk_params = split(params, task.m)
     alone = Members(seeds=[members.seeds[member]], rows=[members.rows[member]],
                     batch_size=members.batch_size, lr=[members.lr[member]],

@@ -87,8 +87,7 @@ def qra(Z: np.ndarray, y: np.ndarray, levels: np.ndarray, s: np.ndarray, *, inte
     fit = LinearFit(w, Z.shape[2], shift if intercept else None)
     u = y[:, None] - fit.predict(Z)
     objective = float((s / s.sum()) @ np.maximum(levels * u, (levels - 1) * u).mean(axis=1))
-    gap = max(0.0, objective - (found.objective - found.gap))
-    return LinearFit(w, Z.shape[2], fit.intercept, objective, gap)
+    return LinearFit(w, Z.shape[2], fit.intercept, objective, objective - (found.objective - found.gap))
 
 
 def fqra(

@@ -93,7 +93,7 @@ def train_adapted(adapter: Any, task: Any, members: Members, schedule: Schedule)
     from poise.recipes.loop import fit
 
     seed = members.seeds[0]
-    network = Network(task.init(0, torch.Generator().manual_seed(seed % 2**63)))
+    network = Network(task.init(0, torch.Generator().manual_seed(seed)))
     attached = adapter.attach(network)
     optimizer = attached.optimizer(torch.optim.Adam, lr=members.lr[0], weight_decay=members.weight_decay[0],
                                    amsgrad=True)

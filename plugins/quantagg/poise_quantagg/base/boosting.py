@@ -36,10 +36,10 @@ class LightGBMRegressor(PerLevelRegressor):
     def _fit(self, X, y, sample_weight) -> None:
         lightgbm = require("lightgbm", "quantagg")
         self.trained_ = coarse_grid(self.levels_, self.grid)
-        bins = {"min_data_in_bin": min(3, len(y)), "verbose": -1, "feature_pre_filter": False}
+        bins = {"verbose": -1, "feature_pre_filter": False}
         rows = lightgbm.Dataset(X, y, weight=sample_weight, params=bins, free_raw_data=False)
         common = {
-            "objective": "quantile", "learning_rate": self.learning_rate, "verbose": -1,
+            "objective": "quantile", "learning_rate": self.learning_rate,
             "num_leaves": self.num_leaves, "min_data_in_leaf": self.min_child_samples,
             "lambda_l2": self.reg_lambda, "seed": self.random_state % 2**31, "num_threads": 1,
             "deterministic": True, "force_row_wise": True, **bins,
@@ -152,7 +152,7 @@ class CatBoostRegressor(QuantileRegressor):
         alphas = ",".join(f"{level:.10g}" for level in trained)
         self.model_ = catboost.CatBoostRegressor(
             loss_function=f"MultiQuantile:alpha={alphas}", iterations=self.iterations,
-            learning_rate=self.learning_rate, depth=self.depth, random_seed=self.random_state % 2**31,
+            learning_rate=self.learning_rate, depth=self.depth, random_seed=self.random_state,
             thread_count=1, verbose=False, allow_writing_files=False,
         ).fit(X, y, sample_weight=sample_weight)
 
