@@ -127,7 +127,9 @@ def compared(found: dict[str, list[float]]) -> dict[str, float]:
             for ref in ("peft bat", "LoRA") for name in found if name != ref}
 
 
-def timed(models: dict[str, nn.Module], n: int, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def timed(
+    models: dict[str, nn.Module], n: int, tokens: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Time every arm forward, and forward and backward."""
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     rows = []

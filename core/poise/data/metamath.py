@@ -54,9 +54,9 @@ def _read(path: Path) -> tuple[list[Example], str]:
 
 
 def _example(row: Any, where: str) -> Example:
-    texts = [row.get(key) for key in ("query", "response")] if isinstance(row, dict) else [None]
-    if not all(isinstance(t, str) and t.strip() for t in texts):
+    texts = [row.get(key) for key in ("query", "response")] if isinstance(row, dict) else []
+    query, response = (t.strip() if isinstance(t, str) else "" for t in texts or (None, None))
+    if not query or not response:
         raise DataError(f"{where} needs the keys 'query' and 'response', both text")
-    query, response = (t.strip() for t in texts)
     _, mark, final = response.rpartition(MARK)
     return Example(f"{query}\n", response, final.strip().rstrip(".") if mark else "")

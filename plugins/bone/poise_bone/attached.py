@@ -63,7 +63,8 @@ class _Form:
         shape = self.shape(w)
         options: dict[str, Any] = {"scale": self.factor(w, shape), "dropout": self.dropout}
         if w.role == "conv":
-            return ConvLayer(w.layer, self.variant, w.module.in_channels, shape, **options)  # type: ignore[union-attr, arg-type]
+            conv: Any = w.module
+            return ConvLayer(w.layer, self.variant, conv.in_channels, shape, **options)
         if w.role == "embedding":
             return EmbeddingLayer(w.layer, shape, **options)
         return LAYERS[self.variant](w.layer, shape, shared=shared, **options)

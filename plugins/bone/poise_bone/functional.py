@@ -290,11 +290,11 @@ def block_shape(
     """
     o, i = out_features, in_features
     _refuse_misfit(variant, o, i, r, mini_r, tiles)
-    shapes: dict[str, tuple[int | None, ...]] = {
-        "bone": (r, o), "bone_out": (r, i), "mini": (r, mini_r), "bat": (o // r, r, r),
+    shapes = {
+        "bone": (r, o), "bone_out": (r, i), "mini": (r, mini_r or 1), "bat": (o // r, r, r),
         "bat_row": (i // r, r, r), "bat_left": (o // r, r, r), "bone_free": (*tiles, r, r),
     }
-    return shapes[variant]  # type: ignore[return-value]
+    return shapes[variant]
 
 
 def n_parameters(

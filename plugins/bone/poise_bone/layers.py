@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Blocks(nn.Module):
         return self._parts[2][number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_parts": ()}  # type: ignore[misc]
+        return {**self.__dict__, "_parts": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
         other = Blocks.__new__(Blocks)
@@ -69,7 +69,7 @@ class BlockLayer(AdaptedLayer):
         Where the block lies, when experts share a parameter; otherwise it is a parameter of this layer.
     """
 
-    variant: ClassVar[str]
+    variant: str
 
     def __init__(
         self, base: nn.Module, shape: tuple[int, ...], *, scale: float = 1.0, dropout: float = 0.0,
@@ -171,10 +171,9 @@ def plus_product(y: Tensor, S: Tensor, D: Tensor) -> Tensor:
 class GuidedLayer(BlockLayer):
     """What the weight-guided forms share: their change is a function of the weight beneath."""
 
-    @property
-    def row_block(self) -> int:  # type: ignore[override]
-        """Rows of a block change together."""
-        return self.block().shape[-1]
+    def __init__(self, base: nn.Module, shape: tuple[int, ...], **options: Any) -> None:
+        super().__init__(base, shape, **options)
+        self.row_block = self.r = shape[-1]  # rows of a block change together
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product with the changed weight, shape (..., out)."""
@@ -273,13 +272,14 @@ class RecomputedLayer(GuidedLayer):
         """Return the weight beneath as rows to be built."""
         others = tuple(t for one in self.chain() if one is not self and one.acts for t in one.trained())
         weight = self.weight_beneath
-        held = tensor_of(weight)
+        held, module = tensor_of(weight), weight.module
         if held is not None and held.requires_grad:
             raise RunError(f"{weight.name} requires a gradient, and {self.adapter!r} freezes its base: set "
                            f"requires_grad = False again")
-        sources = [held] if held is not None else list(weight.module.buffers())  # type: ignore[union-attr]
+        assert module is not None
+        sources = [held] if held is not None else list(module.buffers())
         return Rows(
-            weight.shape, self.row_block, self.beneath, change, self.pull(), self.part, others, self.base,
+            weight.shape, self.r, self.beneath, change, self.pull(), self.part, others, self.base,
             lambda: [t._version for t in (*sources, *others)],
             views=held is not None and not isinstance(self.base, AdaptedLayer), name=weight.name)
 
@@ -297,12 +297,12 @@ class BatLayer(RecomputedLayer):
 
     def part(self, rows: slice) -> slice:
         """Return the blocks of B that some output rows depend on."""
-        r = self.row_block
+        r = self.r
         return slice(rows.start // r, rows.stop // r)
 
     def pull(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the gradient of some rows' blocks: the same whether W itself is in the rows or not."""
-        return lambda W, G: pull_bat(W, G, self.row_block)
+        return lambda W, G: pull_bat(W, G, self.r)
 
     def _changed(self, W: Tensor, part: Tensor, first: int) -> Tensor:
         return change_rows(W, part.to(W.dtype), self.variant, 0, len(W))  # part is of these rows alone

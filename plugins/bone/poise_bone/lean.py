@@ -162,7 +162,8 @@ class _Blockwise(torch.autograd.Function):
 
 def blockwise(x: Tensor, B: Tensor) -> Tensor:
     """Return x[t, b] B[b], shape (T, n, r), for x (T, n, r) and B (n, r, r); B in the type of x."""
-    return _Blockwise.apply(x, B.to(x.dtype))  # type: ignore[return-value]
+    y: Any = _Blockwise.apply(x, B.to(x.dtype))
+    return y
 
 
 class _Recomputed(torch.autograd.Function):

@@ -28,7 +28,7 @@ class ConvLayer(BlockLayer):
     row_block = 1
 
     def __init__(self, base: nn.Module, variant: str, channels: int, *args: Any, **options: Any) -> None:
-        self.variant = variant  # type: ignore[misc]
+        self.variant = variant
         super().__init__(base, *args, **options)
         self.channels = channels
 
