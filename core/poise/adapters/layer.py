@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poise.errors import ConfigError
 from poise.holding import adopt, tensor_of
 from poise.quantizers import PackedLinear
-from poise.walk import Product, Weight, held
+from poise.walk import Product, Weight, dense_linear, held
 
 _PIECE = 1 << 17  # weights changed at a time: 512 KiB of fp32
 
@@ -158,9 +158,9 @@ class AdaptedLayer(nn.Module):
         if self.folded:
             return
         *_, first = self.chain()
-        if isinstance(first.base, PackedLinear):
+        if self.weight_beneath.stored is not None:
             before: Any = first.base
-            first.base = plain = before.dense(self.altered())
+            first.base = plain = _dense(before, self.altered())
             adopt(plain.weight, before.parameters())
         else:
             before = self.weight_beneath.read().clone()
@@ -212,6 +212,11 @@ class AdaptedLayer(nn.Module):
                 before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
             self._before = before, _fingerprint(self.weight_beneath.read())
         return self
+
+
+def _dense(packed: Any, matrix: Tensor) -> Any:
+    """Return a plain layer with another matrix in the place of a packed one."""
+    return packed.dense(matrix) if isinstance(packed, PackedLinear) else dense_linear(packed, matrix)
 
 
 def _fingerprint(matrix: Tensor) -> Tensor:

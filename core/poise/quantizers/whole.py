@@ -178,6 +178,8 @@ def _place(packed: list[tuple[Weight, Any, Any]]) -> None:
             replaced = PlainExpert(w.plain(w.read()), experts.transposed)
         elif isinstance(replaced, PackedLinear):  # packed before: the plain layer is the same
             replaced = replaced.like
+        elif w.stored is not None:  # another library's: the plain layer is an ordinary one
+            replaced = None
         layer = PackedLinear(stored, quantizer, bias, replaced)
         for slot in w.slots:
             slot.put(layer)

@@ -46,8 +46,8 @@ def checkpoint(model: nn.Module, changed: Changed = ()) -> Iterator[tuple[str, T
 def _entries(
     module: nn.Module, path: str, by_key: dict[str, list[Weight]], changed: dict[str, Callable[[], Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    if speaks(module):
-        held: list[Weight] = list(module.held_weights(path))  # type: ignore[operator]
+    if (spoken := speaks(module, path)) is not None:
+        held = list(spoken)
         for key in dict.fromkeys(w.state_key for w in held):
             own = [w for w in held if w.state_key == key]
             yield key, _plain(by_key.get(key, own), changed)

@@ -12,6 +12,7 @@ from torch import nn
 from poise.errors import ConfigError, nearest
 from poise.walk.experts import fused_weights
 from poise.walk.families import Family, family, holds_experts, placed
+from poise.walk.foreign import foreign_weights
 from poise.walk.plain import children, joined, matrix, own_tensors
 from poise.walk.weight import Child, Weight
 
@@ -41,8 +42,8 @@ def held(module: nn.Module, path: str) -> Iterator[Weight]:
     A module that packs, adapts or otherwise stands in for layers has a method
     `held_weights(path) -> Iterator[Weight]`, which speaks for all below it.
     """
-    if speaks(module):
-        yield from module.held_weights(path)  # type: ignore[operator]
+    if (spoken := speaks(module, path)) is not None:
+        yield from spoken
         return
     for name, tensor in own_tensors(module):
         if tensor.ndim == 3 and holds_experts(path):
@@ -55,10 +56,16 @@ def held(module: nn.Module, path: str) -> Iterator[Weight]:
             yield weight if weight.slot else replace(weight, slot=Child(module, name))
 
 
-def speaks(module: nn.Module) -> bool:
-    """Tell whether a module says itself what it holds; a child of that name says nothing."""
-    hook = getattr(module, "held_weights", None)
-    return callable(hook) and not isinstance(hook, nn.Module)
+def speaks(module: nn.Module, path: str) -> Iterator[Weight] | None:
+    """Return what a module says that it holds, or what is known of another library's; None otherwise.
+
+    A child called `held_weights` says nothing.
+    """
+    hook: Any = getattr(module, "held_weights", None)
+    if callable(hook) and not isinstance(hook, nn.Module):
+        said: Any = hook(path)
+        return said
+    return foreign_weights(module, path)
 
 
 def _families(model: nn.Module) -> dict[str, Family]:

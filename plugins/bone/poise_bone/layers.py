@@ -281,7 +281,7 @@ class RecomputedLayer(GuidedLayer):
         return Rows(
             weight.shape, self.r, self.beneath, change, self.pull(), self.part, others, self.base,
             lambda: [t._version for t in (*sources, *others)],
-            views=held is not None and not isinstance(self.base, AdaptedLayer), name=weight.name)
+            views=weight.stored is None and not isinstance(self.base, AdaptedLayer), name=weight.name)
 
 
 class BatLayer(RecomputedLayer):
