@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from poise.errors import ConfigError, nearest
@@ -48,6 +49,8 @@ class Train:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if any(b <= a for a, b in pairwise(self.milestones)):
+            raise ConfigError(f"milestones={self.milestones}: allowed are shares that increase")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ WRONG = {
     "unknown key, added": ("+unknown=1", "unknown=1", "recipe", "seed"),
     "unknown path": ("paths.oot=x", "paths.oot=x", "out"),
     "unknown key of Hydra": ("hydra.run.dirr=x", "hydra.run.dirr=x", "dir"),
+    "unknown key of Hydra, added": ("+hydra.x=1", "hydra.x=1", "hydra has no key 'x'", "searchpath"),
+    "unknown key below Hydra's, added": ("++hydra.run.dirr=x", "hydra.run.dirr=x", "did you mean 'dir'"),
+    "unknown path, added": ("+paths.oot=x", "paths.oot=x", "did you mean 'out'"),
     "unknown experiment": ("experiment=compander_digit", "did you mean 'compander_digits'"),
     "unknown training preset": ("train=nope", "train=nope", "default, quick"),
     "unknown launcher": ("launcher=nope", "launcher=nope", "basic, joblib"),
@@ -39,7 +42,12 @@ WRONG = {
     "wrong type": ("train.steps=x", "train.steps=x", "Integer"),
     "wrong type, a fraction": ("seed=1.5", "seed=1.5", "Integer"),
     "wrong type, a number for a list": ("model.hidden=5", "model.hidden=5", "list"),
+    "a word among numbers": ("model.hidden=[8,a]", "model.hidden=[8,a]", "'a'", "Integer"),
+    "a word among numbers of a whole": ("train={milestones:[b]}", "train={milestones:[b]}", "'b'", "Float"),
+    "milestones that do not increase": ("train.milestones=[0.5,0.2]", "milestones=[0.5, 0.2]", "increase"),
     "null for a group": ("adapter=null", "adapter=null", "write adapter=none"),
+    "null for training": ("train=null", "train=null", "write train=default"),
+    "null for a launcher": ("launcher=null", "launcher=null", "write launcher=basic"),
     "null for an experiment": ("experiment=null", "write experiment=none"),
     "two equal signs": ("tag=a=b", "tag=a=b", "'tag=\"a=b\"'"),
     "missing environment": ("tag=${oc.env:NOT_SET_ANYWHERE}", "tag", "NOT_SET_ANYWHERE", "export"),
@@ -103,6 +111,7 @@ FILES = {  # an experiment's text, and what the line about it must hold
     "aliases that multiply": ("a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 12)), "aliases stand for"),
     "an interpolation of itself": ("tag: ${tag}\n", "interpolation"),
+    "a word among numbers": ("model:\n  hidden: [a]\n", "model.hidden[0]", "'a'", "Integer"),
     "too long": ("#" * (1 << 20) + "\n", "bytes"),
 }
 
@@ -127,6 +136,16 @@ def test_a_file_that_is_not_utf8_is_named(capsys, here, data):
     (here / "yaml" / "experiment" / "odd.yaml").write_bytes(HEAD.encode() + data)
     call(capsys, "run", "experiment=odd", f"hydra.searchpath=[file://{here / 'yaml'}]").refuses(
         2, "odd.yaml", "not UTF-8")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(capsys, here):
+    """As Windows' editors write it: the key was '\\ufeffsteps', and a header in the first line not seen."""
+    for name, text in (("experiment", HEAD + "seed: 7\n"), ("train", "steps: 71\n")):
+        (here / "yaml" / name).mkdir(parents=True)
+        (here / "yaml" / name / "mine.yaml").write_text("\ufeff" + text)
+    where = f"hydra.searchpath=[file://{here / 'yaml'}]"
+    shown = call(capsys, "run", "--cfg", "job", "experiment=mine", "train=mine", where).out
+    assert "\nseed: 7\n" in shown and "\n  steps: 71\n" in shown
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused(capsys, here):

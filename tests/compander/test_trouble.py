@@ -12,6 +12,7 @@ from networks import Tied, X, Y, largest_difference, loss_of, network, steady, t
 from torch import nn
 
 from poise.errors import ConfigError, FileError, RunError
+from poise.quantizers import Affine, quantize_model
 from poise.walk import weights
 from poise_compander import LrMatched, PowerPropagation, WeightCompander, WeightNorm, functions
 
@@ -424,6 +425,26 @@ def test_a_norm_that_is_no_number_shows_as_with_torch(path):
 def test_naming_no_layer_is_not_naming_all():
     with pytest.raises(ConfigError, match=r"target_modules=\[\]: it names no layer"):
         WeightCompander(target_modules=[])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("make", "found"), [
+    (lambda: nn.Linear(8, 0), "it has none"),
+    (lambda: nn.Sequential(nn.Linear(0, 4), nn.ConvTranspose2d(0, 4, 2)), "it has none"),
+    (lambda: nn.Embedding(4, 2), r"the model has embeddings \(1\)"),
+    (lambda: packed(nn.Linear(8, 8), nn.Embedding(4, 2)),
+     r"the model has packed weights \(1\), embeddings \(1\)"),
+], ids=["empty", "empty convolution", "embedding", "packed"])
+@pytest.mark.parametrize("component", [WeightCompander(), WeightNorm(), LrMatched()])
+def test_a_model_without_weights_to_take_says_what_it_has(component, make, found):
+    with pytest.raises(ConfigError, match=f"^no weight can be taken: {found}$"):
+        component.attach(make())
+
+
+def packed(*layers):
+    model = nn.Sequential(*layers)
+    quantize_model(model, Affine(bits=8), {"0": 8})
+    return model
 
 
 @paths

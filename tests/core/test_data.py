@@ -226,6 +226,32 @@ def test_rare_categories_get_no_column(tmp_path):
     assert Tabular(path=path, categories=3).load().spec["input_shape"] == (4,)
 
 
+@pytest.mark.parametrize("cell", ["1,000", "0x10", "1_0", "12 kg", "1.2.3", "-", "\u0661"])
+def test_a_cell_that_makes_a_column_of_numbers_text_is_named(cell, tmp_path):
+    """Each of 30 numbers became a category of its own."""
+    rows = [f'{i}.5,"{cell if i == 17 else i}",{i}' for i in range(30)]
+    path = write(tmp_path / "t.csv", "a,n,y\n" + "\n".join(rows))
+    for limit, count in ((0, "29 of its 30"), (25, "24 of its 25")):
+        refuses(Tabular(path=path, limit=limit), path, "'n'", f"{cell!r} in data row 18", count)
+    assert Tabular(path=path, drop=["n"]).load().spec["columns"] == ["a"]
+    refuses(Tabular(path=path, target="n"), path, "'n'", f"data row 18 holds {cell!r}")
+
+
+@pytest.mark.parametrize("cells", [
+    ["1", "2", "3", "4+"], [*"123456789", "A", "B"], ["01a", "02b", "3"], ["1", "2", "?", "three"],
+], ids=["a handful", "codes", "words", "holes"])
+def test_categories_that_are_numbers_in_part_stay(cells, tmp_path):
+    rows = [f"{cells[i % len(cells)]},{i}" for i in range(66)]
+    splits = Tabular(path=write(tmp_path / "t.csv", "c,y\n" + "\n".join(rows))).load()
+    assert sorted(splits.spec["columns"]) == [f"c={cell}" for cell in sorted({*cells} - {"?"})]
+
+
+def test_rows_of_a_part_are_named_as_those_of_the_file(tmp_path):
+    rows = [f"{'inf' if i == 57 else i},{i}" for i in range(60)]
+    path = write(tmp_path / "t.csv", "x,y\n" + "\n".join(rows))
+    refuses(Tabular(path=path, limit=55), path, "'x'", "data row 58")
+
+
 def test_parquet_and_gzip_agree_with_csv(tmp_path):
     import pandas as pd
 

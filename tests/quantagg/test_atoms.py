@@ -121,10 +121,11 @@ def test_a_prediction_moves_by_rounding_at_most_and_only_to_an_atom(numbers, pla
     out = settled(q, found)
     moved = out != q
     assert np.isin(out[moved], found[0]).all()
-    allowed = 1.01 * ROUNDING * (np.abs(out) + np.abs(y).mean())
-    assert (np.abs(out - q) <= allowed).all()
+    sizes = np.abs(y)
+    usual = np.median(sizes[sizes > 0]) if sizes.any() else 0.0
+    assert (np.abs(out - q) <= 1.01 * ROUNDING * (np.abs(out) + usual + sizes.mean())).all()
     for value in found[0]:
-        near = np.abs(q - value) < 0.99 * ROUNDING * (abs(value) + np.abs(y).mean())
+        near = np.abs(q - value) < 0.99 * ROUNDING * (abs(value) + usual)
         assert (out[near] == value).all()
     assert np.array_equal(settled(out, found), out)
 
@@ -132,6 +133,32 @@ def test_a_prediction_moves_by_rounding_at_most_and_only_to_an_atom(numbers, pla
 def test_continuous_predictions_beside_an_atom_stay_where_they_are():
     q = 3.7 + np.array([[-1e-9, 1e-10, 1e-9, np.inf, -np.inf]])
     assert np.array_equal(settled(q, atoms_of(np.array([3.7, 3.7, 1.0]))), q)
+
+
+def with_outlier(size, n=240):
+    X, y = counts(n=n)
+    y[5] = size
+    return X, y
+
+
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e15, -1e15])
+def test_one_outlier_pulls_nothing_to_an_atom(size):
+    """At 1e15 among 240 rows all within 4.2 of 0 were 0: of counts nearly everything."""
+    y = with_outlier(size)[1]
+    q = np.array([[-0.5, 1e-5, 0.5, 2 - 1e-5, 2.5, 3.3]])
+    assert np.array_equal(settled(q, atoms_of(y)), q)
+    assert np.array_equal(settled(q * 1e-13, atoms_of(y)), 0 * q)  # what rounding leaves is still none
+    Z = np.random.default_rng(4).uniform(0.05, 4, size=(240, 2, 5))
+    stacker = QuantileStacker("average", LEVELS).fit(Z, y)
+    assert np.array_equal(stacker.predict(Z), Z.mean(axis=1))
+
+
+@pytest.mark.parametrize("size", [1e6, 1e9, -1e9])
+def test_an_outlier_does_not_cost_an_ensemble_its_atom(size):
+    X, y = with_outlier(size)
+    for models in ({"linear": Linear()}, {"forest": FOREST}):
+        q = QuantileAggregatorRegressor(LEVELS, models, "qra", cv=3).fit(X, y).predict_quantiles(X)
+        assert not almost(q, 0.0, 1.0).any() and (q[:, 1] == 0).mean() > 0.4
 
 
 # ------------------------------------------------------------------ the vertex

@@ -4,12 +4,21 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GroupKFold, KFold, PredefinedSplit, TimeSeriesSplit, check_cv
 
 from poise.errors import ConfigError, DataError
 from poise.registry import entries
+from poise_quantagg.adapters import wrap
 from poise_quantagg.checks import QuantileWarning
-from poise_quantagg.components import ExtraTrees, LightGBM, Linear, MultiQuantileNet, QuantileForest
+from poise_quantagg.components import (
+    ExtraTrees,
+    HistBoosting,
+    LightGBM,
+    Linear,
+    MultiQuantileNet,
+    QuantileForest,
+    XGBoost,
+)
 from poise_quantagg.crossfit import cross_fit
 from poise_quantagg.estimator import QuantileAggregatorRegressor
 from poise_quantagg.scores import pinball
@@ -20,6 +29,7 @@ LEVELS = [0.1, 0.5, 0.9]
 MODELS = {
     "linear": Linear(), "trees": ExtraTrees(n_estimators=4), "forest": QuantileForest(n_estimators=4),
     "boosted": LightGBM(n_estimators=5), "net": MultiQuantileNet(n_iter=1, max_steps=100),
+    "histograms": HistBoosting(max_iter=2, min_samples_leaf=5), "xgboost": XGBoost(n_estimators=5),
 }
 
 
@@ -71,6 +81,62 @@ def test_a_base_model_is_that_of_the_rows_that_weigh(name):
     new = np.random.default_rng(1).normal(size=(20, 2))
     one, other = both(lambda *rows: MODELS[name].build().fit(*rows), X, y, weight)
     assert np.array_equal(one.predict_quantiles(new), other.predict_quantiles(new))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_weights_beside_zeros_are_no_weights(name):
+    """A library given equal weights may draw, bin or sum in another way than without: to the bit."""
+    X, y, weight = spoiled()
+    X_kept, y_kept = kept(weight, X, y)
+    plain = MODELS[name].build().fit(X_kept, y_kept).predict_quantiles(X_kept)
+    assert np.array_equal(MODELS[name].build().fit(X, y, 0.1 * weight).predict_quantiles(X_kept), plain)
+    one = cross_fit({name: MODELS[name]}, X, y, LEVELS, folds=3, sample_weight=0.1 * weight)
+    other = cross_fit({name: MODELS[name]}, X_kept, y_kept, LEVELS, folds=3)
+    assert np.array_equal(one.Z[weight > 0], other.Z)
+
+
+class WithoutWeights:
+    """An estimator of one's own whose `fit` knows no weights."""
+
+    def fit(self, X, y):
+        self.q = np.quantile(y, LEVELS)
+        return self
+
+    def predict_quantiles(self, X, levels):
+        return np.tile(np.interp(levels, LEVELS, self.q), (len(X), 1))
+
+
+def test_an_estimator_that_knows_no_weights_takes_equal_ones():
+    X, y, weight = spoiled()
+    one, other = both(lambda X, y, s: cross_fit(
+        {"own": wrap(WithoutWeights())}, X, y, LEVELS, folds=3, sample_weight=s), X, y, 2 * weight)
+    assert np.array_equal(one.Z[weight > 0], other.Z)
+    with pytest.raises(ConfigError, match="takes no sample_weight"):
+        cross_fit({"own": wrap(WithoutWeights())}, X, y, LEVELS, folds=3, sample_weight=weight + (y > 0))
+
+
+@pytest.mark.filterwarnings("ignore:The groups parameter is ignored")
+@pytest.mark.parametrize("splitter", [
+    KFold(4), KFold(4, shuffle=True, random_state=1), TimeSeriesSplit(3), GroupKFold(3),
+], ids=["in order", "shuffled", "time", "groups"])
+def test_a_splitter_deals_out_the_rows_that_weigh(splitter):
+    X, y, weight = spoiled()
+    groups = np.arange(160) // 4
+    usual = {"models": {"linear": Linear()}, "levels": LEVELS, "folds": splitter}
+    one = cross_fit(X=X, y=y, sample_weight=weight, groups=groups, **usual)
+    X, y, groups = kept(weight, X, y, groups)
+    other = cross_fit(X=X, y=y, groups=groups, **usual)
+    assert np.array_equal(one.fold[weight > 0], other.fold) and (one.fold[weight == 0] == -1).all()
+    assert np.array_equal(one.Z[weight > 0], other.Z, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrapped", [PredefinedSplit(np.arange(160) % 3), check_cv(
+    [(np.arange(80), np.arange(80, 160)), (np.arange(80, 160), np.arange(80))])], ids=["fold", "list"])
+def test_lists_of_rows_name_them_among_all(wrapped):
+    X, y, weight = spoiled()
+    found = cross_fit({"linear": Linear()}, X, y, LEVELS, folds=wrapped, sample_weight=weight)
+    for k, (_, held) in enumerate(wrapped.split(X, y)):
+        assert np.array_equal(np.flatnonzero(found.fold == k), held[weight[held] > 0])
 
 
 def test_the_networks_of_many_parts_are_those_of_the_rows_that_weigh():

@@ -15,11 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from poise.compose.code import refuse_code
 from poise.compose.messages import one_line_errors
 from poise.compose.overrides import check_overrides, open_key
-from poise.compose.schema import initialized, install
+from poise.compose.schema import BESIDE, initialized, install, refuse_unknown
 from poise.config import MOST_THREADS, RunConfig
 from poise.errors import ConfigError, RunError
-
-_OUTSIDE = ("paths", "hydra")  # keys of the composed file that are not part of a RunConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ def composed(overrides: list[str]) -> DictConfig:
     """Return the composed file, Hydra's own node included and resolvable; it names no code to import."""
     with initialized():
         whole = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    for key, shape in BESIDE.items():
+        refuse_unknown(OmegaConf.to_container(whole[key], resolve=False), shape, key)
     refuse_code(whole)
     HydraConfig.instance().set_config(whole)
     return whole
@@ -75,7 +75,7 @@ def from_hydra(whole: DictConfig) -> RunConfig:
     """Turn a composed Hydra config into a `RunConfig`, strictly."""
     values = {}
     for key in whole:
-        if key not in _OUTSIDE:
+        if key not in BESIDE:
             node = whole[key]
             is_node = OmegaConf.is_config(node)
             values[key] = (

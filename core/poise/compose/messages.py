@@ -123,12 +123,17 @@ def _unresolved(key: str, text: str) -> str:
 
 
 def _as_said(error: BaseException, overrides: list[str]) -> str:
-    """Return what OmegaConf says, after the override that it says it of."""
+    """Return what OmegaConf says, after the override, or the key in a file, that it says it of."""
     root = _root_cause(error)
-    key = getattr(root, "full_key", None)
-    given = next((o for o in overrides if key and o.lstrip("+").startswith(f"{key}=")), "")
+    key = getattr(root, "full_key", None) or "".join(re.findall(r"full_key: (\S+)", str(root))[:1])
+    given = next((o for o in overrides if key and _holds(o.lstrip("+").partition("=")[0], key)), key)
     said = _short(" ".join(str(root).split()))
-    return f"{given}: {said}" if given else said
+    return f"{given[:SHOWN]}: {said}" if given else said
+
+
+def _holds(given: str, key: str) -> bool:
+    """Tell whether an override of one key gives another its value: model.hidden gives model.hidden[0]."""
+    return key == given or key.startswith((f"{given}.", f"{given}["))
 
 
 def _root_cause(error: BaseException) -> BaseException:

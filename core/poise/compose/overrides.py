@@ -17,6 +17,7 @@ from poise.errors import ConfigError
 from poise.registry import installed
 
 CHOSEN = (*GROUPS, "launcher")  # groups of which one is chosen by name
+_USUAL = {"train": "default", "launcher": "basic"}  # the choice of a group that has no `none`
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -62,7 +63,7 @@ def _values(parsed: Override) -> list[Any]:
 def _check_choice(text: str, key: str, value: Any, taken_away: bool) -> None:
     """Refuse what is not the name of one choice of a group, nor options of the present one."""
     if value is None and not taken_away:
-        raise ConfigError(f"{text}: a group has no null; write {key}=none")
+        raise ConfigError(f"{text}: a group has no null; write {key}={_USUAL.get(key, 'none')}")
     named = (str, QuotedString, type(None))
     if not isinstance(value, named if key in ("experiment", "launcher") else (*named, dict)):
         hint = f" (see: poise list {key})" if key in PARTS else ""

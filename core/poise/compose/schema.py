@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir, initialize_config_module
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +22,7 @@ from omegaconf import MISSING
 
 from poise.compose.sources import install_sources
 from poise.config import PARTS, RunConfig, Train
-from poise.errors import ConfigError
+from poise.errors import ConfigError, nearest
 from poise.options import default_of, option_fields
 from poise.registry import installed
 
@@ -56,6 +57,16 @@ def _plugin_conf() -> list[tuple[str, str]]:
 
 
 @dataclass
+class _Nothing:
+    """No key."""
+
+
+@dataclass
+class _Hydra(HydraConf):
+    env: _Nothing = field(default_factory=_Nothing)  # Hydra composes it, and has no shape for it
+
+
+@dataclass
 class _Paths:
     out: str = "runs"
 
@@ -78,7 +89,25 @@ def _top(of: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
 
 
 _Root = _root()
+BESIDE = {"hydra": _Hydra, "paths": _Paths}  # nodes of the composed file that are no part of a RunConfig
 TOP = tuple(f.name for f in dataclasses.fields(_Root))  # keys of the composed file
+
+
+def refuse_unknown(node: Any, kind: type, key: str) -> None:
+    """Refuse a key that a node of a known shape does not have; Hydra lets `+` add any, which nobody reads.
+
+    Raises
+    ------
+    ConfigError
+        With the keys that there are.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in node.items():
+        if name not in hints:
+            raise ConfigError(f"{key}.{name}={str(value)[:40]}: {key} has no key {name!r}"
+                              f"{nearest(str(name), list(hints))} (keys: {', '.join(hints)})")
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            refuse_unknown(value, hints[name], f"{key}.{name}")
 
 
 def install() -> None:

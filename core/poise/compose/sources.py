@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import yaml
 from hydra._internal.core_plugins import file_config_source as hydras
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from poise.errors import ConfigError, FileError
@@ -25,8 +27,11 @@ class FileConfigSource(hydras.FileConfigSource):
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        check_file(Path(self.path) / self._normalize_file_name(config_path))
-        return super().load_config(config_path)
+        text = check_file(Path(self.path) / self._normalize_file_name(config_path))
+        return ConfigResult(
+            config=OmegaConf.load(io.StringIO(text)), path=f"{self.scheme()}://{self.path}",
+            provider=self.provider, header=self._get_header_dict(text),
+        )
 
     def is_config(self, config_path: str) -> bool:
         """Tell whether there is such an entry; what is not a regular file is refused when it is read."""
@@ -39,8 +44,8 @@ def install_sources() -> None:
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file that is not one YAML mapping of bounded size.
+def check_file(path: Path) -> str:
+    """Return the text of a file, unless it is not one YAML mapping of bounded size.
 
     Raises
     ------
@@ -65,6 +70,7 @@ def check_file(path: Path) -> None:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply: allowed are {DEEPEST} levels") from None
+    return text
 
 
 def _check_top(path: Path, node: yaml.Node) -> None:
@@ -78,7 +84,7 @@ def _check_top(path: Path, node: yaml.Node) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return read_regular(path, LARGEST).decode()
+        return read_regular(path, LARGEST).decode("utf-8-sig")  # Windows' editors begin with a mark
     except FileError as error:
         raise ConfigError(str(error)) from None
     except UnicodeDecodeError as error:

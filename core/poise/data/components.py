@@ -33,7 +33,8 @@ class Tabular:
     """A regression table: packaged, of scikit-learn, below POISE_DATA, or a CSV or Parquet file.
 
     Missing values become medians, text columns become indicators, both learned from the training
-    rows alone; columns that are constant there are dropped. Nothing is standardised.
+    rows alone; columns that are constant there are dropped. Nothing is standardised. A text column nine
+    tenths of whose cells are numbers is refused, naming the first that is none (`1,000`, `0x10`).
     A changed byte is noticed in .gz files, and in Parquet files that were written with checksums of
     their pages (pyarrow: write_page_checksum=True; by default there are none).
     """

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _BARE = ("istanbul", "resid_build_sale_price")
 # what pandas calls an index without a name
 _INDEX = re.compile(r"__index_level_\d+__")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity)", re.IGNORECASE | re.ASCII)
+# of the cells of a column of text, and of its values: from here on it is one of numbers with slips in it
+_MOSTLY, _HANDFUL = 0.9, 5
 # a date, and two columns whose sum is the target
 _LEAKS = {"bike_sharing_day": ["dteday", "casual", "registered"]}
 
@@ -58,7 +61,7 @@ def load(options, seed: int) -> Splits:
     if options.limit and options.limit < len(y):
         kept = np.random.default_rng([seed, 1]).choice(len(y), options.limit, replace=False)
         kept.sort()
-        frame, y = frame.iloc[kept].reset_index(drop=True), y[kept]
+        frame, y = frame.iloc[kept], y[kept]  # with their index: messages name rows of the file
     rows = split_rows(len(y), options.test, options.validation, seed, what)
     encoder = Encoder(options.categories, options.missing_indicator).fit(frame, rows[0], what)
     x = encoder.transform(frame)
@@ -220,10 +223,10 @@ def _target(column: pd.Series, what: str) -> np.ndarray:
 
     _refuse_odd(column, what)
     if not _numeric(column):
-        shown = next((v for v in column if isinstance(v, str)), column.iloc[0])
+        row, shown = _first_word(column)
         raise DataError(
-            f"{what}: target {str(column.name)!r} is not numeric (it holds {shown!r}): choose "
-            f"another `target`"
+            f"{what}: target {str(column.name)!r} is no number (data row {row + 1} holds {shown!r}): mend "
+            f"that, or choose another `target`"
         )
     y = column.to_numpy(dtype=np.float64, na_value=np.nan)
     bad = np.flatnonzero(~np.isfinite(y))
@@ -251,6 +254,27 @@ def _refuse_odd(column: pd.Series, what: str) -> None:
     if kind not in ("string", "boolean", "empty"):
         raise DataError(f"{what}: column {str(column.name)!r} holds neither numbers nor text ({kind}): "
                         f"convert it, or leave it out")
+
+
+def _first_word(column: pd.Series) -> tuple[int, Any]:
+    """Return the row and the value of the first cell that is no number; of the first one if all are."""
+    words = column[[isinstance(v, str) and not _NUMBER.fullmatch(v.strip()) for v in column]]
+    first = words if len(words) else column
+    return int(first.index[0]), first.iloc[0]
+
+
+def _refuse_slips(column: pd.Series, what: str) -> None:
+    """Raise `DataError` for numbers that a few cells made text: each of them would be a category."""
+    cells = [v.strip() for v in column if isinstance(v, str)]
+    numbers = sum(_NUMBER.fullmatch(cell) is not None for cell in cells)
+    if not _MOSTLY * len(cells) <= numbers < len(cells) or len(set(cells)) <= _HANDFUL:
+        return
+    row, cell = _first_word(column)
+    raise DataError(
+        f"{what}: column {str(column.name)!r} holds {cell!r} in data row {row + 1}, and {numbers} of its "
+        f"{len(cells)} cells are numbers: write a number there, leave it empty (missing), or `drop` the "
+        f"column"
+    )
 
 
 class Encoder:
@@ -283,7 +307,8 @@ class Encoder:
         Raises
         ------
         DataError
-            For an infinite value, a column of neither numbers nor text, or when no column is left.
+            For an infinite value, a column of neither numbers nor text, one of numbers but for a few
+            cells, or when no column is left.
         """
         done: dict[str, Any] = {"imputed": {}, "one_hot": {}, "constant": []}
         for name in frame.columns:
@@ -319,7 +344,7 @@ class Encoder:
         if len(infinite):
             raise DataError(
                 f"{what}: column {str(column.name)!r} is infinite in {len(infinite)} rows, first "
-                f"in data row {infinite[0] + 1}: remove those rows or `drop` the column"
+                f"in data row {column.index[infinite[0]] + 1}: remove those rows or `drop` the column"
             )
         seen = values[train][~np.isnan(values[train])]
         steps: list[tuple[str, Any]] = []
@@ -331,6 +356,7 @@ class Encoder:
         return steps
 
     def _category(self, column: pd.Series, train: np.ndarray, what: str) -> list[tuple[str, Any]]:
+        _refuse_slips(column, what)
         seen = column.iloc[train].dropna().astype(str)
         counts = seen.value_counts()
         if len(counts) < 2 and len(seen) == len(train):

@@ -10,7 +10,17 @@ from poise.walk.checkpoints import checkpoint
 from poise.walk.families import FAMILIES
 from poise.walk.files import open_weights
 from poise.walk.foreign import dense_linear
-from poise.walk.live import choose, count, covered, held, matches, refuse_tied, select, weights
+from poise.walk.live import (
+    choose,
+    count,
+    covered,
+    held,
+    matches,
+    refuse_overlap,
+    refuse_tied,
+    select,
+    weights,
+)
 from poise.walk.modules import path_of, replace_module
 from poise.walk.plain import has_own_forward
 from poise.walk.product import Product
@@ -19,6 +29,6 @@ from poise.walk.weight import ROLES, Expert, Weight
 
 __all__ = [
     "FAMILIES", "ROLES", "Expert", "Product", "Weight", "checkpoint", "choose", "count", "covered",
-    "dense_linear", "has_own_forward", "held",
-    "matches", "open_weights", "path_of", "refuse_tied", "replace", "replace_module", "select", "weights",
+    "dense_linear", "has_own_forward", "held", "matches", "open_weights", "path_of", "refuse_overlap",
+    "refuse_tied", "replace", "replace_module", "select", "weights",
 ]

@@ -13,6 +13,7 @@ from poise.errors import ConfigError, nearest
 from poise.walk.experts import fused_weights
 from poise.walk.families import Family, family, holds_experts, placed
 from poise.walk.foreign import foreign_weights
+from poise.walk.memory import overlapping
 from poise.walk.plain import children, joined, matrix, own_tensors
 from poise.walk.weight import Child, Weight
 
@@ -23,9 +24,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
     Covers linears, GPT-2's Conv1D (as its transpose), convolutions, embeddings, each expert of a fused
     3-D parameter, whatever a module with `held_weights` holds for them, and any other parameter of two or
     more dimensions that is not a bias. Tied tensors are met under their first name; `tied_with` lists the
-    others.
+    others. Parameters that are not one and share memory are met each; `overlaps` says so.
     """
-    kinds = _families(model)
+    kinds, shared = _families(model), overlapping(model)
     found: dict[tuple[Any, ...], list[Weight]] = {}
     for weight in placed(held(model, ""), kinds):
         found.setdefault(weight.key, []).append(weight)
@@ -33,7 +34,9 @@ def weights(model: nn.Module) -> Iterator[Weight]:
         names = tuple(dict.fromkeys(w.name for w in others if w.name != first.name))
         mine = first.module, first.parameter
         again = {w.name: w.slot for w in others if (w.module, w.parameter) == mine}
-        yield replace(first, tied_with=names, again=again) if names else first
+        overlaps = shared.get(first.key[0], ())
+        more = names or overlaps
+        yield replace(first, tied_with=names, again=again, overlaps=overlaps) if more else first
 
 
 def held(module: nn.Module, path: str) -> Iterator[Weight]:
@@ -166,6 +169,17 @@ def refuse_tied(chosen: list[Weight], what: str) -> None:
                 f"{what}: {w.name} is tied with {', '.join(w.tied_with)}; changing one changes the "
                 f"other: exclude it or untie it first"
             )
+        refuse_overlap(w, what)
+
+
+def refuse_overlap(w: Weight, what: str) -> None:
+    """Raise `ConfigError` for a weight whose memory is in part that of another parameter."""
+    if w.overlaps:
+        raise ConfigError(
+            f"{what}: {w.name} shares memory with {', '.join(w.overlaps)}, another parameter: changing "
+            f"one changes the other; give it its own, nn.Parameter(weight.detach().clone()), or make the "
+            f"two one parameter"
+        )
 
 
 def count(model: nn.Module) -> dict[str, int]:

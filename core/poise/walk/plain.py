@@ -106,10 +106,9 @@ def _orientation(module: nn.Module, tensor: Tensor) -> tuple[Callable, Callable]
         return (lambda t: t.T), (lambda m: m.T)
     if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
         swapped = tensor.transpose(0, 1).shape
-        return (lambda t: t.transpose(0, 1).reshape(t.shape[1], -1)), (
-            lambda m: m.reshape(swapped).transpose(0, 1))
+        return (lambda t: t.transpose(0, 1).flatten(1)), (lambda m: m.reshape(swapped).transpose(0, 1))
     shape = tensor.shape
-    return (lambda t: t.reshape(t.shape[0], -1)), (lambda m: m.reshape(shape))
+    return (lambda t: t.flatten(1)), (lambda m: m.reshape(shape))
 
 
 def _role(module: nn.Module, name: str) -> tuple[str, bool]:

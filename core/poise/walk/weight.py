@@ -97,6 +97,8 @@ class Weight:
         Other names of the same tensor.
     again : dict of name to Slot
         Those of `tied_with` where not only the tensor but the whole layer is the same.
+    overlaps : tuple of str
+        Other parameters of the model with memory in common, though they are not the same one.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Weight:
     replaceable: bool = False
     tied_with: tuple[str, ...] = ()
     again: dict[str, Slot | None] = field(default_factory=dict, repr=False)
+    overlaps: tuple[str, ...] = ()
     slot: Slot | None = field(default=None, repr=False)
     plain: Callable[[Tensor], Tensor] = field(default=lambda matrix: matrix, repr=False)
     """A matrix (out, in) in the form in which the plain model holds it."""
@@ -129,8 +132,9 @@ class Weight:
 
     @property
     def tied_layers(self) -> tuple[str, ...]:
-        """Names of other layers with the same tensor; a layer that is registered twice is one layer."""
-        return tuple(name for name in self.tied_with if name not in self.again)
+        """Names of other layers with the same tensor, and of parameters that share its memory; a layer that
+        is registered twice is one layer."""
+        return (*(name for name in self.tied_with if name not in self.again), *self.overlaps)
 
     @property
     def slots(self) -> tuple[Slot, ...]:

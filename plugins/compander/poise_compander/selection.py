@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from poise.errors import ConfigError
 from poise.holding import refuse_frozen, who_holds
-from poise.walk import Weight, choose, matches, weights
+from poise.walk import Weight, choose, matches, refuse_overlap, weights
 from poise_compander.coverage import ASKED, Coverage
 from poise_compander.plain import Home
 
@@ -72,7 +72,7 @@ def choose_layers(
     model they are; raises `ConfigError` as `choose_companded` does."""
 
     def why_not(w: Weight) -> str | None:
-        if w.role in _ROLES and w.parameter != "weight":
+        if w.stored is None and w.role in _ROLES and w.parameter != "weight":
             return "matrices that share a module: an expert's, attention's inner ones, an LSTM's"
         return _why_not(w, _ROLES)
 
@@ -101,7 +101,13 @@ def _choose(
         named = [w for w in everything if matches(w.name, pattern)]
         if named and all(reasons[id(w)] for w in named):
             raise ConfigError(f"{named[0].name} is named and cannot be taken: {reasons[id(named[0])]}")
+    if not fit:
+        why = Counter(reasons[id(w)] or "" for w in everything)
+        found = ", ".join(f"{reason} ({n})" for reason, n in why.items())
+        raise ConfigError(f"no weight can be taken: {f'the model has {found}' if why else 'it has none'}")
     taken = choose(fit, include, exclude, (*_ROLES, "embedding"))
+    for w in taken:
+        refuse_overlap(w, "compander")
     mine = {id(w) for w in taken}
     for w in fit:
         if id(w) not in mine:

@@ -10,14 +10,22 @@ import numpy as np
 
 from poise_quantagg.checks import row_blocks
 
-ROUNDING = 1e-12  # of an atom and the target's mean size: some thousand units in the last place
+ROUNDING = 1e-12  # of the numbers that are added up: some thousand units in the last place
+SOLVED = 16 * np.finfo(float).eps  # of the mean size of y, the unit in which the solvers work; at most
+MOST = 1e-6  # of the usual size of y
 
 
 def atoms_of(y: np.ndarray) -> np.ndarray:
-    """Return the k values that y (n,) takes more than once, and how near counts as each, shape (2, k)."""
+    """Return the k values that y (n,) takes more than once, and how near counts as each, shape (2, k).
+
+    Sums are of numbers of the atom's own size and of the usual one, the median of y's sizes other than 0.
+    Unlike the mean that is not the size of one outlier, which counts for the digits it costs the solvers.
+    """
     values, counts = np.unique(y, return_counts=True)
-    values = values[counts > 1]
-    return np.stack([values, ROUNDING * (np.abs(values) + np.abs(y).mean())])
+    values, sizes = values[counts > 1], np.abs(y)
+    usual = np.median(sizes[sizes > 0]) if sizes.any() else 0.0
+    solved = min(SOLVED * sizes.mean(), MOST * usual)
+    return np.stack([values, ROUNDING * (np.abs(values) + usual) + solved])
 
 
 def settled(q: np.ndarray, atoms: np.ndarray | None) -> np.ndarray:

@@ -220,7 +220,15 @@ def row_weights(sample_weight: np.ndarray | Sequence | None, n: int) -> np.ndarr
     with np.errstate(over="ignore"):
         if np.isinf(weight.sum()):
             weight = weight / weight.max()
-    return weight / weight.mean()
+    return np.ones(n) if weight.min() == weight.max() else weight / weight.mean()  # not 1 - 1e-16
+
+
+def differing(weight: np.ndarray | None) -> np.ndarray | None:
+    """Return positive weights where they differ, else None: equal ones say nothing.
+
+    Many a library takes another path with weights than without them, and ends elsewhere.
+    """
+    return None if weight is None or weight.min() == weight.max() else weight
 
 
 def weighing_rows(sample_weight: np.ndarray | Sequence, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,14 @@ import numpy as np
 
 from poise.errors import ConfigError, RunError, require
 from poise_quantagg.cache import key_of, load, save
-from poise_quantagg.checks import QuantileWarning, check_levels, finite, same_rows, weighing_rows
+from poise_quantagg.checks import (
+    QuantileWarning,
+    check_levels,
+    differing,
+    finite,
+    same_rows,
+    weighing_rows,
+)
 from poise_quantagg.folds import folds_of_weighed
 from poise_quantagg.grid import interpolate, mean_of_folds
 from poise_quantagg.jobs import Job, Result, Work, fit, jobs_of, label, quantiles_of
@@ -143,8 +150,9 @@ def cross_fit(
     used, weight = np.ones(len(y), dtype=bool), None
     if sample_weight is not None:
         used, positive = weighing_rows(sample_weight, len(y))
-        weight = np.zeros(len(y))
-        weight[used] = positive
+        if differing(positive) is not None:
+            weight = np.zeros(len(y))
+            weight[used] = positive
     if not models:
         raise ConfigError("no models to cross-fit: give at least one")
     if refit not in REFITS:
@@ -190,7 +198,7 @@ def pair_predictions(
     pairs = nested_pairs(int(fold.max()) + 1)
     held = [np.flatnonzero(np.isin(fold, pair)) for pair in pairs]
     train = [np.flatnonzero(~np.isin(fold, pair)) for pair in pairs]
-    work = Work(X, y, sample_weight, levels, train, held, None)
+    work = Work(X, y, differing(sample_weight), levels, train, held, None)
     results = _run(models, work, n_jobs, cache, progress)
     if failures := _failures(results, work):
         raise RunError("a model failed on a pair of folds: "

@@ -56,8 +56,8 @@ def folds_of_weighed(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the parts of `make_folds` over the rows `used`, shape (n,), as if there were no others.
 
-    A number deals out those rows alone. A splitter may know rows by their place: it sees all of them, and
-    what is not used leaves its parts.
+    A number deals out those rows alone, and a splitter sees no others. Lists of rows, which name them by
+    their place among all, lose those that are not used.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def folds_of_weighed(
     """
     if used.all():
         return make_folds(X, y, folds, seed, groups)
-    if is_number(folds):
+    if not _names_rows(folds):
         rows = np.flatnonzero(used)
         if groups is not None:
             check_groups(groups, len(y))
@@ -76,7 +76,7 @@ def folds_of_weighed(
     parts = [tuple(rows[used[rows]] for rows in part) for part in make_folds(X, y, folds, seed, groups)]
     parts = [(train, held) for train, held in parts if len(held)]
     if not parts or not all(len(train) for train, _ in parts):
-        raise ConfigError("a fold of the splitter has rows of weight 0 alone: give other folds, or weights")
+        raise ConfigError("a fold of cv has rows of weight 0 alone: give other folds, or weights")
     return parts
 
 
@@ -98,8 +98,16 @@ def check_cv(cv: Any, n: int, apart: bool = False) -> None:
 def bound_to_rows(splitter: Any) -> bool:
     """Return whether a splitter, or list of splits, names rows by their place: then none may be missing."""
     selection = require("sklearn.model_selection", "quantagg")
-    return not hasattr(splitter, "split") or isinstance(
-        splitter, (selection.TimeSeriesSplit, selection.PredefinedSplit))
+    return _names_rows(splitter) or isinstance(splitter, selection.TimeSeriesSplit)
+
+
+def _names_rows(splitter: Any) -> bool:
+    """Return whether folds are lists of rows, on their own or as scikit-learn wraps them."""
+    if is_number(splitter) or isinstance(splitter, (str, float, bool)):
+        return False
+    selection = require("sklearn.model_selection", "quantagg")
+    return not hasattr(splitter, "split") or isinstance(splitter, selection.PredefinedSplit) \
+        or isinstance(getattr(splitter, "cv", None), list)  # what `check_cv` makes of a list
 
 
 def _checked(splits: Any, n: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, require
-from poise_quantagg.checks import finite
+from poise_quantagg.checks import differing, finite
 
 LEVELS_OF_A_JOB = 25
 
@@ -92,7 +92,8 @@ def fit(job: Job, X, y, weight, train, held, extra) -> Result:
             if getattr(job.model, "fits_many", False):
                 fitted = job.model.build().fit_many(X, y, weight, parts)
             else:
-                options = {} if weight is None else {"sample_weight": weight[parts[0]]}
+                own = None if weight is None else differing(weight[parts[0]])
+                options = {} if own is None else {"sample_weight": own}
                 fitted = [job.model.build().fit(X[parts[0]], y[parts[0]], **options)]
             return Result(
                 [quantiles_of(job.name, f, X[held[k]], job.levels) if k < len(held) else None

@@ -104,10 +104,12 @@ class NetRegressor(QuantileRegressor):
 
         Rows of weight 0 leave their parts: they set no scale and stop no training.
         """
-        from poise_quantagg.checks import check_levels
+        from poise_quantagg.checks import check_levels, differing
 
         if sample_weight is not None:
             parts = [rows[sample_weight[rows] > 0] for rows in parts]
+            if differing(sample_weight[np.concatenate(parts)]) is None:
+                sample_weight = None
         found = []
         for network in self._train(X, y, sample_weight, parts, progress):
             one = type(self)(**self.get_params(deep=False))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from poise.errors import ConfigError, DataError, require
-from poise_quantagg.checks import check_levels, finite, same_rows, weighing_rows
+from poise_quantagg.checks import check_levels, differing, finite, same_rows, weighing_rows
 from poise_quantagg.grid import coarse_grid, interpolate
 
 
@@ -24,7 +24,8 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray | None = None):
         """Fit on features (n, d) and targets (n,); rows of weight 0 leave at once.
 
-        They would count in scales, leaves, bootstraps and the rows that stop a training.
+        They would count in scales, leaves, bootstraps and the rows that stop a training. Weights that are
+        equal then are no weights.
 
         Raises
         ------
@@ -35,6 +36,7 @@ class QuantileRegressor(require("sklearn.base", "quantagg").BaseEstimator):
         same_rows("X", X, len(y))
         if sample_weight is not None:
             used, sample_weight = weighing_rows(sample_weight, len(y))
+            sample_weight = differing(sample_weight)
             if not used.all():
                 X, y = X[used], y[used]
         self.levels_ = check_levels(self.levels)
