@@ -731,10 +731,11 @@ def test_a_name_is_taken_once_by_adapters_without_layers_too():
     WeightCompander(target_modules=["0"]).attach(model, "mine")
 
 
-def test_experts_that_are_linears_are_taken_as_linears():
+def test_experts_are_taken_whether_linears_or_fused():
     model = tiny("switch_transformers")
     routed = {w.name for w in weights(model) if w.role == "expert"}
     assert routed <= set(Bone(r=2).attach(model).layers)
     assert routed <= set(
         WeightCompander(bound_policy="grow").attach(tiny("switch_transformers")).layers)
-    assert not any(".experts." in n for n in Bone(r=2).attach(tiny("mixtral")).layers)
+    fused = tiny("mixtral")
+    assert {w.name for w in weights(fused) if w.role == "expert"} <= set(Bone(r=2).attach(fused).layers)
