@@ -138,8 +138,7 @@ def _unchanged(x: Tensor, block: Tensor, rows: Rows) -> Tensor | None:
 def _refuse_written(ctx: Any) -> None:
     if ctx.rows.version() != ctx.version:
         raise RunError(f"the weight of {ctx.rows.name} was changed between the forward pass and its "
-                       f"backward pass "
-                       f"(folded, or written to): call backward() first")
+                       f"backward pass (folded, or written to): call backward() first")
 
 
 class _Blockwise(torch.autograd.Function):
@@ -195,14 +194,14 @@ class _Recomputed(torch.autograd.Function):
         x, block, *others = ctx.saved_tensors
         rows: Rows = ctx.rows
         wanted = ctx.needs_input_grad
-        dx = torch.zeros_like(x) if wanted[0] else None
+        dx = _zeros(x) if wanted[0] else None
         d_block = torch.zeros_like(block) if wanted[1] else None
         d_others = [torch.zeros_like(t) for t in others]
         with torch.autocast(x.device.type, enabled=False):
             for c in rows.chunks(_budget(x)):
                 _chunk_backward(rows, c, x, dy[:, c], block, dx, d_block, others, d_others)
         bias = dy.sum(0) if ctx.bias and wanted[2] else None
-        return dx, d_block, bias, None, *d_others
+        return (None if dx is None else dx.to(x.dtype)), d_block, bias, None, *d_others
 
 
 def _chunk_backward(
@@ -214,7 +213,7 @@ def _chunk_backward(
     if rows.pull is not None and not others:
         below = rows.beneath(c)
         if dx is not None:
-            dx.addmm_(dy, rows.change(below, part, c.start).to(x.dtype))
+            _add_product(dx, dy, rows.change(below, part, c.start).to(x.dtype))
         if d_block is not None:
             d_block[rows.part(c)] += rows.pull(below, dy.mT @ x)
         return
@@ -223,7 +222,7 @@ def _chunk_backward(
     with torch.enable_grad():
         W = rows.change(rows.beneath(c), part, c.start)
     if dx is not None:
-        dx.addmm_(dy, W.detach().to(x.dtype))
+        _add_product(dx, dy, W.detach().to(x.dtype))
     if not needed:
         return
     G = (dy.mT @ x).to(W.dtype)
@@ -234,6 +233,19 @@ def _chunk_backward(
     for total, one in zip(totals, found, strict=True):
         if one is not None:
             total.add_(one)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """Return zeros like x to sum parts in, at least in fp32: half precision would lose bits with each."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, dy: Tensor, W: Tensor) -> None:
+    """Add dy W."""
+    if total.dtype == dy.dtype:
+        total.addmm_(dy, W)
+    else:
+        total += dy @ W
 
 
 class _Factored(torch.autograd.Function):
@@ -269,7 +281,7 @@ class _Factored(torch.autograd.Function):
             B = block.to(x.dtype)
             T, r = len(x), B.shape[-1]
             blocks = x.view(T, x.shape[1] // r, r)
-            S, dx, dB = blocks.sum(1), torch.zeros_like(x), torch.empty_like(B)
+            S, dx, dB = blocks.sum(1), _zeros(x), torch.empty_like(B)
             for c in rows.chunks(_factored_budget(rows, x)):
                 where = rows.part(c)
                 part = B[where]
@@ -280,4 +292,4 @@ class _Factored(torch.autograd.Function):
                 dx.view(blocks.shape).add_(torch.bmm(d, part).sum(0).unsqueeze(1))
                 dB[where] = u.mT @ blocks.reshape(-1, r) + d.mT @ S
         bias = dy.sum(0) if ctx.bias and ctx.needs_input_grad[2] else None
-        return dx, dB.to(block.dtype), bias, None
+        return dx.to(x.dtype), dB.to(block.dtype), bias, None
