@@ -6,11 +6,22 @@ Wrong choices and wrong data are `ValueError`s too, which is what scikit-learn's
 
 from __future__ import annotations
 
+import re
+
+_BREAKS = re.compile(r"[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
 
 class PoiseError(Exception):
-    """Any failure that Poise explains in one line."""
+    """Any failure that Poise explains in one line: line breaks of what it quotes are written as escapes."""
 
     exit_code = 1
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(_one_line(t) if isinstance(t, str) else t for t in told))
+
+
+def _one_line(text: str) -> str:
+    return _BREAKS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 class ConfigError(PoiseError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.config import PARTS, RunConfig
-from poise.errors import ConfigError, PoiseError, nearest
+from poise.errors import ConfigError, DataError, FileError, PoiseError, RunError, nearest
 from poise.interfaces import Parts
 from poise.options import allowed, check_options, default_of, fits, make, option, type_name
 from poise.registry import KINDS
@@ -187,3 +188,12 @@ def test_a_wrong_configuration_is_named(replaced, words):
 def test_a_train_that_is_no_mapping_is_refused(train):
     with pytest.raises(PoiseError):
         RunConfig.from_plain(plain(train=train))
+
+
+@pytest.mark.parametrize("broken", ["a\nb", "a\r\nb", "a\u2028b\x85c", "a\x1cb\x0bc\x0cd"])
+@pytest.mark.parametrize("kind", [ConfigError, DataError, FileError, RunError])
+def test_an_error_is_one_line_whatever_it_quotes(kind, broken):
+    said = str(kind(f"model={broken}: no such model"))
+    assert len(said.splitlines()) == 1 and said.endswith(": no such model")
+    assert said.encode().decode("unicode_escape").startswith("model=a")
+    assert str(pickle.loads(pickle.dumps(kind(said)))) == said
