@@ -278,10 +278,11 @@ class RecomputedLayer(GuidedLayer):
                            f"requires_grad = False again")
         assert module is not None
         sources = [held] if held is not None else list(module.buffers())
+        alone = not isinstance(self.base, AdaptedLayer)
         return Rows(
-            weight.shape, self.r, self.beneath, change, self.pull(), self.part, others, self.base,
-            lambda: [t._version for t in (*sources, *others)],
-            views=weight.stored is None and not isinstance(self.base, AdaptedLayer), name=weight.name)
+            weight.shape, self.r, weight.read if alone else self.beneath, change, self.pull(), self.part,
+            others, self.base, lambda: [t._version for t in (*sources, *others)],
+            views=alone and weight.stored is None, name=weight.name)
 
 
 class BatLayer(RecomputedLayer):
