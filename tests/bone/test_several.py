@@ -97,8 +97,8 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_switched():
         combine_adapters([a, layer_of("bone", plain())], [1.0, 1.0])
     with pytest.raises(ConfigError, match="1 blocks and 2 weights"):
         combine_adapters([a], [1.0, 2.0])
-    with pytest.raises(ConfigError, match="has an adapter named 'second'"):
-        combine_adapters([a], [1.0], "second")
+    with pytest.raises(ConfigError, match="has an adapter named 'default'"):
+        combine_adapters([b], [1.0], "default")
     assert a.active and b.active
 
 

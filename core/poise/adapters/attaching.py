@@ -97,7 +97,8 @@ def attach_layers(
     refuse_trained(base, name)
     slots = {}
     for w in chosen:
-        layers[w.name].adapter = name
+        layers[w.name].adapter, layers[w.name].place = name, w.name
+        layers[w.name].train((w.module or model).training)  # a new module is in training mode
         assert w.slot is not None
         w.slot.put(layers[w.name])
         slots[w.name] = w.slot

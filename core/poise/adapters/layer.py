@@ -14,6 +14,7 @@ from poise.holding import adopt, tensor_of
 from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, dense_linear, held
 
+FOLDED = "folded"  # key of a state dict, there while a layer is folded
 _PIECE = 1 << 17  # weights changed at a time: 512 KiB of fp32
 
 
@@ -40,6 +41,7 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.adapter, self.active = "default", True
+        self.place = ""  # the weight's name in the model
         self._before: tuple[Any, ...] = ()  # what `unfold` puts back, and what it must find
 
     # ------------------------------------------------------------ what a method says
@@ -203,6 +205,20 @@ class AdaptedLayer(nn.Module):
     def untouched(self) -> bool:
         """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
         return not self.folded or torch.equal(_fingerprint(self.weight_beneath.read()), self._before[1])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.folded:  # a weight that holds the change is not to be read as one that does not
+            destination[prefix + FOLDED] = torch.ones((), dtype=torch.bool)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        there = prefix + FOLDED in state_dict
+        own = {k: v for k, v in state_dict.items() if k != prefix + FOLDED} if there else state_dict
+        super()._load_from_state_dict(own, prefix, *rest)
+        if there != self.folded:
+            said = ("folded", "not folded") if there else ("not folded", "folded")
+            rest[-1].append(f"{self.adapter}: {self.place} is {said[0]} in the state and {said[1]} here: "
+                            f"call {'fold' if there else 'unfold'}() first")
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters import AttachedLayers, attach_layers, choose_layers
+from poise.adapters import AdaptedLayer, AttachedLayers, attach_layers, choose_layers
 from poise.errors import ConfigError
 from poise.walk import Weight, matches
 from poise_bone.functional import block_shape, combine
 from poise_bone.layers import LAYERS, BlockLayer, Blocks
 from poise_bone.other_layers import ConvLayer, EmbeddingLayer, conv_shape, embedding_shape
+from poise_bone.variants import ADDED
 
 _KINDS = {
     "linear": ("linear", "linears"), "router": ("router", "routers"), "expert": ("matrix", "matrices"),
@@ -160,12 +161,15 @@ def combine_adapters(
     Raises
     ------
     ConfigError
-        When they are on different models, or differ in their options.
+        When they are on different models, or differ in their options; when one is folded, merged or
+        detached; when another one attached after them acts on the same weights, which would come before
+        the sum then. Nothing is switched in these cases.
     """
     if len({id(a.model) for a in adapters}) != 1 or len({repr(a.adapter) for a in adapters}) != 1:
         raise ConfigError("only adapters on one model that have the same options can be combined")
     states = [a.state_dict() for a in adapters]
     summed = {key: combine([s[key] for s in states], weights) for key in states[0]}
+    _refuse_uncombinable(adapters)
     active = [a for a in adapters if a.active]
     for one in adapters:
         one.active = False
@@ -177,3 +181,29 @@ def combine_adapters(
         raise
     made.load_state_dict(summed)
     return made
+
+
+def _refuse_uncombinable(adapters: Sequence[AttachedBone]) -> None:
+    """Raise `ConfigError` where switching these off and one on changes more than what they do."""
+    names = {a.name for a in adapters}
+    for one in adapters:
+        if one.gone or one.folded:
+            state, verb = ("gone from the model", "attach") if one.gone else ("folded", "unfold")
+            raise ConfigError(f"{one.name} is {state} and cannot be combined: {verb} it first")
+        for layer in one.layers.values():
+            later = [a.adapter for a in _after(one.model, layer)
+                     if a.adapter not in names and (a.acts or a.folded) and not _are_added(a, layer)]
+            if later:
+                raise ConfigError(f"{later[0]!r} was attached after {one.name!r} and would act before the "
+                                  f"combination: detach or switch off {later[0]!r} first")
+
+
+def _are_added(*layers: AdaptedLayer) -> bool:
+    """Tell whether the order of changes says nothing."""
+    return all(getattr(layer, "variant", None) in ADDED for layer in layers)
+
+
+def _after(model: nn.Module, layer: BlockLayer) -> list[AdaptedLayer]:
+    """Return later adapters' layers on the weight of one."""
+    return [m for m in model.modules() if isinstance(m, AdaptedLayer) and m is not layer
+            and any(below is layer for below in m.chain())]

@@ -15,6 +15,7 @@ from poise.files import write_bytes, write_json
 from poise.walk import Weight, weights
 from poise_bone.functional import to_lora
 from poise_bone.reading import CONFIG, KEYS, PREFIX, TENSORS, SavedAdapter, read_adapter
+from poise_bone.variants import ADDED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,8 +83,12 @@ def export_lora(
     Raises
     ------
     ConfigError
-        For a weight-guided form without a rank, and for experts.
+        For a weight-guided form without a rank, or folded or merged, since the weight before its change is
+        what the LoRA is made from; for experts.
     """
+    if attached.adapter.variant not in ADDED and (attached.gone or attached.folded):
+        raise ConfigError(f"{attached.name}: a LoRA of {attached.adapter.variant} is made from the weights "
+                          f"without it: {'attach it again' if attached.gone else 'unfold()'} first")
     _refuse_places(attached)
     tensors: dict[str, Tensor] = {}
     errors, ranks = {}, {}
@@ -143,7 +148,13 @@ def _common(attached: AttachedBone, names: list[str]) -> dict[str, Any]:
         "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None,
     }
     theirs = attached.foreign if "peft_type" in attached.foreign else {}
-    return {**plain, **theirs, "target_modules": sorted(names), "inference_mode": True}
+    fields = {**plain, **theirs, "target_modules": sorted(names), "inference_mode": True}
+    others = {path for path, _ in attached.model.named_modules()} - set(names)
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        # PEFT takes a list as endings, which cover more than these layers, and a string as a whole
+        fields |= {"target_modules": "|".join(map(re.escape, sorted(names))), "exclude_modules": None,
+                   "layers_to_transform": None, "layers_pattern": None}
+    return fields
 
 
 def _write(directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Path:
@@ -161,6 +172,11 @@ def _refuse_missing(saved: SavedAdapter, model: nn.Module, directory: Path) -> N
     if saved.fields.get("layers_to_transform") is not None or named in (None, "all-linear"):
         return
     linears = [w.name for w in weights(model) if w.role == "linear"]
+    if not (_is_read(named) and _is_read(left)):
+        warnings.warn(f"{directory}: target_modules or exclude_modules is a regular expression, and "
+                      f"one from a file is not run: whether a block is missing was not checked, "
+                      f"{len(saved.blocks)} are there", stacklevel=3)
+        return
     missing = [n for n in linears if _covers(named, n) and not _covers(left, n) and n not in saved.blocks]
     if missing:
         raise FileError(f"{directory}: target_modules names {missing[0]} ({len(missing)} such layers), and "
@@ -168,11 +184,13 @@ def _refuse_missing(saved: SavedAdapter, model: nn.Module, directory: Path) -> N
                         f"no block for it: the file is not whole")
 
 
+def _is_read(patterns: Any) -> bool:
+    """Tell whether patterns are names: an expression from a file can take for ever."""
+    return not isinstance(patterns, str) or re.fullmatch(r"(\w|-|\\?\.|\|)*", patterns) is not None
+
+
 def _covers(patterns: Any, name: str) -> bool:
-    """Tell whether PEFT's list of endings, or its regular expression, covers a name."""
+    """Tell whether PEFT's list of endings, or its names separated by bars, covers a name."""
     if isinstance(patterns, str):
-        try:
-            return len(patterns) < 1000 and re.fullmatch(patterns, name) is not None
-        except re.error:
-            return False
+        return name in patterns.replace("\\", "").split("|")
     return any(isinstance(p, str) and (name == p or name.endswith(f".{p}")) for p in patterns or [])

@@ -225,11 +225,13 @@ def combine(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Raises
     ------
     ConfigError
-        When shapes differ, or the numbers of blocks and of weights.
+        When shapes differ, or the numbers of blocks and of weights; for a weight that is no finite number.
     """
     if len(blocks) != len(weights) or not blocks:
         raise ConfigError(f"{len(blocks)} blocks and {len(weights)} weights: give one weight for each "
                           f"block")
+    if odd := [w for w in weights if not isinstance(w, (int, float)) or not math.isfinite(w)]:
+        raise ConfigError(f"a weight of {odd[0]!r} is not allowed: it must be a finite number")
     _check_same(blocks, "combined")
     return sum((w * b for w, b in zip(weights[1:], blocks[1:])), weights[0] * blocks[0])
 
@@ -253,9 +255,11 @@ def to_lora(
     Raises
     ------
     ConfigError
-        For a weight-guided form without a rank.
+        For a weight-guided form without a rank, and a rank that is no number from 1 on.
     """
     o, i = weight.shape
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank={rank!r} is not allowed: it must be a whole number >= 1")
     if rank is None and not _is_added(variant):
         raise ConfigError(f"the change of {variant} has full rank: give the rank that the LoRA shall have")
     if _is_added(variant) and (rank is None or rank >= len(block)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -274,7 +275,7 @@ class RecomputedLayer(GuidedLayer):
         weight = self.weight_beneath
         held, module = tensor_of(weight), weight.module
         if held is not None and held.requires_grad:
-            raise RunError(f"{weight.name} requires a gradient, and {self.adapter!r} freezes its base: set "
+            raise RunError(f"{self.place} requires a gradient, and {self.adapter!r} freezes its base: set "
                            f"requires_grad = False again")
         assert module is not None
         sources = [held] if held is not None else list(module.buffers())
@@ -282,7 +283,7 @@ class RecomputedLayer(GuidedLayer):
         return Rows(
             weight.shape, self.r, weight.read if alone else self.beneath, change, self.pull(), self.part,
             others, self.base, lambda: [t._version for t in (*sources, *others)],
-            views=alone and weight.stored is None, name=weight.name)
+            views=alone and weight.stored is None, name=self.place)
 
 
 class BatLayer(RecomputedLayer):
@@ -293,7 +294,7 @@ class BatLayer(RecomputedLayer):
     def whole(self, x: Tensor) -> Tensor:
         """Return x W'^T and the bias."""
         B, rows = self.block(), self.rows(self._changed)
-        few = x.numel() // x.shape[-1] <= B.shape[-1] // 2
+        few = math.prod(x.shape[:-1]) <= B.shape[-1] // 2
         return factored(x, B, rows, self.bias) if few and not rows.others else super().whole(x)
 
     def part(self, rows: slice) -> slice:

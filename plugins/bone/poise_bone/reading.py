@@ -8,9 +8,10 @@ has meant four different methods.
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +68,14 @@ class SavedAdapter:
         ranks = {name: rank_of(b, self.variant) for name, b in self.blocks.items()}
         usual = Counter(ranks.values()).most_common(1)[0][0]
         first = next(iter(self.blocks.values()))
+        # a name is a pattern of endings too: the longest, its own, is the last and counts
+        each = sorted(ranks, key=len) if len(set(ranks.values())) > 1 else []
         try:
             return Bone(
                 r=usual, variant=self.variant, dropout=self.dropout, target_modules=sorted(self.blocks),
                 mini_r=first.shape[1] if self.variant == "mini" else None,
                 tiles=list(first.shape[:2]) if self.variant == "bone_free" else [1, 1],
-                rank_pattern={name: r for name, r in ranks.items() if r != usual})
+                rank_pattern={name: ranks[name] for name in each})
         except ConfigError as error:
             raise FileError(f"the adapter cannot be built: {error}") from None
 
@@ -84,9 +87,9 @@ class SavedAdapter:
         FileError
             When the model lacks one of its layers, or a block does not fit one, naming it.
         """
-        _refuse_strangers(self, model)
+        others = _others(self, model)
         try:
-            attached = self.bone().attach(model, name)
+            attached = replace(self.bone(), exclude_modules=others).attach(model, name)
         except ConfigError as error:
             raise FileError(f"the adapter does not fit this model: {error}") from None
         try:
@@ -103,7 +106,8 @@ def rank_of(block: Tensor, variant: str) -> int:
     return block.shape[0] if variant in ADDED else block.shape[-1]
 
 
-def _refuse_strangers(saved: SavedAdapter, model: nn.Module) -> None:
+def _others(saved: SavedAdapter, model: nn.Module) -> list[str] | None:
+    """Return names that end as a block's does and have none; raise `FileError` for layers that lack."""
     from poise.walk import weights
 
     have = {w.name for w in weights(model)}
@@ -111,6 +115,8 @@ def _refuse_strangers(saved: SavedAdapter, model: nn.Module) -> None:
         raise FileError(f"the adapter has {len(missing)} layers that this model has not, {missing[0]} "
                         f"first: it "
                         f"belongs to another model")
+    found = [n for n in have - set(saved.blocks) if any(n.endswith(f".{b}") for b in saved.blocks)]
+    return sorted(found) or None
 
 
 def read_adapter(path: Path | str, variant: str | None = None) -> SavedAdapter:
@@ -143,10 +149,19 @@ def read_adapter(path: Path | str, variant: str | None = None) -> SavedAdapter:
         saved = _read_pth(path, variant)
     if variant is not None and saved.variant != variant:
         raise FileError(f"{path} holds {saved.variant}, not {variant}")
-    for name, block in saved.blocks.items():
-        if not block.is_floating_point() or not torch.isfinite(block).all():
-            raise FileError(f"{path}: the block of {name} has numbers that are not finite, or none")
     return saved
+
+
+def _refuse_numbers(path: Path, name: str, block: Tensor) -> None:
+    """Raise `FileError` for what is no plain tensor of numbers that fp32, the type of a block, can hold."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    plain = block.layout == torch.strided and not block.is_nested and block.device.type == "cpu"
+    # a view that repeats its numbers may claim any size
+    if block.dtype not in kinds or not plain or block.nbytes > block.untyped_storage().nbytes():
+        raise FileError(f"{path}: the block of {name} is no plain tensor of type fp16, bf16, fp32 or fp64 "
+                        f"({block.dtype}, {block.layout}, on {block.device})")
+    if not block.numel() or not torch.isfinite(block.float()).all():
+        raise FileError(f"{path}: the block of {name} has numbers that are not finite in fp32, or none")
 
 
 # ------------------------------------------------------------------ PEFT
@@ -155,7 +170,7 @@ def read_adapter(path: Path | str, variant: str | None = None) -> SavedAdapter:
 def _read_peft(folder: Path) -> SavedAdapter:
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise FileError(f"{folder / CONFIG} is of peft_type {kind!r}: {' and '.join(KEYS)} are read")
     _refuse_unread(config, folder)
     variant = _peft_variant(config, folder)
@@ -163,7 +178,10 @@ def _read_peft(folder: Path) -> SavedAdapter:
     for key, tensor in _peft_tensors(folder).items():
         name, _, last = key.removeprefix(PREFIX).rpartition(".")
         if not key.startswith(PREFIX) or last != KEYS[kind]:
-            raise FileError(f"{folder / TENSORS}: {key} is no block of {kind}, {PREFIX}NAME.{KEYS[kind]}")
+            copied = ": save it in PEFT with save_embedding_layers=False" if ".base_layer." in key else ""
+            raise FileError(f"{folder / TENSORS}: {key} is no block of {kind}, {PREFIX}NAME.{KEYS[kind]}"
+                            f"{copied}")
+        _refuse_numbers(folder / TENSORS, name, tensor)
         blocks[name] = tensor
     saved = SavedAdapter(variant, blocks, kind, _number(config, "miss_dropout", 0.0, folder), config)
     _check_peft_shapes(saved, config, folder)
@@ -176,6 +194,9 @@ def _refuse_unread(config: Mapping[str, Any], folder: Path) -> None:
     for key, plain in others.items():
         if config.get(key, plain) not in (plain, None, [], {}):
             raise FileError(f"{folder / CONFIG}: {key}={config[key]!r} is not read here: only {plain!r} is")
+    for key in ("target_modules", "exclude_modules"):
+        if not isinstance(config.get(key), (str, list, type(None))):
+            raise FileError(f"{folder / CONFIG}: {key}={config[key]!r} is no list of names, and no string")
 
 
 def _peft_variant(config: Mapping[str, Any], folder: Path) -> str:
@@ -207,7 +228,7 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
         raise FileError(f"{folder / TENSORS} is missing{more if pickled.exists() else ''}")
     try:
         tensors = load(read_regular(folder / TENSORS, MOST_BYTES))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # a KeyError: numbers of a kind that it does not read
         raise FileError(f"{folder / TENSORS} holds no tensors (torn or altered): {error}") from None
     if not tensors:
         raise FileError(f"{folder / TENSORS} holds no tensor")
@@ -243,6 +264,7 @@ def _read_pth(path: Path, variant: str | None) -> SavedAdapter:
     for key, tensor in found.items():
         name, _, last = key.rpartition(".")
         if last in PTH_KEYS:
+            _refuse_numbers(path, name, tensor)
             blocks[name] = tensor
             kinds.add(last)
     if not blocks or len(kinds) > 1:
@@ -258,11 +280,15 @@ def _read_pth(path: Path, variant: str | None) -> SavedAdapter:
 
 def _pth_tensors(path: Path) -> dict[str, Tensor]:
     import io
+    import zipfile
 
     data = read_regular(path, MOST_BYTES)
     try:
+        if zipfile.is_zipfile(io.BytesIO(data)) and (bad := zipfile.ZipFile(io.BytesIO(data)).testzip()):
+            raise ValueError(f"the checksum of {bad} is not right")  # torch does not look at them
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
+            zipfile.BadZipFile, zlib.error, OSError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(f"{path} is no file of tensors (torn, or a pickle of code, which is never run): "
                         f"{said[:200]}") from None
@@ -329,6 +355,8 @@ def _read_poise(folder: Path) -> SavedAdapter:
     if meta.get("entry") != "bone" or not isinstance(options, dict):
         raise FileError(f"{folder} is no adapter of bone (entry {meta.get('entry')!r})")
     named = {k.removeprefix("adapter.").removesuffix(".D"): t for k, t in tensors.items()}
+    for name, tensor in named.items():
+        _refuse_numbers(folder, name, tensor)
     scale, variant = options.get("scale", 1.0), options.get("variant", "bone")
     if scale != 1.0:
         raise FileError(f"{folder} has scale={scale!r}: poise.load_adapter reads it, or save_peft, which "
