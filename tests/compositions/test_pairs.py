@@ -15,7 +15,8 @@ from poise.recipes.finetune import FinetuneTask, held_out_loss, pack
 from poise.recipes.loop import Order, build_optimizer, fit
 from poise.runs.context import RunContext
 from poise.walk import weights
-from poise_bone import Bone, bone_delta
+from poise_bone import Bone
+from poise_bone.functional import delta
 from poise_compander import WeightCompander
 from poise_edgemoe import expert_errors, half_plan
 
@@ -64,12 +65,13 @@ def test_bone_on_a_packed_base_trains_beside_it_and_folds_into_dense_weights(nam
     assert all(torch.equal(now[k.replace(".packed.", ".base.packed.", 1)] if k not in now else now[k], v)
                for k, v in stored.items())
     folded = attached.folded_state_dict()
-    for layer, wrapped in attached.layers.items():
-        assert isinstance(wrapped.base, PackedLinear) and wrapped.D.abs().max() > 0
-        want = base[layer] + bone_delta(wrapped.D.detach(), base[layer].shape[1])
-        assert torch.equal(folded[f"{layer}.weight"], want)
     plain = build(name)
     plain.load_state_dict(folded)
+    dense = {w.name: w.read() for w in weights(plain)}
+    for layer, wrapped in attached.layers.items():
+        D = wrapped.block().detach()
+        assert isinstance(wrapped.base, PackedLinear) and D.any()
+        assert torch.equal(dense[layer], base[layer] + delta(base[layer], D))
     assert torch.allclose(logits(plain), logits(model), atol=1e-5)
 
 
@@ -122,7 +124,7 @@ def test_two_bones_one_after_the_other_add_up(tmp_path):
     for r, folder in ((4, "a"), (3, "b")):
         attached = Bone(r=r, target_modules=["q_proj"]).attach(model)
         train(model, attached, tmp_path / folder)
-        changes.append({n: bone_delta(x.D.detach(), 16) for n, x in attached.layers.items()})
+        changes.append({n: delta(x.beneath(), x.D.detach()) for n, x in attached.layers.items()})
         plain = build()
         plain.load_state_dict(attached.folded_state_dict())
         model = plain

@@ -25,7 +25,8 @@ from poise.testing import (
 )
 from poise.testing.aggregator import sample
 from poise.testing.lowrank import LowRank
-from poise_bone import Bone, BoneLinear
+from poise_bone import Bone
+from poise_bone.layers import BoneLayer
 from poise_compander import WeightCompander
 from poise_quantagg.aggregators.fitted import LinearFit
 from poise_quantagg.components import Average, LocalCoarse
@@ -371,7 +372,7 @@ def test_a_faulty_adapter_is_refused(fault, words):
 def test_a_second_adapter_that_takes_the_place_of_the_first_is_refused():
     class Replaces(FaultyAdapter):
         def attach(self, model, name="default"):
-            for layer in [m for m in model.modules() if isinstance(m, BoneLinear)]:
+            for layer in [m for m in model.modules() if isinstance(m, BoneLayer)]:
                 layer.D.data.zero_()
             return super().attach(model, name)
 

@@ -309,11 +309,11 @@ def test_attaching_changes_no_name_and_adds_no_weight(name, adapter):
 
 
 def test_an_adapter_on_a_bare_layer_or_a_root_is_looked_through():
-    from poise_bone.layers import BoneLinear
+    from poise_bone.layers import BoneLayer
 
-    root = BoneLinear(nn.Linear(8, 4), 2)
+    root = BoneLayer(nn.Linear(8, 4), (2, 4))
     assert [w.shape for w in weights(root)] == [(4, 8)]
-    (w,) = weights(nn.Sequential(BoneLinear(nn.Linear(8, 4), 2)))
+    (w,) = weights(nn.Sequential(BoneLayer(nn.Linear(8, 4), (2, 4))))
     assert (w.name, w.shape) == ("0", (4, 8))
 
 
