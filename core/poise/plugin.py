@@ -38,8 +38,7 @@ DATA: tuple[Line, ...] = (
     ("gsm_symbolic", "GsmSymbolic", "generated grade-school problems with worked solutions", LANGUAGE, "",
      {}),
     ("gsm8k", "Gsm8k", "grade-school problems from a JSONL file", LANGUAGE, "", {}),
-    ("metamath", "MetaMath", "MetaMathQA, from its JSON file", LANGUAGE, "arXiv 2309.12284",
-     {"path": "MetaMathQA-395K.json"}),
+    ("metamath", "MetaMath", "MetaMathQA, from its JSON file", LANGUAGE, "arXiv 2309.12284", {}),
 )
 QUANTIZERS: tuple[Line, ...] = (
     ("absmax", "AbsMax", "symmetric, scale by the largest magnitude of a tensor, row or group", ANY,

@@ -356,7 +356,7 @@ BAD_TABLES = {
     "all rows long": ("a,b\n1,2,3\n4,5,6\n", ["not a readable table"]),
     "missing target": (f"a,b\n{BODY}\n1,\n2,\n", ["2 of 22", "first in data row 21"]),
     "infinite target": (f"a,b\n{BODY}\n1,inf\n", ["1 of 21", "data row 21"]),
-    "text target": (f"a,b\n{BODY}\n1,much\n", ["not numeric"]),
+    "text target": (f"a,b\n{BODY}\n1,much\n", ["target 'b' is no number", "data row 21", "much"]),
     "infinite feature": (f"a,b\n{BODY}\n-inf,1\n", ["column 'a'", "infinite in 1", "row 21"]),
     "constant": ("a,b\n" + "\n".join(f"1,{i}" for i in range(20)), ["no feature that varies"]),
 }

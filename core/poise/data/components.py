@@ -281,7 +281,7 @@ class Gsm8k:
 class MetaMath:
     """MetaMathQA (arXiv 2309.12284), from its JSON file of `query` and `response`."""
 
-    path: str = option(help="training file, MetaMathQA-395K.json")
+    path: str | None = option(None, "training file; null: POISE_DATA/math/MetaMathQA-395K.json")
     test_path: str | None = option(None, "GSM8K's test file (JSONL); null: `test` of the training file")
     test: float = _test()
     validation: float = _validation(0.01)
@@ -299,7 +299,9 @@ class MetaMath:
 
     def inputs(self) -> dict[str, Input]:
         """Return the training file, and the test file if there is one."""
-        found = {"path": Input(Path(self.path))}
+        from poise.data import metamath
+
+        found = {"path": Input(metamath.place(self))}
         return {**found, **({"test_path": Input(Path(self.test_path))} if self.test_path else {})}
 
 

@@ -25,7 +25,7 @@ def load(options: Any, seed: int) -> Splits:
     DataError
         For a missing or empty file, or a row that is no problem, with its number.
     """
-    path = Path(options.path)
+    path = place(options)
     rows, digest = _read(path)
     sums = {str(path): digest}
     if options.limit and options.limit < len(rows):
@@ -40,6 +40,11 @@ def load(options: Any, seed: int) -> Splits:
     return Splits(*parts, provenance(
         str(path), packaged.licence_of(path), sums, parts, seed, limit=options.limit,
         test="GSM8K's file" if options.test_path else "held out"))
+
+
+def place(options: Any) -> Path:
+    """Return the training file."""
+    return Path(options.path) if options.path else packaged.shared("math/MetaMathQA-395K.json")
 
 
 def _read(path: Path) -> tuple[list[Example], str]:
