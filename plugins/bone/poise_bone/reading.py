@@ -232,7 +232,7 @@ def _peft_tensors(folder: Path) -> dict[str, Tensor]:
         raise FileError(f"{folder / TENSORS} holds no tensors (torn or altered): {error}") from None
     if not tensors:
         raise FileError(f"{folder / TENSORS} holds no tensor")
-    return tensors
+    return dict(sorted(tensors.items()))  # the library gives them in an order of its own
 
 
 def _check_peft_shapes(saved: SavedAdapter, config: Mapping[str, Any], folder: Path) -> None:
