@@ -147,7 +147,9 @@ def main() -> None:
         print(f"{r['arm']:10} {r['step']:7.2f} s  {r['grown'] / 1e6:7.0f} MB  {r['trained']:12,} trained  "
               f"attach {r['attach']:.2f} s{folds}")
     name = "latest.json" if options.device == "cpu" else "gpu.json"
-    (Path(__file__).with_name("results") / name).write_text(json.dumps(rows, indent=1) + "\n")
+    folder = Path(__file__).with_name("results")
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def alone(arm: str, options: argparse.Namespace) -> dict[str, Any]:
