@@ -134,6 +134,23 @@ def test_gradients_add_up_over_passes_and_steps():
     assert all(not torch.equal(a, D) for a, (_, D) in zip(before, attached.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: None])
+def test_after_a_cast_or_other_data_experts_train_with_the_blocks_that_are_there(change):
+    """The split that experts share is of the blocks as they are: a cast raises no version counter."""
+    model = build()
+    model.config._experts_implementation = "eager"
+    attached = attach(model, "bone")
+    model(input_ids=IDS).logits.sum().backward()  # the split is made
+    change(model)
+    for _, D in attached.tensors():
+        D.grad, D.data = None, torch.full_like(D.data, 0.1)
+    training = model(input_ids=IDS).logits
+    with torch.no_grad():
+        assert torch.equal(training, model(input_ids=IDS).logits)
+    training.sum().backward()
+    assert all(D.grad.dtype == D.dtype and D.grad.any() for _, D in attached.tensors())
+
+
 @pytest.mark.parametrize("variant", ["bone", "bat", "bat_row", "bat_left"])
 def test_the_contract_holds_on_experts(variant):
     check_adapter(Bone(r=4, variant=variant), build, IDS, lambda out: out.logits)

@@ -236,9 +236,10 @@ def _dense(packed: Any, matrix: Tensor) -> Any:
 
 
 def _fingerprint(matrix: Tensor) -> Tensor:
-    """Return numbers that tell of other values, bit for bit: sums of words by row and by column, since a
-    sum
-    forgets the order."""
+    """Return numbers that tell of other values, bit for bit.
+
+    They are sums of words by row and by column, since a sum forgets the order.
+    """
     dense = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
     width = max(w for w in (1, 2, 4, 8) if not dense.shape[1] * dense.element_size() % w)
     words = dense.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])

@@ -96,8 +96,7 @@ def _check_ranks(chosen: list[Weight], form: _Form) -> None:
         if not any(matches(w.name, pattern) for w in chosen):
             raise ConfigError(f"bone: rank_pattern {pattern!r} matches none of the {len(chosen)} layers")
     if form.variant == "mini" and form.mini_r == 1:
-        warnings.warn("bone: mini_r=1 gives all outputs of a layer the same change: raise "
-                      "mini_r", stacklevel=4)
+        warnings.warn("bone: mini_r=1 gives all outputs of a layer the same change: raise it", stacklevel=4)
     for w in chosen:
         form.shape(w)
 
@@ -113,8 +112,7 @@ def _shared_blocks(chosen: list[Weight], form: _Form) -> dict[str, tuple[Blocks,
         shapes = {form.shape(w) for w in group}
         if len(shapes) > 1:
             raise ConfigError(f"bone: experts of {key} would have blocks of shapes {sorted(shapes)}: they "
-                              f"share "
-                              f"one parameter, so give them one r")
+                              f"share one parameter, so give them one r")
         first = group[0]
         dtype = torch.promote_types(first.dtype, torch.float32)
         blocks = Blocks(len(group), shapes.pop(), dtype, first.read(slice(0, 1)).device)

@@ -64,8 +64,7 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
         raise FileError(f"{directory} is no directory of PEFT: use poise.load_adapter or read_adapter")
     if saved.source == "BONE":
         warnings.warn(f"{directory} is of peft_type BONE, which PEFT reads no more: read as MISS; "
-                      f"save_peft writes "
-                      f"that", stacklevel=2)
+                      f"save_peft writes that", stacklevel=2)
     if not any(bool(b.any()) for b in saved.blocks.values()):
         warnings.warn(f"{directory} holds blocks of zeros only: the adapter changes nothing", stacklevel=2)
     _refuse_missing(saved, model, Path(directory))
@@ -112,8 +111,7 @@ def _refuse_unheard(attached: AttachedBone, peft_type: str) -> None:
     if bone.variant not in FORMS or (peft_type, bone.variant) == ("BONE", "mini"):
         what = "export_lora writes it as a LoRA, " if bone.variant == "bone_out" else ""
         raise ConfigError(f"{peft_type} of PEFT has no form for variant={bone.variant}: "
-                          f"{what}poise.save_adapter "
-                          f"keeps it as it is")
+                          f"{what}poise.save_adapter keeps it as it is")
     if peft_type == "BONE" and bone.dropout:
         raise ConfigError(f"BONE of PEFT has no dropout ({bone.dropout}): write MISS")
     if bone.rank_pattern:
@@ -180,8 +178,7 @@ def _refuse_missing(saved: SavedAdapter, model: nn.Module, directory: Path) -> N
     missing = [n for n in linears if _covers(named, n) and not _covers(left, n) and n not in saved.blocks]
     if missing:
         raise FileError(f"{directory}: target_modules names {missing[0]} ({len(missing)} such layers), and "
-                        f"there is "
-                        f"no block for it: the file is not whole")
+                        f"there is no block for it: the file is not whole")
 
 
 def _is_read(patterns: Any) -> bool:

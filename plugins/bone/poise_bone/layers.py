@@ -36,10 +36,11 @@ class Blocks(nn.Module):
         """
         if not (torch.is_grad_enabled() and self.D.requires_grad):
             return self.D[number]
-        key = self.D, self.D._version
-        if not self._parts or self._parts[0] is not key[0] or self._parts[1] != key[1]:
-            self._parts = (*key, self.D.unbind(0))
-        return self._parts[2][number]
+        # a cast or a move puts other memory under the same parameter, and raises no version
+        key = id(self.D), self.D._version, self.D.data_ptr(), self.D.dtype
+        if self._parts[:1] != (key,):
+            self._parts = key, self.D.unbind(0)
+        return self._parts[1][number]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": ()}

@@ -89,10 +89,7 @@ def recomputed(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None)
     RunError
         In the backward pass, when the weight beneath has been written to since.
     """
-    x, bias = _under_autocast(x, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = _apart(_Recomputed, flat, block, bias, rows, *rows.others)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _product(_Recomputed, x, block, rows, bias)
 
 
 def factored(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
@@ -103,17 +100,17 @@ def factored(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -
     RunError
         In the backward pass, when the weight beneath has been written to since.
     """
-    x, bias = _under_autocast(x, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    y = _apart(_Factored, flat, block, bias, rows)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    assert not rows.others, "what trains beneath is only in the recomputed form"
+    return _product(_Factored, x, block, rows, bias)
 
 
-def _under_autocast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return both in the type that the product is made in."""
+def _product(function: Any, x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None) -> Tensor:
+    """Call a function on x as (T, in), in the type that autocast would make the product in."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x, None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = _apart(function, x.reshape(-1, x.shape[-1]), block, bias, rows, *rows.others)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _budget(x: Tensor) -> int:
