@@ -66,8 +66,7 @@ class Bone:
                               f"{' and '.join(SCALED)} are scaled")
         if (self.variant == "mini") != (self.mini_r is not None):
             raise ConfigError(f"Bone.mini_r={self.mini_r} is not allowed with variant={self.variant}: mini "
-                              f"needs "
-                              f"it, and no other form has it")
+                              f"needs it, and no other form has it")
         if len(self.tiles) != 2:
             raise ConfigError(f"Bone.tiles={self.tiles} is not allowed: give two numbers, [p, q]")
         if self.variant != "bone_free" and self.tiles != [1, 1]:

@@ -247,8 +247,7 @@ def _check_peft_shapes(saved: SavedAdapter, config: Mapping[str, Any], folder: P
                             f"{_wanted(saved.variant, r)}")
         if saved.variant == "mini" and block.shape[1] != _number(config, "mini_r", 1, folder):
             raise FileError(f"{folder / TENSORS}: the block of {name} has {block.shape[1]} columns, mini_r "
-                            f"is "
-                            f"{config.get('mini_r', 1)}")
+                            f"is {config.get('mini_r', 1)}")
 
 
 def _wanted(variant: str, r: int) -> str:
