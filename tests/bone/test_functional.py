@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from poise.errors import ConfigError
 from poise_bone import variants
 from poise_bone.functional import (
+    add_rows,
     block_shape,
     change_rows,
     changed,
@@ -55,6 +56,19 @@ def test_rows_of_the_change_are_rows_of_the_whole(case, data):
     last = data.draw(st.sampled_from(range(first + r, o + 1, r)))
     whole = changed(W, D, variant)
     assert torch.allclose(change_rows(W[first:last], D, variant, first, o), whole[first:last], rtol=1e-13)
+
+
+@few
+@given(cases(("bone", "mini")), st.sampled_from([torch.float64, torch.float32]), st.data())
+def test_rows_written_at_once_are_bit_for_bit_those_of_the_change(case, dtype, data):
+    variant, o, i, shape = case
+    W, D = randn(o, i, dtype=dtype), randn(*shape, seed=1)
+    first = data.draw(st.integers(0, o - 1))
+    last = data.draw(st.integers(first + 1, o))
+    out = torch.full_like(W, 7.0)[first:last]
+    said = add_rows(out, W[first:last], D.to(dtype), first)
+    want = change_rows(W[first:last], D.to(dtype), variant, first, o)
+    assert torch.equal(out, want if said else torch.full_like(out, 7.0)) and said == (i % len(D) == 0)
 
 
 @few

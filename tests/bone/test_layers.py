@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from poise.adapters import layer as adapted
 from poise.errors import ConfigError, RunError
 from poise.quantizers import Affine, quantize_model
 from poise_bone import Bone, lean
@@ -381,3 +382,47 @@ def test_guided_layers_can_be_copied():
         assert torch.equal(again(x), model(x))
         again[0].D.data.zero_()
         assert not torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_weight_folded_in_pieces_is_the_changed_one_and_comes_back(variant, dtype, turned, monkeypatch):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D if turned else None
+    model = nn.Sequential(conv1d(16, 24) if conv1d else nn.Linear(24, 16)).to(dtype)
+    attached = Bone(**options(variant, SHAPES[variant])).attach(model)
+    layer = attached.layers["0"]
+    with torch.no_grad():
+        layer.D.copy_(0.3 * randn(*layer.D.shape, seed=1))
+    before = layer.weight_beneath.read().clone()
+    want = changed(before, layer.D, variant)
+    fingerprints = []
+    for budget in (1, 100, 1 << 20):
+        monkeypatch.setattr(adapted, "_PIECE", {"cpu": budget, "other": budget})
+        attached.fold()
+        after = layer.weight_beneath.read()
+        assert torch.allclose(after.double(), want.double(), rtol=1e-5 if dtype is torch.float32 else 2e-2)
+        fingerprints.append(adapted._fingerprint(after))
+        assert layer.untouched
+        after[3:5] = after[[4, 3]]  # the same numbers in another order
+        assert not layer.untouched
+        after[3:5] = after[[4, 3]]
+        attached.unfold()
+        assert torch.equal(layer.weight_beneath.read(), before)
+    assert torch.equal(fingerprints[1], fingerprints[2]) or variant in GUIDED  # the pieces round alike
+
+
+def test_a_fold_that_fails_in_a_later_piece_leaves_the_weight(monkeypatch):
+    monkeypatch.setattr(adapted, "_PIECE", {"cpu": 1, "other": 1})
+    _, attached, layer = one("bat")
+    before, write = layer.weight_beneath.read().clone(), layer.change_into
+
+    def fails(out, W, first):
+        write(out, W, first)
+        if first:
+            raise KeyboardInterrupt
+
+    layer.change_into = fails
+    with pytest.raises(KeyboardInterrupt):
+        attached.fold()
+    assert torch.equal(layer.weight_beneath.read(), before) and not attached.folded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, dense_linear, held
 
 FOLDED = "folded"  # key of a state dict, there while a layer is folded
-_PIECE = 1 << 17  # weights changed at a time: 512 KiB of fp32
+_PIECE = {"cpu": 1 << 18, "other": 1 << 23}  # weights changed at a time: on a CPU what stays in its cache
 
 
 class AdaptedLayer(nn.Module):
@@ -53,6 +53,10 @@ class AdaptedLayer(nn.Module):
     def changed(self, W: Tensor, first: int = 0) -> Tensor:
         """Return the changed weight (out, in), rounded once to the type of W; see `row_block`."""
         raise NotImplementedError
+
+    def change_into(self, out: Tensor, W: Tensor, first: int) -> None:
+        """Write `changed(W, first)` to `out`; a method may do it without a tensor between."""
+        out.copy_(self.changed(W, first))
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product with the changed weight, with the bias of the layer beneath."""
@@ -160,30 +164,27 @@ class AdaptedLayer(nn.Module):
         if self.folded:
             return
         *_, first = self.chain()
-        if self.weight_beneath.stored is not None:
-            before: Any = first.base
-            first.base = plain = _dense(before, self.altered())
-            adopt(plain.weight, before.parameters())
-        else:
-            before = self.weight_beneath.read().clone()
-            try:
-                self._write(before)
-            except BaseException:  # whole or not there
-                self.weight_beneath.write(before)
-                raise
+        if self.weight_beneath.stored is None:
+            self._before = self._fold_plain()
+            return
+        before: Any = first.base
+        first.base = plain = _dense(before, self.altered())
+        adopt(plain.weight, before.parameters())
         self._before = before, _fingerprint(self.weight_beneath.read())
 
-    def _write(self, before: Tensor) -> None:
-        """Write the changed weight, in pieces that stay in the cache where they can be written in place."""
+    def _fold_plain(self) -> tuple[Tensor, Tensor]:
+        """Write the changed weight; return the one before, and what tells whether it is written to."""
         weight = self.weight_beneath
         target = weight.read()
-        if self.row_block is None or not _is_view(target, tensor_of(weight)):
+        if self.row_block is not None and _is_view(target, tensor_of(weight)):
+            return _change_in_place(target, self.row_block, self.change_into)
+        before = target.clone()
+        try:
             weight.write(self.changed(before))
-            return
-        step = _step(before, self.row_block)
-        for start in range(0, len(before), step):
-            rows = slice(start, start + step)
-            target[rows].copy_(self.changed(before[rows], start))
+        except BaseException:  # whole or not there
+            weight.write(before)
+            raise
+        return before, _fingerprint(weight.read())
 
     def forget(self) -> None:
         """Drop what `unfold` needs: the change stays."""
@@ -235,25 +236,51 @@ def _dense(packed: Any, matrix: Tensor) -> Any:
     return packed.dense(matrix) if isinstance(packed, PackedLinear) else dense_linear(packed, matrix)
 
 
+def _change_in_place(
+    target: Tensor, block: int, change_into: Callable[[Tensor, Tensor, int], None]
+) -> tuple[Tensor, Tensor]:
+    """Change a weight, some rows at a time; return the one before, and a fingerprint of the new.
+
+    A piece is kept, changed and summed while it is in the cache: memory is passed over once.
+    """
+    before, sums, touched = torch.empty_like(target), [], 0
+    try:
+        for rows in _pieces(target, block):
+            touched, piece = rows.stop, target[rows]
+            change_into(piece, before[rows].copy_(piece), rows.start)
+            sums.append(_sums(piece))
+    except BaseException:  # whole or not there
+        target[:touched].copy_(before[:touched])
+        raise
+    return before, _joined(sums)
+
+
 def _fingerprint(matrix: Tensor) -> Tensor:
     """Return numbers that tell of other values, bit for bit.
 
     They are sums of words by row and by column, since a sum forgets the order.
     """
-    dense = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
-    width = max(w for w in (1, 2, 4, 8) if not dense.shape[1] * dense.element_size() % w)
-    words = dense.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
-    columns, step = torch.zeros(words.shape[1], dtype=torch.int64, device=words.device), _step(words, 1)
-    parts = []
-    for piece in words.split(step):  # one pass over memory for both
-        parts.append(piece.sum(1))
-        columns += piece.sum(0)
-    return torch.cat([*parts, columns])
+    return _joined([_sums(matrix[rows]) for rows in _pieces(matrix, 1)])
 
 
-def _step(matrix: Tensor, block: int) -> int:
-    """Return how many rows are handled at a time, whole blocks."""
-    return block * max(1, _PIECE // (block * max(1, matrix.shape[1])))
+def _sums(piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of a piece's words by row and by column, modulo 2^64."""
+    width = max(w for w in (1, 2, 4, 8) if not piece.shape[1] * piece.element_size() % w)
+    words = piece.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
+    return words.sum(1), words.sum(0)
+
+
+def _joined(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sums of a whole from those of its pieces."""
+    return torch.cat([*(rows for rows, _ in sums), torch.stack([columns for _, columns in sums]).sum(0)])
+
+
+def _pieces(matrix: Tensor, block: int) -> Iterator[slice]:
+    """Yield slices of whole blocks of rows."""
+    budget = _PIECE.get(matrix.device.type, _PIECE["other"])
+    step = block * max(1, budget // (block * max(1, matrix.shape[1])))
+    for start in range(0, len(matrix), step):
+        yield slice(start, min(start + step, len(matrix)))
 
 
 def _is_view(tensor: Tensor, of: Tensor | None) -> bool:

@@ -5,8 +5,8 @@ Shapes: x (..., i), W (o, i), and the block that trains:
     bone      (r, o)         dW[p, j] = D[j mod r, p]
     bone_out  (N, i)         dW[p, j] = D[n(p), j], n(p) the shard of output p
     mini      (r, m)         dW[p, j] = D[j mod r, p mod m]
-    bat       (o/r, r, r)    dW[a, b] = W[a, b] B[a] + B[a]         blocks of r x r, a of outputs, b of
-    inputs bat_row   (i/r, r, r)    dW[a, b] = W[a, b] B[b] + B[b]
+    bat       (o/r, r, r)    dW[a, b] = W[a, b] B[a] + B[a]         blocks of r x r: a of outputs,
+    bat_row   (i/r, r, r)    dW[a, b] = W[a, b] B[b] + B[b]         b of inputs
     bat_left  (o/r, r, r)    dW[a, b] = B[a]^T W[a, b] + B[a]^T
     bone_free (p, q, r, r)   dW[a, b] = W[a, b] B[a mod p, b mod q] + B[a mod p, b mod q]
 
@@ -60,12 +60,12 @@ def shards(out_features: int, n: int, device: torch.device | None = None) -> Ten
 
 
 def _bone(W: Tensor, D: Tensor, rows: slice, o: int, beta: float) -> Tensor:
-    return _plus_tiled(W, D.T[rows], beta)
-
-
-def _mini(W: Tensor, D: Tensor, rows: slice, o: int, beta: float) -> Tensor:
-    period = torch.arange(rows.start, rows.stop, device=D.device) % D.shape[1]
-    return _plus_tiled(W, D.T[period], beta)
+    """bone, and mini: a block of m columns of D is repeated over the outputs."""
+    t, columns = _tile(D, rows), W.shape[1]
+    if not beta or columns % t.shape[1]:
+        shared = tiled(t, columns)
+        return W + shared if beta else shared
+    return (W.unflatten(1, (-1, t.shape[1])) + t.unsqueeze(1)).flatten(1)
 
 
 def _bone_out(W: Tensor, D: Tensor, rows: slice, o: int, beta: float) -> Tensor:
@@ -73,13 +73,13 @@ def _bone_out(W: Tensor, D: Tensor, rows: slice, o: int, beta: float) -> Tensor:
     return W + shared if beta else shared
 
 
-def _plus_tiled(W: Tensor, t: Tensor, beta: float) -> Tensor:
-    """Return beta W plus t (rows, r) in every block of r columns."""
-    columns, r = W.shape[1], t.shape[1]
-    if not beta or columns % r:
-        shared = tiled(t, columns)
-        return W + shared if beta else shared
-    return (W.unflatten(1, (-1, r)) + t.unsqueeze(1)).flatten(1)
+def _tile(D: Tensor, rows: slice) -> Tensor:
+    """Return what is added to every block of columns of some output rows, (rows, r), dense: torch turns
+    only a dense matrix fast, and a strided operand makes a sum six times as slow."""
+    m = D.shape[1]
+    inside = rows.stop <= m
+    columns = D[:, rows if inside else torch.arange(rows.start, rows.stop, device=D.device) % m]
+    return columns.contiguous().T.contiguous()
 
 
 def _bat(W: Tensor, B: Tensor, rows: slice, o: int, beta: float) -> Tensor:
@@ -117,7 +117,7 @@ def _bone_free(W: Tensor, B: Tensor, rows: slice, o: int, beta: float) -> Tensor
 
 
 _CHANGES: dict[str, Callable[[Tensor, Tensor, slice, int, float], Tensor]] = {
-    "bone": _bone, "mini": _mini, "bone_out": _bone_out, "bat": _bat, "bat_row": _bat_row,
+    "bone": _bone, "mini": _bone, "bone_out": _bone_out, "bat": _bat, "bat_row": _bat_row,
     "bat_left": _bat_left, "bone_free": _bone_free,
 }
 
@@ -137,6 +137,17 @@ def change_rows(
     wide = torch.promote_types(W.dtype, block.dtype)
     rows = slice(first, first + len(W))
     return _CHANGES[variant](W.to(wide), block.to(wide), rows, out_features, 1.0 if added else 0.0)
+
+
+def add_rows(out: Tensor, W: Tensor, block: Tensor, first: int) -> bool:
+    """Write `change_rows` of bone or mini to `out`, which is not W; False, and nothing, where that takes
+    more than one sum."""
+    r = len(block)
+    if W.shape[1] % r or len({out.dtype, W.dtype, block.dtype}) > 1:
+        return False
+    tile = _tile(block, slice(first, first + len(W)))
+    torch.add(W.unflatten(1, (-1, r)), tile.unsqueeze(1), out=out.unflatten(1, (-1, r)))
+    return True
 
 
 def pull_bat(W: Tensor, G: Tensor, r: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from poise.adapters import AdaptedLayer
 from poise.errors import RunError
 from poise.holding import tensor_of
-from poise_bone.functional import change_rows, pull_bat, shard_sum, shards
+from poise_bone.functional import add_rows, change_rows, pull_bat, shard_sum, shards
 from poise_bone.lean import Rows, blockwise, factored, recomputed
 
 
@@ -122,10 +122,21 @@ def kind_of(layer: AdaptedLayer) -> tuple[torch.dtype, torch.device]:
 # ------------------------------------------------------------------ added forms
 
 
-class BoneLayer(BlockLayer):
+class TiledLayer(BlockLayer):
+    """What bone and mini share: the same sum in every block of columns."""
+
+    row_block = 1
+
+    def change_into(self, out: Tensor, W: Tensor, first: int) -> None:
+        """Write the changed rows, as one sum where the types are one."""
+        if not add_rows(out, W, self.block(), first):
+            super().change_into(out, W, first)
+
+
+class BoneLayer(TiledLayer):
     """y + S D."""
 
-    variant, row_block = "bone", 1
+    variant = "bone"
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + S D, shape (..., out)."""
@@ -133,10 +144,10 @@ class BoneLayer(BlockLayer):
         return plus_product(y, shard_sum(self.dropped(x), len(D)), D)
 
 
-class MiniLayer(BlockLayer):
+class MiniLayer(TiledLayer):
     """y + S P, repeated over the outputs: P (r, m)."""
 
-    variant, row_block = "mini", 1
+    variant = "mini"
 
     def output(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y plus S P in every block of m outputs, shape (..., out)."""
