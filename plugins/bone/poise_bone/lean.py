@@ -11,6 +11,7 @@ plain 2TP + 2rP and 4TP + 2rP, with two copies of the weight kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ FACTORED = 1 << 22  # numbers of x changed at a time
 
 
 # a compiled model calls these as they are: what they build, and when, is their point
-_apart: Any = torch.compiler.disable(lambda function, *arguments: function.apply(*arguments))
+_apart: Any = torch.compiler.disable(lambda function, *arguments: function(*arguments))
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,16 @@ def _product(function: Any, x: Tensor, block: Tensor, rows: Rows, bias: Tensor |
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
-    y = _apart(function, x.reshape(-1, x.shape[-1]), block, bias, rows, *rows.others)
+    # for one token, to prepare a backward pass would cost as much as the arithmetic
+    call = function.apply if torch.is_grad_enabled() else function.value
+    y = _apart(call, x.reshape(-1, x.shape[-1]), block, bias, rows, *rows.others)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
+    """Let no product in here be made in another type."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _budget(x: Tensor) -> int:
@@ -129,7 +138,8 @@ def _unchanged(x: Tensor, block: Tensor, rows: Rows) -> Tensor | None:
     Products of parts may round otherwise than that of the whole. Elsewhere than on a CPU to look would mean
     to wait for the device.
     """
-    return None if x.device.type != "cpu" or block.any() else rows.base(x)
+    # one column answers at once for a block that has trained
+    return None if x.device.type != "cpu" or block[..., 0].any() or block.any() else rows.base(x)
 
 
 def _refuse_written(ctx: Any) -> None:
@@ -169,8 +179,12 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, block, *others)
         ctx.rows, ctx.version, ctx.bias = rows, rows.version(), bias is not None
+        return _Recomputed.value(x, block, bias, rows)
+
+    @staticmethod
+    def value(x: Tensor, block: Tensor, bias: Tensor | None, rows: Rows, *others: Tensor) -> Tensor:
         chunks = list(rows.chunks(_budget(x)))
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_they_are(x):
             if len(chunks) == 1:
                 return F.linear(x, rows.built(chunks[0], block).to(x.dtype), bias)
             if (y := _unchanged(x, block, rows)) is not None:
@@ -194,7 +208,7 @@ class _Recomputed(torch.autograd.Function):
         dx = _zeros(x) if wanted[0] else None
         d_block = torch.zeros_like(block) if wanted[1] else None
         d_others = [torch.zeros_like(t) for t in others]
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_they_are(x):
             for c in rows.chunks(_budget(x)):
                 _chunk_backward(rows, c, x, dy[:, c], block, dx, d_block, others, d_others)
         bias = dy.sum(0) if ctx.bias and wanted[2] else None
@@ -250,7 +264,11 @@ class _Factored(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
         ctx.save_for_backward(x, block)
         ctx.rows, ctx.version, ctx.bias = rows, rows.version(), bias is not None
-        with torch.autocast(x.device.type, enabled=False):
+        return _Factored.value(x, block, bias, rows)
+
+    @staticmethod
+    def value(x: Tensor, block: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+        with _as_they_are(x):
             if (y := _unchanged(x, block, rows)) is not None:
                 return y
             B = block.to(x.dtype)
@@ -274,7 +292,7 @@ class _Factored(torch.autograd.Function):
         _refuse_written(ctx)
         x, block = ctx.saved_tensors
         rows: Rows = ctx.rows
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_they_are(x):
             B = block.to(x.dtype)
             T, r = len(x), B.shape[-1]
             blocks = x.view(T, x.shape[1] // r, r)
