@@ -88,7 +88,7 @@ def times(models: dict[str, nn.Module], n: int, tokens: int, backward: bool, rou
 
 def kept(model: nn.Module, n: int, tokens: int) -> int:
     """Return the bytes that autograd keeps apart from x, W and what trains."""
-    x = torch.randn(tokens, n, requires_grad=True)
+    x = like(model, tokens, n).requires_grad_()
     known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
     found: dict[int, int] = {}
 
@@ -103,12 +103,31 @@ def kept(model: nn.Module, n: int, tokens: int) -> int:
     return sum(found.values())
 
 
+def like(model: nn.Module, *shape: int) -> Tensor:
+    """Return random numbers of the type and place of a model's weights."""
+    p = min(model.parameters(), key=lambda p: p.element_size())  # what trains may have a wider type
+    return torch.randn(*shape, device=p.device, dtype=p.dtype)
+
+
 def peak(model: nn.Module, n: int, tokens: int) -> int:
     """Return the peak of what both passes allocate, in bytes, without y, dx and the gradients."""
-    x, dy = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, n)
+    x, dy = like(model, tokens, n).requires_grad_(), like(model, tokens, n)
     step(model, x, dy, backward=True)
     x.grad = None
     model.zero_grad(set_to_none=True)
+    most = peak_on_gpu(model, x, dy) if x.is_cuda else peak_on_cpu(model, x, dy)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return most - 2 * x.numel() * x.element_size() - trained
+
+
+def peak_on_gpu(model: nn.Module, x: Tensor, dy: Tensor) -> int:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(x).backward(dy)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(model: nn.Module, x: Tensor, dy: Tensor) -> int:
     with torch.profiler.profile(profile_memory=True) as trace:
         model(x).backward(dy)
     events: Any = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -116,8 +135,7 @@ def peak(model: nn.Module, n: int, tokens: int) -> int:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    results = 4 * (2 * tokens * n + sum(p.numel() for p in model.parameters() if p.requires_grad))
-    return most - results
+    return most
 
 
 def compared(found: dict[str, list[float]]) -> dict[str, float]:
@@ -156,15 +174,17 @@ def main() -> None:
         models = arms(n, options.device, torch.float32 if options.device == "cpu" else torch.bfloat16)
         for tokens in options.tokens:
             rows += timed(models, n, tokens, options)
-        for name, model in models.items() if options.device == "cpu" else ():
+        for name, model in models.items():
             if name != "base":
+                weight = sum(p.numel() * p.element_size() for p in models["base"].parameters())
                 rows.append({"n": n, "arm": name, "kept": {t: kept(model, n, t) for t in (1, 64, 1024)},
-                             "peak": peak(model, n, 1024), "weight": 4 * n * n})
+                             "peak": peak(model, n, 1024), "weight": weight})
                 print(rows[-1], flush=True)
     out = Path(__file__).with_name("results") / ("latest.json" if options.device == "cpu" else "gpu.json")
     out.parent.mkdir(exist_ok=True)
-    cpu = torch.backends.cpu.get_cpu_capability()
-    out.write_text(json.dumps({"cpu": cpu, "rows": rows}, indent=1) + "\n")
+    on_cpu = options.device == "cpu"
+    machine = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name()
+    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from poise.adapters import AdaptedLayer
 from poise.errors import RunError
 from poise.holding import tensor_of
 from poise_bone.functional import add_rows, change_rows, pull_bat, shard_sum, shards
-from poise_bone.lean import Rows, blockwise, factored, recomputed
+from poise_bone.lean import Rows, blockwise, factored, recomputed, suits_factored
 
 
 class Blocks(nn.Module):
@@ -306,8 +305,7 @@ class BatLayer(RecomputedLayer):
     def whole(self, x: Tensor) -> Tensor:
         """Return x W'^T and the bias."""
         B, rows = self.block(), self.rows(self._changed)
-        few = math.prod(x.shape[:-1]) <= B.shape[-1] // 2
-        return factored(x, B, rows, self.bias) if few and not rows.others else super().whole(x)
+        return (factored if suits_factored(x, B, rows) else recomputed)(x, B, rows, self.bias)
 
     def part(self, rows: slice) -> slice:
         """Return the blocks of B that some output rows depend on."""

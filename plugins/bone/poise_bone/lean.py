@@ -93,6 +93,16 @@ def recomputed(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None)
     return _product(_Recomputed, x, block, rows, bias)
 
 
+def suits_factored(x: Tensor, block: Tensor, rows: Rows) -> bool:
+    """Tell whether `factored` is the faster form: for few tokens, and nothing that trains beneath.
+
+    An accelerator builds a weight of one chunk sooner than it starts the many small products.
+    """
+    few = x.numel() // x.shape[-1] <= block.shape[-1] // 2
+    small = x.device.type != "cpu" and rows.shape[0] * rows.shape[1] <= CHUNK["other"]
+    return few and not small and not rows.others
+
+
 def factored(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
     """Return the same for bat's column form, by z[a] = x + x B[a]^T and y[a] = z[a] W[a]^T + S B[a]^T.
 
@@ -205,58 +215,52 @@ class _Recomputed(torch.autograd.Function):
         x, block, *others = ctx.saved_tensors
         rows: Rows = ctx.rows
         wanted = ctx.needs_input_grad
-        dx = _zeros(x) if wanted[0] else None
+        dx: Tensor | None = None
         d_block = torch.zeros_like(block) if wanted[1] else None
         d_others = [torch.zeros_like(t) for t in others]
         with _as_they_are(x):
             for c in rows.chunks(_budget(x)):
-                _chunk_backward(rows, c, x, dy[:, c], block, dx, d_block, others, d_others)
+                W = _chunk_backward(rows, c, x, dy[:, c], block, d_block, others, d_others)
+                dx = _plus_product(dx, dy[:, c], W.to(x.dtype)) if wanted[0] else None
         bias = dy.sum(0) if ctx.bias and wanted[2] else None
         return (None if dx is None else dx.to(x.dtype)), d_block, bias, None, *d_others
 
 
 def _chunk_backward(
-    rows: Rows, c: slice, x: Tensor, dy: Tensor, block: Tensor, dx: Tensor | None, d_block: Tensor | None,
+    rows: Rows, c: slice, x: Tensor, dy: Tensor, block: Tensor, d_block: Tensor | None,
     others: list[Tensor], d_others: list[Tensor],
-) -> None:
-    """Add the share of some output rows to the gradients."""
+) -> Tensor:
+    """Add the share of some output rows to the gradients of what trains; return these rows, changed."""
     part = block[rows.part(c)].detach()
     if rows.pull is not None and not others:
         below = rows.beneath(c)
-        if dx is not None:
-            _add_product(dx, dy, rows.change(below, part, c.start).to(x.dtype))
         if d_block is not None:
-            d_block[rows.part(c)] += rows.pull(below, dy.mT @ x)
-        return
+            d_block[rows.part(c)].add_(rows.pull(below, dy.mT @ x))
+        return rows.change(below, part, c.start)
     part.requires_grad_(d_block is not None)
     needed = [t for t in (part, *others) if t.requires_grad]
     with torch.enable_grad():
         W = rows.change(rows.beneath(c), part, c.start)
-    if dx is not None:
-        _add_product(dx, dy, W.detach().to(x.dtype))
     if not needed:
-        return
+        return W
     G = (dy.mT @ x).to(W.dtype)
     found = list(torch.autograd.grad(W, needed, G, allow_unused=True))
     if d_block is not None:
-        d_block[rows.part(c)] += found.pop(0)
+        d_block[rows.part(c)].add_(found.pop(0))
     totals = [d for t, d in zip(others, d_others, strict=True) if t.requires_grad]
     for total, one in zip(totals, found, strict=True):
         if one is not None:
             total.add_(one)
+    return W.detach()
 
 
-def _zeros(x: Tensor) -> Tensor:
-    """Return zeros like x to sum parts in, at least in fp32: half precision would lose bits with each."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _add_product(total: Tensor, dy: Tensor, W: Tensor) -> None:
-    """Add dy W."""
-    if total.dtype == dy.dtype:
-        total.addmm_(dy, W)
-    else:
-        total += dy @ W
+def _plus_product(total: Tensor | None, dy: Tensor, W: Tensor) -> Tensor:
+    """Return total + dy W; parts are summed at least in fp32: half precision would lose bits with each."""
+    if total is None:
+        return dy @ W
+    if total.dtype == dy.dtype and dy.element_size() >= 4:
+        return total.addmm_(dy, W)
+    return total.float().add_(dy @ W)
 
 
 class _Factored(torch.autograd.Function):
@@ -296,7 +300,8 @@ class _Factored(torch.autograd.Function):
             B = block.to(x.dtype)
             T, r = len(x), B.shape[-1]
             blocks = x.view(T, x.shape[1] // r, r)
-            S, dx, dB = blocks.sum(1), _zeros(x), torch.empty_like(B)
+            S, dB = blocks.sum(1), torch.empty_like(B)
+            dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
             for c in rows.chunks(_factored_budget(rows, x)):
                 where = rows.part(c)
                 part = B[where]
