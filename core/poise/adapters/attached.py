@@ -13,7 +13,7 @@ from poise.adapters.layer import AdaptedLayer, adapter_parameters, refuse_inacti
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
 from poise.holding import adopt, freeze, hold, release, tensor_of, thaw, trains, who_holds
-from poise.walk import checkpoint
+from poise.walk import checkpoint, refuse_tied, weights
 from poise.walk.experts import Experts, ExpertSlot
 from poise.walk.weight import Slot
 
@@ -116,6 +116,8 @@ class AttachedLayers:
     def _fold(self, verb: str, keep: bool) -> None:
         self._refuse_gone()
         self._refuse_order(verb)
+        mine = (w for w in weights(self.model) if {w.name, *w.tied_with} & self.layers.keys())
+        refuse_tied(mine, self.name)  # one may have been tied since it was attached
         try:
             for layer in self.layers.values():
                 layer.fold()

@@ -108,9 +108,13 @@ def rank_of(block: Tensor, variant: str) -> int:
 
 def _others(saved: SavedAdapter, model: nn.Module) -> list[str] | None:
     """Return names that end as a block's does and have none; raise `FileError` for layers that lack."""
-    from poise.walk import weights
+    from poise.walk import named_tie, untied, weights
 
-    have = {w.name for w in weights(model)}
+    there = list(weights(model))
+    have = {w.name for w in there}
+    for name in sorted(set(saved.blocks) - have):
+        if hit := named_tie(there, name):
+            raise FileError(f"the adapter changes {name}, and {untied(*hit)}")
     if missing := sorted(set(saved.blocks) - have):
         raise FileError(f"the adapter has {len(missing)} layers that this model has not, {missing[0]} "
                         f"first: it "
