@@ -102,7 +102,7 @@ def test_an_untied_head_is_folded_and_read_again(tmp_path):
 def test_an_untied_head_whose_configuration_ties_it_is_refused():
     model = untie(llama())
     model.config.tie_word_embeddings = True
-    said = r"^bone: lm_head has a weight of its own, .*that it is tied.*set config\.tie_word_embeddings = False$"
+    said = r"^bone: lm_head has a weight of its own, .*is tied.*set config\.tie_word_embeddings = False$"
     with pytest.raises(ConfigError, match=said):
         Bone(r=4, target_modules=["lm_head"]).attach(model)
     Bone(r=4).attach(model)  # the head is not in it

@@ -14,7 +14,7 @@ from poise.errors import ConfigError, FileError
 from poise.files import write_bytes, write_json
 from poise.walk import Weight, weights
 from poise_bone.functional import to_lora
-from poise_bone.reading import CONFIG, KEYS, PREFIX, TENSORS, SavedAdapter, read_adapter
+from poise_bone.reading import CONFIG, KEYS, PREFIX, TENSORS, read_adapter
 from poise_bone.variants import ADDED
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
     ------
     FileError
         For a directory that is missing, torn or of another kind; for blocks that the model has no layer
-        for, or that lack, naming the first.
+        for, that lack, or that the configuration does not mean, naming them.
     """
     saved = read_adapter(directory)
     if saved.source not in KEYS:
@@ -67,7 +67,6 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
                       f"save_peft writes that", stacklevel=2)
     if not any(bool(b.any()) for b in saved.blocks.values()):
         warnings.warn(f"{directory} holds blocks of zeros only: the adapter changes nothing", stacklevel=2)
-    _refuse_missing(saved, model, Path(directory))
     return saved.attach(model, name)
 
 
@@ -162,32 +161,3 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, 
     write_bytes(directory / TENSORS, data)
     write_json(directory / CONFIG, fields)  # last: without it there is no adapter
     return directory
-
-
-def _refuse_missing(saved: SavedAdapter, model: nn.Module, directory: Path) -> None:
-    """Raise `FileError` where the configuration names layers that no block is there for."""
-    named, left = saved.fields.get("target_modules"), saved.fields.get("exclude_modules")
-    if saved.fields.get("layers_to_transform") is not None or named in (None, "all-linear"):
-        return
-    linears = [w.name for w in weights(model) if w.role == "linear"]
-    if not (_is_read(named) and _is_read(left)):
-        warnings.warn(f"{directory}: target_modules or exclude_modules is a regular expression, and "
-                      f"one from a file is not run: whether a block is missing was not checked, "
-                      f"{len(saved.blocks)} are there", stacklevel=3)
-        return
-    missing = [n for n in linears if _covers(named, n) and not _covers(left, n) and n not in saved.blocks]
-    if missing:
-        raise FileError(f"{directory}: target_modules names {missing[0]} ({len(missing)} such layers), and "
-                        f"there is no block for it: the file is not whole")
-
-
-def _is_read(patterns: Any) -> bool:
-    """Tell whether patterns are names: an expression from a file can take for ever."""
-    return not isinstance(patterns, str) or re.fullmatch(r"(\w|-|\\?\.|\|)*", patterns) is not None
-
-
-def _covers(patterns: Any, name: str) -> bool:
-    """Tell whether PEFT's list of endings, or its names separated by bars, covers a name."""
-    if isinstance(patterns, str):
-        return name in patterns.replace("\\", "").split("|")
-    return any(isinstance(p, str) and (name == p or name.endswith(f".{p}")) for p in patterns or [])
