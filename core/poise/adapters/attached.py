@@ -236,6 +236,10 @@ class AttachedLayers:
             if folded:
                 self.fold()
 
+    def over(self) -> list[str]:
+        """Return the earlier adapters on whose changes this one's depends: alone, it would be another."""
+        return list(dict.fromkeys(name for layer in self.layers.values() for name in layer.over()))
+
     def report(self) -> dict[str, Any]:
         """Return counts and bytes."""
         own = [t for _, t in self.tensors() if isinstance(t, nn.Parameter)]

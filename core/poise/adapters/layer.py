@@ -36,6 +36,8 @@ class AdaptedLayer(nn.Module):
     row_block: int | None = None
     """Output rows that change together, so that `changed` takes any whole blocks of them with the number of
     the first as its second argument; None: it takes the whole weight only."""
+    guided = False
+    """Whether the change is a function of the weight, so that it is another one over other adapters."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -128,6 +130,11 @@ class AdaptedLayer(nn.Module):
         while isinstance(layer, AdaptedLayer):
             yield layer
             layer = layer.base
+
+    def over(self) -> list[str]:
+        """Return the earlier adapters on whose changes this one's depends, in their order."""
+        beneath = [one.adapter for one in self.chain() if one is not self and (one.acts or one.folded)]
+        return beneath[::-1] if self.guided else []
 
     def held_weights(self, path: str) -> Iterator[Weight]:
         """Yield the weight beneath, for the walk."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, FileError
@@ -33,13 +34,15 @@ def save_peft(attached: AttachedBone, directory: Path | str, peft_type: str = "M
     Raises
     ------
     ConfigError
-        For what PEFT has no form for, naming what does: other variants, experts, several ranks.
+        For what PEFT has no form for, naming what does: other variants, experts, several ranks; for a
+        weight-guided form over another adapter, without which it would be another change.
     FileError
         When the directory cannot be written.
     """
     if peft_type not in KEYS:
         raise ConfigError(f"peft_type={peft_type!r} is not allowed: it must be {' or '.join(KEYS)}")
     _refuse_unheard(attached, peft_type)
+    _refuse_beneath(attached)
     blocks = {name: layer.block().detach() for name, layer in attached.layers.items()}
     bone = attached.adapter
     fields = {
@@ -70,6 +73,7 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
     return saved.attach(model, name)
 
 
+@torch.no_grad()
 def export_lora(
     attached: AttachedBone, directory: Path | str, rank: int | None = None
 ) -> dict[str, float]:
@@ -82,12 +86,13 @@ def export_lora(
     ------
     ConfigError
         For a weight-guided form without a rank, or folded or merged, since the weight before its change is
-        what the LoRA is made from; for experts.
+        what the LoRA is made from, or over another adapter; for experts.
     """
     if attached.adapter.variant not in ADDED and (attached.gone or attached.folded):
         raise ConfigError(f"{attached.name}: a LoRA of {attached.adapter.variant} is made from the weights "
                           f"without it: {'attach it again' if attached.gone else 'unfold()'} first")
     _refuse_places(attached)
+    _refuse_beneath(attached)
     tensors: dict[str, Tensor] = {}
     errors, ranks = {}, {}
     for name, layer in attached.layers.items():
@@ -130,6 +135,14 @@ def _refuse_places(attached: AttachedBone) -> None:
             kind = "Conv1D" if _is_conv1d(w) else w.role
             raise ConfigError(f"{name} is a {kind}, which PEFT's type does not adapt: poise.save_adapter "
                               f"keeps it")
+
+
+def _refuse_beneath(attached: AttachedBone) -> None:
+    """Raise `ConfigError` for a change that depends on what another adapter has made of the weight."""
+    if over := attached.over():
+        raise ConfigError(f"{attached.name}: the change of {attached.adapter.variant} depends on the "
+                          f"weight, which {over[-1]!r} changes before it: the file alone would be another "
+                          f"change; merge() {over[-1]!r} and keep that base with the file, or detach() it")
 
 
 def _is_conv1d(w: Weight) -> bool:
