@@ -178,7 +178,7 @@ class AdaptedLayer(nn.Module):
             except BaseException:  # whole or not there
                 self.weight_beneath.write(before)
                 raise
-        self._before = before, _fingerprint(self.weight_beneath.read())
+        self._before = before, _fingerprint(self.weight_beneath.read()), self._own_marks()
 
     def _write(self, before: Tensor) -> None:
         """Write the changed weight, in pieces that stay in the cache where they can be written in place."""
@@ -194,13 +194,13 @@ class AdaptedLayer(nn.Module):
 
     def forget(self) -> None:
         """Drop what `unfold` needs: the change stays."""
-        self._before = (None, None) if self.folded else ()
+        self._before = (None, None, None) if self.folded else ()
 
     def unfold(self) -> None:
         """Restore the weight beneath exactly as it was before `fold`."""
         if not self.folded:
             return
-        before, _ = self._before
+        before, *_ = self._before
         *_, first = self.chain()
         if isinstance(before, nn.Module):
             first.base = before
@@ -211,7 +211,19 @@ class AdaptedLayer(nn.Module):
     @property
     def untouched(self) -> bool:
         """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
-        return not self.folded or torch.equal(_fingerprint(self.weight_beneath.read()), self._before[1])
+        if not self.folded:
+            return True
+        mark = self._before[1]
+        return mark is not None and torch.equal(_fingerprint(self.weight_beneath.read()), mark)
+
+    @property
+    def retrained(self) -> bool:
+        """Whether what trains is other than what `fold` put into the weight."""
+        marks = self._before[2] if self.folded else []
+        return self.folded and (marks is None or not all(map(torch.equal, self._own_marks(), marks)))
+
+    def _own_marks(self) -> list[Tensor]:
+        return [_fingerprint(torch.atleast_2d(t.detach()).flatten(1)) for t in self.own().values()]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -228,12 +240,16 @@ class AdaptedLayer(nn.Module):
                             f"call {'fold' if there else 'unfold'}() first")
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        if not self.folded:
+            return super()._apply(fn, recurse)
+        # what is kept moves and is cast with the model; what was written to meanwhile stays so. The weight
+        # beneath may be cast after this layer: an expert's parameter is another module's
+        mark = _fingerprint(fn(self.weight_beneath.read())) if self.untouched else None
+        retrained, (before, *_) = self.retrained, self._before
         super()._apply(fn, recurse)
-        if self.folded:  # what is kept moves and is cast with the model
-            before, _ = self._before
-            if before is not None:
-                before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
-            self._before = before, _fingerprint(self.weight_beneath.read())
+        if before is not None:
+            before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
+        self._before = before, mark, None if retrained else self._own_marks()
         return self
 
 
