@@ -1,4 +1,4 @@
-"""Parameters that change while the weights hold the change of others: noticed, and the base comes back."""
+"""While weights hold a change: other parameters are noticed, the base is frozen, and it comes back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from families import IDS, tiny
+from torch import nn
 
 from poise.errors import ConfigError
 from poise.quantizers import Affine, quantize_model
@@ -166,3 +167,27 @@ def test_parameters_of_modules_beside_the_base_are_watched_too():
     with pytest.warns(UserWarning, match="its parameters were changed after"):
         attached.unfold()
     assert restored(attached, base)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Sequential(nn.Linear(16, 16, bias=False)), lambda: tiny("mixtral")], ids=["linear", "moe"])
+def test_a_packed_layer_without_a_bias_stays_frozen_as_a_plain_one(make):
+    """No parameter of its own told that it is frozen, and a later adapter refused its gradient."""
+    model = make()
+    quantize_model(model, Affine(8, 8))
+    first = randomize(Bone(r=2).attach(model, "first"))
+    second = randomize(Bone(r=2, variant="bat").attach(model, "second"))
+    given, want = (IDS if hasattr(model, "config") else x()), call(model)
+
+    def base():
+        return [p.requires_grad for n, p in model.named_parameters() if not n.endswith(".D")]
+
+    first.fold()
+    assert not any(base()) and torch.allclose(call(model), want, atol=1e-4)
+    y = model(given)
+    (y if isinstance(y, torch.Tensor) else y.logits).square().sum().backward()
+    assert all(D.grad is not None for _, D in second.tensors())
+    first.merge()
+    assert not any(base())
+    second.merge()
+    assert all(base())

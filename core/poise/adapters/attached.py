@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.adapters.layer import AdaptedLayer, adapter_parameters, refuse_inactive
+from poise.adapters.layer import AdaptedLayer, adapter_parameters, freezers, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
 from poise.holding import adopt, freeze, hold, release, tensor_of, thaw, trains, who_holds
@@ -58,6 +58,8 @@ class AttachedLayers:
         self._slots, self._freezes = slots, object()
         self.gone = False
         freeze(base, self._freezes)
+        for layer in layers.values() if adapter.freezes_base else ():
+            layer.freezes = self._freezes
 
     # ------------------------------------------------------------ training
 
@@ -122,12 +124,13 @@ class AttachedLayers:
         mine = (w for w in weights(self.model) if {w.name, *w.tied_with} & self.layers.keys())
         refuse_tied(mine, self.name)  # one may have been tied since it was attached
         try:
-            for layer in self.layers.values():
-                layer.fold()
+            made = [p for layer in self.layers.values() if (p := layer.fold()) is not None]
         except BaseException:  # all of them or none
             for layer in self.layers.values():
                 layer.unfold()
             raise
+        for p in made:
+            adopt(p, freezers(self.model))
         if not keep:
             for layer in self.layers.values():
                 layer.forget()
@@ -190,7 +193,7 @@ class AttachedLayers:
         for module, parameter, flags in apart:  # what is one parameter again trains as its parts did
             fused = getattr(module, parameter)
             if isinstance(fused, nn.Parameter):
-                adopt(fused, self.model.parameters(), when_free=all(flags))
+                adopt(fused, freezers(self.model), when_free=all(flags))
         self.gone = True
         thaw(self._freezes)
         return self.model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import ConfigError
-from poise.holding import adopt, tensor_of
+from poise.holding import tensor_of
 from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, dense_linear, held
 
@@ -44,6 +44,7 @@ class AdaptedLayer(nn.Module):
         self.base = base
         self.adapter, self.active = "default", True
         self.place = ""  # the weight's name in the model
+        self.freezes: object | None = None  # for whom the base is frozen
         self._before: tuple[Any, ...] = ()  # what `unfold` puts back, and what it must find
 
     # ------------------------------------------------------------ what a method says
@@ -159,18 +160,20 @@ class AdaptedLayer(nn.Module):
         return [p for p in self.own_parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Put the change into the weight beneath; a packed layer makes room for a plain one.
+    def fold(self) -> nn.Parameter | None:
+        """Put the change into the weight beneath; a packed layer makes room for a plain one, whose weight
+        is returned, since nobody has frozen it yet.
 
         The weight before is kept: subtracting the change would not restore it bit for bit.
         """
         if self.folded:
-            return
+            return None
         *_, first = self.chain()
+        made = None
         if self.weight_beneath.stored is not None:
             before: Any = first.base
             first.base = plain = _dense(before, self.altered())
-            adopt(plain.weight, before.parameters())
+            made = plain.weight
         else:
             before = self.weight_beneath.read().clone()
             try:
@@ -179,6 +182,7 @@ class AdaptedLayer(nn.Module):
                 self.weight_beneath.write(before)
                 raise
         self._before = before, _fingerprint(self.weight_beneath.read()), self._own_marks()
+        return made
 
     def _write(self, before: Tensor) -> None:
         """Write the changed weight, in pieces that stay in the cache where they can be written in place."""
@@ -288,6 +292,12 @@ def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
     if not layer.active:
         raise ConfigError(f"{layer.adapter}: it is not active, and {verb} would change the output: set "
                           f"active = True first")
+
+
+def freezers(model: nn.Module) -> set[object]:
+    """Return the holders for whom adapters' layers on a model need its base frozen."""
+    held = {m.freezes for m in model.modules() if isinstance(m, AdaptedLayer)}
+    return held - {None}
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:
