@@ -21,7 +21,8 @@ from typing import Any
 
 R = 64
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ARMS = ("frozen", "full", "bone", "bat", "bat_row", "bat_left", "peft miss", "peft bat", "LoRA", "DoRA")
+ARMS = ("frozen", "full", "bone", "bat", "bat_row", "bat_left", "peft miss", "peft bat", "LoRA", "DoRA",
+        "bone, 4 bits", "bat, 4 bits", "bat_row, 4 bits")
 LORA_R = {"cpu": 33, "cuda": 34}  # as many parameters as bone with r = 64: + 1.2 and - 0.7 %
 
 
@@ -48,6 +49,7 @@ def adapt(model: Any, arm: str, device: str) -> tuple[Any, Any, float]:
     """Return the model with an arm's adapter, what is attached (ours) and the seconds that took."""
     import peft
 
+    from poise.quantizers import Affine, quantize_model
     from poise_bone import Bone
 
     r = LORA_R[device]
@@ -66,7 +68,11 @@ def adapt(model: Any, arm: str, device: str) -> tuple[Any, Any, float]:
         model.requires_grad_(False)
         model.get_input_embeddings().weight.requires_grad_(True)  # as little as trains through all layers
     elif arm != "full":
-        attached = Bone(r=R, variant=arm).attach(model)
+        variant, *packed = arm.split(", ")
+        if packed:
+            quantize_model(model, Affine(4, 64))
+            started = time.perf_counter()
+        attached = Bone(r=R, variant=variant).attach(model)
     return model, attached, time.perf_counter() - started
 
 

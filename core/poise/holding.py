@@ -88,12 +88,11 @@ def trains(p: nn.Parameter) -> bool:
     return _frozen[p][0] if p in _frozen else p.requires_grad
 
 
-def adopt(p: nn.Parameter, beside: Iterable[nn.Parameter], when_free: bool = True) -> None:
-    """Let a new parameter of a model train when it is free, frozen for as long as those beside it are."""
-    holders = next((_frozen[q][1] for q in beside if q in _frozen), None)
-    p.requires_grad_(when_free and holders is None)
-    if holders is not None:
-        _frozen[p] = (when_free, set(holders))
+def adopt(p: nn.Parameter, holders: Iterable[object], when_free: bool = True) -> None:
+    """Let a new parameter of a model train when it is free, frozen for as long as one of these holds it."""
+    p.requires_grad_(when_free)
+    for holder in holders:
+        freeze([p], holder)
 
 
 def refuse_held(chosen: Iterable[Weight], what: str) -> None:

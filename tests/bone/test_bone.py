@@ -300,19 +300,6 @@ def test_state_dicts_hold_blocks_only_and_are_checked():
         assert all(not t.any() for t in fresh.state_dict().values())  # nothing is half loaded
 
 
-def test_a_state_dict_loaded_into_a_folded_model_takes_effect():
-    attached = randomize(Bone(r=4).attach(network()))
-    x = randn(3, 10, dtype=torch.float32)
-    want = attached.model(x).detach()
-    saved = {k: v.clone() for k, v in attached.state_dict().items()}
-    other = Bone(r=4).attach(network())
-    other.fold()
-    other.load_state_dict(saved)
-    other.unfold()
-    other.fold()
-    assert torch.allclose(other.model(x), want, atol=1e-6)
-
-
 def test_detach_gives_the_base_back_as_it_was():
     model, reference = network(), network()
     model[0].bias.requires_grad_(False)

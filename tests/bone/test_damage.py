@@ -90,17 +90,6 @@ def test_fields_of_another_kind_are_refused(fields, words, tmp_path):
         load_peft(network(), tmp_path)
 
 
-@pytest.mark.parametrize("pattern", [r"(([a-z0-9._])+)+X", "(.|.)" * 40 + "X"])
-def test_a_regular_expression_of_a_file_is_not_run(pattern, tmp_path):
-    """Either would take longer than anyone lives."""
-    name = "a_layer_with_a_name_of_forty_characters_"
-    model = nn.ModuleDict({name: nn.Linear(16, 8)})
-    save_peft(random(Bone(r=4).attach(model)), tmp_path)
-    configure(tmp_path, target_modules=pattern)
-    with pytest.warns(UserWarning, match="is not run: whether a block is missing was not checked, 1 are"):
-        load_peft(nn.ModuleDict({name: nn.Linear(16, 8)}), tmp_path)
-
-
 # ------------------------------------------------------------------ names that are endings of others
 
 

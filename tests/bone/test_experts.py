@@ -15,6 +15,7 @@ from poise.quantizers import Affine, quantize_model
 from poise.testing import check_adapter
 from poise.walk import checkpoint, weights
 from poise_bone import Bone, save_peft
+from poise_bone.components import Lora
 from poise_bone.functional import changed
 
 IDS = torch.tensor([[1, 2, 3, 200, 17, 5, 9, 30]])
@@ -58,7 +59,7 @@ def test_experts_of_a_fused_parameter_have_one_block_parameter(variant):
     assert len(attached.trainable()[0]["params"]) == len(shapes)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "Olmoe"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "Olmoe", "Llama4"])
 @pytest.mark.parametrize("variant", list(FORMS))
 def test_the_model_computes_with_the_changed_experts(variant, name):
     model = build(name, torch.float64)
@@ -134,6 +135,35 @@ def test_gradients_add_up_over_passes_and_steps():
     assert all(not torch.equal(a, D) for a, (_, D) in zip(before, attached.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("variant", list(FORMS))
+def test_experts_that_are_applied_at_once_start_as_the_model_and_all_train(variant):
+    """Llama4 multiplies by all experts of a block in one product, and reads the parameter's shape."""
+    model = build("Llama4")
+    with torch.no_grad():
+        bare = model(input_ids=IDS).logits
+    attached = Bone(**options(variant, FORMS[variant]), target_modules=["experts.*"]).attach(model)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=IDS).logits, bare, rtol=1e-5, atol=1e-6)
+    model(input_ids=IDS).logits.square().mean().backward()
+    assert all(D.grad is not None and D.grad.any() for _, D in attached.tensors())
+    attached.optimizer(torch.optim.SGD, lr=1.0).step()
+    with torch.no_grad():
+        trained = model(input_ids=IDS).logits
+    assert not torch.equal(trained, bare)
+    attached.merge()
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_adapts_what_is_beside_experts_that_are_applied_at_once():
+    pytest.importorskip("peft")
+    model = build("Llama4")
+    with torch.no_grad():
+        bare = model(input_ids=IDS).logits
+        Lora(r=2).attach(model)
+        assert torch.allclose(model(input_ids=IDS).logits, bare, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: None])
 def test_after_a_cast_or_other_data_experts_train_with_the_blocks_that_are_there(change):
     """The split that experts share is of the blocks as they are: a cast raises no version counter."""
@@ -189,7 +219,8 @@ def test_several_adapters_with_dropout_act_on_fused_experts(tmp_path):
         assert torch.allclose(acting, plain(input_ids=IDS).logits, rtol=1e-9, atol=1e-10)
     save_adapter(second, tmp_path)
     other = build(dtype=torch.float64)
-    loaded = load_adapter(other, tmp_path)
+    with pytest.warns(UserWarning, match=r"saved over the adapters \['default'\]; here it acts over \[\]"):
+        loaded = load_adapter(other, tmp_path)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(loaded.tensors(), second.tensors(), strict=True))
 
 
@@ -207,7 +238,7 @@ def test_experts_of_one_parameter_need_one_rank():
 
 def test_a_square_expert_is_changed_by_its_rows_not_its_columns():
     """Experts whose matrices are square: orientation comes from the module, not from the shape."""
-    for name in ("GptOss", "Mixtral"):
+    for name in ("GptOss", "Mixtral", "Llama4"):
         torch.manual_seed(0)
         model = CausalLM(architecture=f"{name}ForCausalLM", hidden_size=16, layers=1,
                          overrides={"intermediate_size": 16}).build().eval().double()
@@ -224,4 +255,4 @@ def test_a_square_expert_is_changed_by_its_rows_not_its_columns():
         raw = dict(model.named_parameters())
         key = next(k for k in raw if k.endswith(("down_proj.fused", "down_proj")))
         lies = raw[key][0]
-        assert torch.equal(W, lies.T if name == "GptOss" else lies)
+        assert torch.equal(W, lies if name == "Mixtral" else lies.T)

@@ -1,4 +1,4 @@
-"""Tiny random models of the ten mixture-of-experts families, each in a fraction of a second."""
+"""Tiny random models of the eleven mixture-of-experts families, each in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ _OPTIONS = {
     "deepseek_v3": ("DeepseekV3", {**_LATENT, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}),
     "granitemoe": ("GraniteMoe", {"intermediate_size": 24, "num_local_experts": 4}),
     "gpt_oss": ("GptOss", {"intermediate_size": 24, "num_local_experts": 4}),
+    "llama4_text": ("Llama4", {"intermediate_size": 24, "intermediate_size_mlp": 32,
+                               "num_local_experts": 4}),
     "phimoe": ("Phimoe", {"intermediate_size": 24, "num_local_experts": 4}),
 }
+_CONFIGS = {"Llama4": "Llama4TextConfig"}
 FAMILIES = (*_OPTIONS, "switch_transformers")
 MOE_BLOCKS = {  # running numbers of the blocks that route, encoder before decoder
     **dict.fromkeys(_OPTIONS, (0, 1)), "qwen2_moe": (1, 2), "deepseek_v2": (1,), "deepseek_v3": (1,),
@@ -47,7 +50,7 @@ def tiny(family, seed=0, **options):
                 num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=1,
                 decoder_start_token_id=0, **options)).eval()
     name, own = _OPTIONS[family]
-    config = getattr(transformers, f"{name}Config")(**{**_SIZES, **own, **options})
+    config = getattr(transformers, _CONFIGS.get(name, f"{name}Config"))(**{**_SIZES, **own, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     model.set_experts_implementation("eager")
     return model

@@ -1,4 +1,4 @@
-"""In ten families each expert and each router is met once, under one name, whatever is done to it."""
+"""In eleven families each expert and each router is met once, under one name, whatever is done to it."""
 
 from __future__ import annotations
 
@@ -136,6 +136,31 @@ def test_undoing_a_replacement_returns_the_same_objects(family):
     assert [(n, id(p)) for n, p in model.named_parameters()] == [(n, id(p)) for n, p in before]
     assert [type(m) for m in model.modules()] == modules
     assert torch.equal(logits(model), untouched)
+
+
+@pytest.mark.parametrize("misuse", [
+    lambda held, x: torch.einsum("etd,edf->etf", x, held), lambda held, x: torch.cat([held, held]),
+    lambda held, x: x @ held.transpose(1, 2), torch.bmm])
+def test_what_experts_in_place_of_a_parameter_cannot_do_is_said_in_one_line(misuse):
+    model = tiny("llama4_text")
+    LowRank().attach(model)
+    held = model.model.layers[0].feed_forward.experts.gate_up_proj
+    assert held.shape == (4, 16, 48)
+    with pytest.raises((ConfigError, AttributeError), match=(
+            r"^Llama4TextExperts.gate_up_proj: experts that are packed or adapted .* not (in|by) .*"
+            r"exclude_modules=..experts\.\*..$")):
+        misuse(held, torch.zeros(4, 3, 16))
+
+
+def test_a_batched_product_of_packed_experts_is_each_experts_own():
+    model = tiny("llama4_text")
+    block = model.model.layers[0].feed_forward.experts
+    quantize_model(model, AbsMax(8, 8))
+    found = [w for w in weights(model) if w.state_key == "model.layers.0.feed_forward.experts.down_proj"]
+    x = torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(0))
+    want = torch.stack([x[w.index] @ w.read().T for w in found])
+    for y in (torch.bmm(x, block.down_proj), torch.bmm(x, mat2=block.down_proj), x @ block.down_proj):
+        assert torch.allclose(y, want, atol=1e-6)
 
 
 def test_an_expert_without_held_weights_is_refused():

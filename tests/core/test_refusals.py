@@ -83,16 +83,6 @@ def test_what_is_so_already_is_no_change():
     assert all(layer.untouched for layer in attached.layers.values())
 
 
-def test_a_folded_weight_holds_what_is_loaded_and_comes_back_without_it():
-    attached = LowRank(target_modules=["0"]).attach(small_model())
-    W = attached.layers["0"].beneath().clone()
-    attached.fold()
-    attached.load_state_dict({"0.A": torch.ones(2, 16), "0.B": torch.ones(W.shape[0], 2)})
-    assert torch.equal(next(weights(attached.model)).read(), W + 2)
-    attached.unfold()
-    assert torch.equal(next(weights(attached.model)).read(), W)
-
-
 def test_a_merged_adapter_keeps_no_copy_of_the_weights():
     attached = LowRank().attach(small_model())
     attached.fold()

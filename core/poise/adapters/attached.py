@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.adapters.layer import AdaptedLayer, adapter_parameters, refuse_inactive
+from poise.adapters.layer import AdaptedLayer, adapter_parameters, freezers, refuse_inactive
 from poise.errors import ConfigError, RunError
 from poise.files import copy_checked
 from poise.holding import adopt, freeze, hold, release, tensor_of, thaw, trains, who_holds
-from poise.walk import checkpoint
+from poise.walk import checkpoint, refuse_tied, weights
 from poise.walk.experts import Experts, ExpertSlot
 from poise.walk.weight import Slot
 
@@ -57,6 +58,8 @@ class AttachedLayers:
         self._slots, self._freezes = slots, object()
         self.gone = False
         freeze(base, self._freezes)
+        for layer in layers.values() if adapter.freezes_base else ():
+            layer.freezes = self._freezes
 
     # ------------------------------------------------------------ training
 
@@ -109,20 +112,25 @@ class AttachedLayers:
         Raises
         ------
         ConfigError
-            Where an earlier adapter still acts on a weight: it is folded first.
+            Where an earlier adapter still acts on a weight: it is folded first. Where the parameters have
+            changed since they were folded: the weights are unfolded first.
         """
         self._fold("fold", keep=True)
 
     def _fold(self, verb: str, keep: bool) -> None:
         self._refuse_gone()
         self._refuse_order(verb)
+        self._refuse_retrained(verb)
+        mine = (w for w in weights(self.model) if {w.name, *w.tied_with} & self.layers.keys())
+        refuse_tied(mine, self.name)  # one may have been tied since it was attached
         try:
-            for layer in self.layers.values():
-                layer.fold()
+            made = [p for layer in self.layers.values() if (p := layer.fold()) is not None]
         except BaseException:  # all of them or none
             for layer in self.layers.values():
                 layer.unfold()
             raise
+        for p in made:
+            adopt(p, freezers(self.model))
         if not keep:
             for layer in self.layers.values():
                 layer.forget()
@@ -130,11 +138,20 @@ class AttachedLayers:
     def unfold(self) -> None:
         """Restore the weights exactly; without `fold`, nothing changes.
 
+        A warning tells of parameters that have changed since `fold`: what acts then is not what was folded.
+
         Raises
         ------
         ConfigError
             Where a later adapter is folded: it is unfolded first. Where a weight was written to meanwhile.
         """
+        retrained = self._retrained()
+        self._restore()
+        if retrained:
+            warnings.warn(f"{self.name}: its parameters were changed after fold(): from here on the "
+                          f"changed ones act, not those that were in the weights", stacklevel=2)
+
+    def _restore(self) -> None:
         self._refuse_gone()
         if self.folded:
             self._refuse_folded_above("unfold")
@@ -161,7 +178,7 @@ class AttachedLayers:
 
     def detach(self) -> nn.Module:
         """Remove the adapter and its change; weights are bit for bit as before `attach`."""
-        self.unfold()
+        self._restore()
         return self._leave()
 
     def _leave(self) -> nn.Module:
@@ -176,7 +193,7 @@ class AttachedLayers:
         for module, parameter, flags in apart:  # what is one parameter again trains as its parts did
             fused = getattr(module, parameter)
             if isinstance(fused, nn.Parameter):
-                adopt(fused, self.model.parameters(), when_free=all(flags))
+                adopt(fused, freezers(self.model), when_free=all(flags))
         self.gone = True
         thaw(self._freezes)
         return self.model
@@ -200,6 +217,7 @@ class AttachedLayers:
         """
         self._refuse_gone()
         self._refuse_order("fold")
+        self._refuse_retrained("fold")
         return checkpoint(self.model, ((n, layer.folded_weight) for n, layer in self.layers.items()))
 
     def folded_state_dict(self) -> dict[str, Tensor]:
@@ -217,22 +235,23 @@ class AttachedLayers:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the method's own tensors; where the weights hold the change, they hold the new one then.
+        """Load the method's own tensors.
 
         Raises
         ------
+        ConfigError
+            While the weights hold the change: they would hold that of the tensors before.
         FileError
             When names or shapes differ, naming the first; nothing is changed then.
         """
         self._refuse_gone()
-        folded = self.folded
-        if folded:
-            self.unfold()
-        try:
-            copy_checked(self.state_dict(), tensors, self.name)
-        finally:
-            if folded:
-                self.fold()
+        if self.folded:
+            raise ConfigError(f"{self.name}: it is folded into the weights: unfold() before loading")
+        copy_checked(self.state_dict(), tensors, self.name)
+
+    def over(self) -> list[str]:
+        """Return the earlier adapters on whose changes this one's depends: alone, it would be another."""
+        return list(dict.fromkeys(name for layer in self.layers.values() for name in layer.over()))
 
     def report(self) -> dict[str, Any]:
         """Return counts and bytes."""
@@ -258,6 +277,15 @@ class AttachedLayers:
             if earlier:
                 raise ConfigError(f"{self.name}: {earlier[-1]!r} acts before it on the same weights: "
                                   f"{verb} {earlier[-1]!r} first")
+
+    def _retrained(self) -> bool:
+        return any(layer.retrained for layer in self.layers.values())
+
+    def _refuse_retrained(self, verb: str) -> None:
+        """Raise `ConfigError` where the weights hold other parameters than these."""
+        if self._retrained():
+            raise ConfigError(f"{self.name}: its parameters were changed after fold(), and the weights "
+                              f"hold those of before: unfold(), then {verb}")
 
     def _refuse_folded_above(self, verb: str) -> None:
         for name, layer in self.layers.items():

@@ -11,7 +11,7 @@ from poise.adapters.attached import AttachedLayers, ReparameterizedLayers
 from poise.adapters.layer import AdaptedLayer, adapter_parameters
 from poise.errors import ConfigError
 from poise.holding import refuse_frozen, refuse_held, refuse_name, refuse_trained, tensor_of
-from poise.walk import Weight, choose, has_own_forward, refuse_tied, weights
+from poise.walk import Weight, choose, has_own_forward, named_tie, refuse_tied, untied, weights
 
 
 def choose_layers(
@@ -35,10 +35,14 @@ def choose_layers(
         When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
         module's own arithmetic.
     """
-    chosen = choose(weights(model), target_modules, exclude_modules, roles, replaceable=True,
+    found = list(weights(model))
+    for pattern in target_modules or ():
+        if hit := named_tie(found, pattern):
+            raise ConfigError(f"{what}: {untied(*hit)}")
+    chosen = choose(found, target_modules, exclude_modules, roles, replaceable=True,
                     if_named=("router", *if_named))
+    heads = _heads(model)
     if target_modules is None:  # the output head stays as it is unless it is asked for
-        heads = _heads(model)
         chosen = [w for w in chosen if not _is_head(w, heads)]
         if not chosen:
             raise ConfigError(f"{what}: no linear layer to adapt (the head is adapted only when named)")
@@ -46,18 +50,36 @@ def choose_layers(
     refuse_held(chosen, what)
     for w in chosen:
         _refuse_wrapped(w, what)
+        _refuse_tied_again(w, heads, what)
     return chosen
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """Return the ids of the layers that transformers' models at or below a module call their output."""
-    asked = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
-    return {id(head) for ask in asked if callable(ask) and (head := ask()) is not None}
+def _heads(model: nn.Module) -> dict[int, bool]:
+    """Return the ids of the layers that transformers' models at or below a module call their output, and
+    whether a reload of their configuration ties each to the input embedding."""
+    found = {}
+    for m in model.modules():
+        ask: Any = getattr(m, "get_output_embeddings", None)
+        if callable(ask) and (head := ask()) is not None:
+            said = getattr(getattr(m, "config", None), "tie_word_embeddings", False)
+            found[id(head)] = bool(said and getattr(m, "_tied_weights_keys", None))
+    return found
 
 
-def _is_head(w: Weight, heads: set[int]) -> bool:
-    made = w.slot.get() if w.slot is not None else w.module
-    return id(made) in heads or w.name.rpartition(".")[2] == "lm_head"
+def _is_head(w: Weight, heads: Mapping[int, bool]) -> bool:
+    return id(_made(w)) in heads or w.name.rpartition(".")[2] == "lm_head"
+
+
+def _made(w: Weight) -> Any:
+    return w.slot.get() if w.slot is not None else w.module
+
+
+def _refuse_tied_again(w: Weight, heads: Mapping[int, bool], what: str) -> None:
+    """Raise `ConfigError` for a head of its own weight whose configuration says that it has none."""
+    if heads.get(id(_made(w))):
+        raise ConfigError(f"{what}: {w.name} has a weight of its own, and the model's configuration says "
+                          f"that it is tied, which a reload would follow: set config.tie_word_embeddings = "
+                          f"False")
 
 
 def _refuse_wrapped(w: Weight, what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import ConfigError
-from poise.holding import adopt, tensor_of
+from poise.holding import tensor_of
 from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, dense_linear, held
 
@@ -36,12 +36,15 @@ class AdaptedLayer(nn.Module):
     row_block: int | None = None
     """Output rows that change together, so that `changed` takes any whole blocks of them with the number of
     the first as its second argument; None: it takes the whole weight only."""
+    guided = False
+    """Whether the change is a function of the weight, so that it is another one over other adapters."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.adapter, self.active = "default", True
         self.place = ""  # the weight's name in the model
+        self.freezes: object | None = None  # for whom the base is frozen
         self._before: tuple[Any, ...] = ()  # what `unfold` puts back, and what it must find
 
     # ------------------------------------------------------------ what a method says
@@ -133,6 +136,11 @@ class AdaptedLayer(nn.Module):
             yield layer
             layer = layer.base
 
+    def over(self) -> list[str]:
+        """Return the earlier adapters on whose changes this one's depends, in their order."""
+        beneath = [one.adapter for one in self.chain() if one is not self and (one.acts or one.folded)]
+        return beneath[::-1] if self.guided else []
+
     def held_weights(self, path: str) -> Iterator[Weight]:
         """Yield the weight beneath, for the walk."""
         for weight in held(self.base, path):
@@ -156,21 +164,22 @@ class AdaptedLayer(nn.Module):
         return [p for p in self.own_parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Put the change into the weight beneath; a packed layer makes room for a plain one.
+    def fold(self) -> nn.Parameter | None:
+        """Put the change into the weight beneath; a packed layer makes room for a plain one, whose weight
+        is returned, since nobody has frozen it yet.
 
         The weight before is kept: subtracting the change would not restore it bit for bit.
         """
         if self.folded:
-            return
+            return None
         *_, first = self.chain()
         if self.weight_beneath.stored is None:
-            self._before = self._fold_plain()
-            return
+            self._before = *self._fold_plain(), self._own_marks()
+            return None
         before: Any = first.base
         first.base = plain = _dense(before, self.altered())
-        adopt(plain.weight, before.parameters())
-        self._before = before, _fingerprint(self.weight_beneath.read())
+        self._before = before, _fingerprint(self.weight_beneath.read()), self._own_marks()
+        return plain.weight
 
     def _fold_plain(self) -> tuple[Tensor, Tensor]:
         """Write the changed weight; return the one before, and what tells whether it is written to."""
@@ -188,13 +197,13 @@ class AdaptedLayer(nn.Module):
 
     def forget(self) -> None:
         """Drop what `unfold` needs: the change stays."""
-        self._before = (None, None) if self.folded else ()
+        self._before = (None, None, None) if self.folded else ()
 
     def unfold(self) -> None:
         """Restore the weight beneath exactly as it was before `fold`."""
         if not self.folded:
             return
-        before, _ = self._before
+        before, *_ = self._before
         *_, first = self.chain()
         if isinstance(before, nn.Module):
             first.base = before
@@ -205,7 +214,19 @@ class AdaptedLayer(nn.Module):
     @property
     def untouched(self) -> bool:
         """Whether a folded weight is as `fold` left it, so that `unfold` loses nothing."""
-        return not self.folded or torch.equal(_fingerprint(self.weight_beneath.read()), self._before[1])
+        if not self.folded:
+            return True
+        mark = self._before[1]
+        return mark is not None and torch.equal(_fingerprint(self.weight_beneath.read()), mark)
+
+    @property
+    def retrained(self) -> bool:
+        """Whether what trains is other than what `fold` put into the weight."""
+        marks = self._before[2] if self.folded else []
+        return self.folded and (marks is None or not all(map(torch.equal, self._own_marks(), marks)))
+
+    def _own_marks(self) -> list[Tensor]:
+        return [_fingerprint(torch.atleast_2d(t.detach()).flatten(1)) for t in self.own().values()]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -222,12 +243,16 @@ class AdaptedLayer(nn.Module):
                             f"call {'fold' if there else 'unfold'}() first")
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
+        if not self.folded:
+            return super()._apply(fn, recurse)
+        # what is kept moves and is cast with the model; what was written to meanwhile stays so. The weight
+        # beneath may be cast after this layer: an expert's parameter is another module's
+        mark = _fingerprint(fn(self.weight_beneath.read())) if self.untouched else None
+        retrained, (before, *_) = self.retrained, self._before
         super()._apply(fn, recurse)
-        if self.folded:  # what is kept moves and is cast with the model
-            before, _ = self._before
-            if before is not None:
-                before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
-            self._before = before, _fingerprint(self.weight_beneath.read())
+        if before is not None:
+            before = before._apply(fn) if isinstance(before, nn.Module) else fn(before)
+        self._before = before, mark, None if retrained else self._own_marks()
         return self
 
 
@@ -292,6 +317,12 @@ def refuse_inactive(layer: AdaptedLayer, verb: str) -> None:
     if not layer.active:
         raise ConfigError(f"{layer.adapter}: it is not active, and {verb} would change the output: set "
                           f"active = True first")
+
+
+def freezers(model: nn.Module) -> set[object]:
+    """Return the holders for whom adapters' layers on a model need its base frozen."""
+    held = {m.freezes for m in model.modules() if isinstance(m, AdaptedLayer)}
+    return held - {None}
 
 
 def adapter_parameters(model: nn.Module) -> set[int]:

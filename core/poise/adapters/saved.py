@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from poise.adapters.attached import AttachedLayers
 from poise.errors import ConfigError, FileError
 from poise.files import copy_checked, load_bundle, save_bundle
 from poise.registry import installed
@@ -39,6 +41,7 @@ def save_adapter(attached: Any, folder: Path | str) -> Path:
     meta = {
         "kind": KIND, "version": FILE_VERSION, "entry": entry, "name": attached.name,
         "options": dataclasses.asdict(attached.adapter), "base": fingerprint(attached.model),
+        "over": _over(attached),
     }
     tensors = {f"{OWN}{key}": value for key, value in attached.state_dict().items()}
     if not attached.adapter.freezes_base:
@@ -49,6 +52,8 @@ def save_adapter(attached: Any, folder: Path | str) -> Path:
 
 def load_adapter(model: nn.Module, folder: Path | str, name: str | None = None) -> Any:
     """Attach the adapter that a folder holds, under the name it was saved with or another.
+
+    A warning tells of one that depends on the weight and acts over other adapters than when it was saved.
 
     Raises
     ------
@@ -64,6 +69,10 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str | None = None) 
                         f"hash {meta['base'][:12]}, this model's {here[:12]}")
     adapter = installed().build_from("adapter", {"entry": meta["entry"], **meta["options"]})
     attached = adapter.attach(model, name or meta["name"])
+    if (over := meta.get("over", [])) != (here := _over(attached)):
+        warnings.warn(f"{folder}: the change depends on the weight, and was saved over the adapters "
+                      f"{over}; here it acts over {here} and is another: attach those that it was saved "
+                      f"over first", stacklevel=2)
     before = {k: v.clone() for k, v in model.state_dict().items()} if not adapter.freezes_base else {}
     try:
         if before:
@@ -96,6 +105,11 @@ def fingerprint(model: nn.Module) -> str:
     """Return a hash of the names and shapes of a model's weights, the same when packed or adapted."""
     facts = sorted((w.name, *w.shape) for w in weights(model))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _over(attached: Any) -> list[str]:
+    """Return the adapters on whose changes this one's depends."""
+    return attached.over() if isinstance(attached, AttachedLayers) else []
 
 
 def _entry_of(adapter: Any) -> str:

@@ -160,7 +160,7 @@ def _as_on_disk(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tup
     pairs_of = (getattr(model, "all_tied_weights_keys", None) or {}).items()
     live = dict(model.named_parameters(remove_duplicate=False))
     # a key that transformers knows as tied may have a weight of its own by now
-    tied = {key for key, source in pairs_of if live.get(key) is live.get(source)}
+    tied = {key for key, source in pairs_of if key in live and live[key] is live.get(source)}
     for key, tensor in pairs:
         if key not in tied:
             yield from revert_weight_conversion(model, {key: tensor}).items()

@@ -10,7 +10,7 @@ from torch import nn
 from poise.errors import ConfigError, DataError, nearest
 from poise.holding import tensor_of, who_holds
 from poise.quantizers.layers import PackedLinear
-from poise.walk import Weight, covered, has_own_forward, weights
+from poise.walk import Weight, covered, has_own_forward, named_tie, weights
 from poise.walk.experts import ExpertSlot, PlainExpert
 from poise.walk.plain import computed
 
@@ -107,7 +107,8 @@ def resolve(
     ConfigError
         For a line that matches no weight, means no quantizer, or names a weight that cannot be packed.
     """
-    found = [w for w in found if w.role in (*ROLES, "router")]
+    everything = list(found)
+    found = [w for w in everything if w.role in (*ROLES, "router")]
     if plan is None:
         return [(w, quantizer) for w in found if not _only_if_named(w) and not w.tied_layers]
     if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
@@ -116,6 +117,8 @@ def resolve(
     names = [w.name for w in found]
     for pattern, value in plan.items():
         hits = [pattern] if pattern in names else [w.name for w in covered(found, pattern, _only_if_named)]
+        if not hits and (hit := named_tie(everything, pattern)):
+            raise ConfigError(f"plan: {hit[0]} is tied with {hit[1].name}: leave it out")
         if not hits:
             raise ConfigError(f"plan: {pattern!r} matches no weight{nearest(pattern, names)}")
         by_name.update(dict.fromkeys(hits, value))

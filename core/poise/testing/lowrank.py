@@ -57,6 +57,8 @@ class SumLayer(AdaptedLayer):
 class LeftLayer(AdaptedLayer):
     """(I + B A) W: the change is a function of the weight beneath."""
 
+    guided = True
+
     def __init__(self, base: nn.Module, r: int) -> None:
         super().__init__(base)
         out, _ = self.weight_beneath.shape

@@ -16,9 +16,11 @@ from poise.walk.live import (
     covered,
     held,
     matches,
+    named_tie,
     refuse_overlap,
     refuse_tied,
     select,
+    untied,
     weights,
 )
 from poise.walk.modules import path_of, replace_module
@@ -29,6 +31,6 @@ from poise.walk.weight import ROLES, Expert, Weight
 
 __all__ = [
     "FAMILIES", "ROLES", "Expert", "Product", "Weight", "checkpoint", "choose", "count", "covered",
-    "dense_linear", "has_own_forward", "held", "matches", "open_weights", "path_of", "refuse_overlap",
-    "refuse_tied", "replace", "replace_module", "select", "weights",
+    "dense_linear", "has_own_forward", "held", "matches", "named_tie", "open_weights", "path_of",
+    "refuse_overlap", "refuse_tied", "replace", "replace_module", "select", "untied", "weights",
 ]

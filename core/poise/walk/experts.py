@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from poise.walk.families import part_name
+from poise.errors import ConfigError
+from poise.walk.families import TRANSPOSED, part_name
 from poise.walk.plain import joined, reader, tensor_key
-from poise.walk.product import Product
+from poise.walk.product import Product, operands
 from poise.walk.weight import Expert, Weight
+
+_BATCHED = (torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def are_transposed(module: nn.Module) -> bool:
-    """Tell whether a fused parameter is (experts, in, out); transformers marks such modules."""
-    return bool(getattr(module, "is_transposed", False))
+    """Tell whether a fused parameter is (experts, in, out): transformers marks most such modules."""
+    named = any(cls.__name__ in TRANSPOSED for cls in type(module).__mro__)
+    return named or bool(getattr(module, "is_transposed", False))
 
 
 def fused_weights(module: nn.Module, path: str, parameter: str) -> Iterator[Weight]:
@@ -123,7 +127,8 @@ class PlainExpert(nn.Module):
 
 
 class Experts(nn.Module):
-    """Takes the place of a fused expert parameter: `experts[e]` acts as expert e's matrix.
+    """Takes the place of a fused expert parameter: `experts[e]` acts as expert e's matrix, and
+    `torch.bmm(x, experts)` as all of them, each on its own x[e] (T, in).
 
     Parameters
     ----------
@@ -152,6 +157,33 @@ class Experts(nn.Module):
         if number in self.layers:
             return Product(self.layers[number], transposed=self.transposed)
         return self.fused[int(index)]  # type: ignore[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the fused parameter."""
+        return torch.Size((self.n, *self[0].shape))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x, experts, _ = operands(func, args, kwargs or {})
+        batched = func in _BATCHED and isinstance(x, Tensor) and x.ndim == 3
+        if batched and isinstance(experts, cls):
+            return torch.stack([x[n] @ experts[n] for n in range(experts.n)])
+        raise ConfigError(_first((args, kwargs))._misused(f"in {getattr(func, '__name__', func)}"))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not hasattr(Tensor, name):
+                raise
+            raise AttributeError(self._misused(f"by .{name}")) from None
+
+    def _misused(self, how: str) -> str:
+        (module,) = self._module
+        return (f"{type(module).__name__}.{self.parameter}: experts that are packed or adapted take part "
+                f"in bmm and in each expert's own product, not {how}: leave them out, "
+                f'exclude_modules=["experts.*"]')
 
     def install(self) -> None:
         """Stand in for the parameter. Fused kernels need the 3-D tensor; the plain loop over experts asks
@@ -213,6 +245,16 @@ class Experts(nn.Module):
             for weight in layer.held_weights(joined(block, str(number), part)):
                 yield replace(weight, role="expert", expert=Expert(-1, number, part), index=number,
                               state_key=path, slot=ExpertSlot(module, self.parameter, number), beside=tuple)
+
+
+def _first(given: Any) -> Any:
+    """Return the first `Experts` among what a function was given, in lists and mappings too."""
+    if isinstance(given, Experts):
+        return given
+    given = given.values() if isinstance(given, dict) else given
+    if not isinstance(given, (list, tuple, ValuesView)):
+        return None
+    return next((found for one in given if (found := _first(one)) is not None), None)
 
 
 @dataclass(frozen=True)

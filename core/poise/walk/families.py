@@ -54,6 +54,7 @@ class Family:
 
 
 _HALVED = Family("mlp", parts=_HALVES)
+_LLAMA4 = Family("feed_forward", ("router",), transposed=True)
 FAMILIES: dict[str, Family] = {
     "mixtral": Family("mlp", disk_block="block_sparse_moe", parts=_NUMBERED),
     "olmoe": _HALVED,
@@ -64,10 +65,14 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family("block_sparse_moe", ("router",), disk_router="router.layer",
                          fused={"gate_up": "input_linear.weight", "down": "output_linear.weight"}),
     "gpt_oss": Family("mlp", ("router",), transposed=True),
+    "llama4_text": _LLAMA4,
+    "llama4": _LLAMA4,
     "phimoe": Family("mlp", ("router",), "block_sparse_moe", "gate", _NUMBERED),
     "switch_transformers": Family("mlp", ("router.classifier",), plain_router=True),
     "gpt2": Family(flipped=("c_attn", "c_proj", "c_fc", "q_attn")),
 }
+TRANSPOSED = ("Llama4TextExperts",)
+"""Classes of fused parameters (experts, in, out) that do not say so themselves, by `is_transposed`."""
 OTHER = Family(router=("gate", "router", "router.classifier"), parts=_HALVES)
 """Whatever is not in the table: experts are what a child named `experts` holds."""
 

@@ -118,7 +118,7 @@ def choose(
         return (roles is not None and w.role not in roles) or (replaceable and not w.replaceable)
 
     candidates = [w for w in everything if roles is None or w.role in (*roles, *if_named)]
-    _check_patterns(candidates, include, exclude)
+    _check_patterns(everything, candidates, include, exclude)
     unnamed = include is None
     taken = {id(w) for p in include or ["*"] for w in covered(candidates, p, only_if_named, unnamed)}
     chosen = [w for w in candidates
@@ -132,14 +132,19 @@ def choose(
 
 
 def _check_patterns(
-    candidates: list[Weight], include: list[str] | None, exclude: list[str] | None
+    everything: list[Weight], candidates: list[Weight], include: list[str] | None,
+    exclude: list[str] | None,
 ) -> None:
     for what, patterns in (("included", include), ("excluded", exclude)):
         if patterns is not None and not patterns:
             raise ConfigError(f"an empty list of {what} patterns names no weight: leave it out (null), or "
                               f"give patterns of names")
+    for pattern in include or []:
+        if hit := named_tie(everything, pattern):
+            raise ConfigError(f"pattern {pattern!r} names {hit[0]}, which is tied with {hit[1].name}: the "
+                              f"two are one weight, of that name")
     for pattern in [*(include or []), *(exclude or [])]:
-        if not any(matches(w.name, pattern) for w in candidates):
+        if not any(matches(w.name, pattern) for w in candidates) and not named_tie(everything, pattern):
             endings = sorted({w.name.rsplit(".", 1)[-1] for w in candidates})
             raise ConfigError(
                 f"pattern {pattern!r} matches no weight{nearest(pattern, endings)} "
@@ -161,15 +166,30 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def refuse_tied(chosen: list[Weight], what: str) -> None:
+def named_tie(found: Iterable[Weight], pattern: str) -> tuple[str, Weight] | None:
+    """Return a further name of a tied weight, and that weight, where a pattern covers it and no first name:
+    the output head, say, that is the input embedding."""
+    found = list(found)
+    if any(matches(w.name, pattern) for w in found):
+        return None
+    return next(((n, w) for w in found for n in w.tied_with if matches(n, pattern)), None)
+
+
+def refuse_tied(chosen: Iterable[Weight], what: str) -> None:
     """Raise `ConfigError` when a chosen weight is shared, since changing it changes another layer."""
     for w in chosen:
         if w.tied_with:
-            raise ConfigError(
-                f"{what}: {w.name} is tied with {', '.join(w.tied_with)}; changing one changes the "
-                f"other: exclude it or untie it first"
-            )
+            raise ConfigError(f"{what}: {untied(w.name, w)}")
         refuse_overlap(w, what)
+
+
+def untied(name: str, w: Weight) -> str:
+    """Say with what a weight is tied that is called so, and how to give it values of its own."""
+    others = ", ".join(n for n in (w.name, *w.tied_with) if n != name)
+    again = ("; set config.tie_word_embeddings = False too, which is saved with the model: a reload would "
+             "tie them again") if w.role == "embedding" else ""
+    return (f"{name} is tied with {others}, and changing one changes the other: exclude it, or untie it "
+            f"first by a weight of its own, nn.Parameter(weight.detach().clone()){again}")
 
 
 def refuse_overlap(w: Weight, what: str) -> None:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from poise.walk.weight import Weight
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+_SECOND = {nn.functional.linear: "weight",
+           **dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), "mat2")}
 
 
-def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+def operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return x, the matrix and the bias of a product, given by position or by name."""
-    names = ("input", "weight", "bias") if func is nn.functional.linear else ("input", "other", "bias")
-    given = dict(zip(names, args)) | kwargs
-    return given.get("input"), given.get(names[1]), given.get("bias")
+    second = _SECOND.get(func, "other")
+    given = dict(zip(("input", second, "bias"), args)) | kwargs
+    return given.get("input"), given.get(second), given.get("bias")
 
 
 class Product:
@@ -63,7 +65,7 @@ class Product:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x, matrix, bias = _operands(func, args, kwargs or {})
+        x, matrix, bias = operands(func, args, kwargs or {})
         if isinstance(matrix, cls) and isinstance(x, Tensor):
             if func is nn.functional.linear and not matrix.transposed:
                 return matrix._with_bias(x, bias)

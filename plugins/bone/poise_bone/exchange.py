@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, FileError
 from poise.files import write_bytes, write_json
 from poise.walk import Weight, weights
 from poise_bone.functional import to_lora
-from poise_bone.reading import CONFIG, KEYS, PREFIX, TENSORS, SavedAdapter, read_adapter
+from poise_bone.reading import CONFIG, KEYS, PREFIX, TENSORS, read_adapter
 from poise_bone.variants import ADDED
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ def save_peft(attached: AttachedBone, directory: Path | str, peft_type: str = "M
     Raises
     ------
     ConfigError
-        For what PEFT has no form for, naming what does: other variants, experts, several ranks.
+        For what PEFT has no form for, naming what does: other variants, experts, several ranks; for a
+        weight-guided form over another adapter, without which it would be another change.
     FileError
         When the directory cannot be written.
     """
     if peft_type not in KEYS:
         raise ConfigError(f"peft_type={peft_type!r} is not allowed: it must be {' or '.join(KEYS)}")
     _refuse_unheard(attached, peft_type)
+    _refuse_beneath(attached)
     blocks = {name: layer.block().detach() for name, layer in attached.layers.items()}
     bone = attached.adapter
     fields = {
@@ -57,7 +60,7 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
     ------
     FileError
         For a directory that is missing, torn or of another kind; for blocks that the model has no layer
-        for, or that lack, naming the first.
+        for, that lack, or that the configuration does not mean, naming them.
     """
     saved = read_adapter(directory)
     if saved.source not in KEYS:
@@ -67,10 +70,10 @@ def load_peft(model: nn.Module, directory: Path | str, name: str = "default") ->
                       f"save_peft writes that", stacklevel=2)
     if not any(bool(b.any()) for b in saved.blocks.values()):
         warnings.warn(f"{directory} holds blocks of zeros only: the adapter changes nothing", stacklevel=2)
-    _refuse_missing(saved, model, Path(directory))
     return saved.attach(model, name)
 
 
+@torch.no_grad()
 def export_lora(
     attached: AttachedBone, directory: Path | str, rank: int | None = None
 ) -> dict[str, float]:
@@ -83,12 +86,13 @@ def export_lora(
     ------
     ConfigError
         For a weight-guided form without a rank, or folded or merged, since the weight before its change is
-        what the LoRA is made from; for experts.
+        what the LoRA is made from, or over another adapter; for experts.
     """
     if attached.adapter.variant not in ADDED and (attached.gone or attached.folded):
         raise ConfigError(f"{attached.name}: a LoRA of {attached.adapter.variant} is made from the weights "
                           f"without it: {'attach it again' if attached.gone else 'unfold()'} first")
     _refuse_places(attached)
+    _refuse_beneath(attached)
     tensors: dict[str, Tensor] = {}
     errors, ranks = {}, {}
     for name, layer in attached.layers.items():
@@ -133,6 +137,14 @@ def _refuse_places(attached: AttachedBone) -> None:
                               f"keeps it")
 
 
+def _refuse_beneath(attached: AttachedBone) -> None:
+    """Raise `ConfigError` for a change that depends on what another adapter has made of the weight."""
+    if over := attached.over():
+        raise ConfigError(f"{attached.name}: the change of {attached.adapter.variant} depends on the "
+                          f"weight, which {over[-1]!r} changes before it: the file alone would be another "
+                          f"change; merge() {over[-1]!r} and keep that base with the file, or detach() it")
+
+
 def _is_conv1d(w: Weight) -> bool:
     return hasattr(w.module, "nf")
 
@@ -162,32 +174,3 @@ def _write(directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, 
     write_bytes(directory / TENSORS, data)
     write_json(directory / CONFIG, fields)  # last: without it there is no adapter
     return directory
-
-
-def _refuse_missing(saved: SavedAdapter, model: nn.Module, directory: Path) -> None:
-    """Raise `FileError` where the configuration names layers that no block is there for."""
-    named, left = saved.fields.get("target_modules"), saved.fields.get("exclude_modules")
-    if saved.fields.get("layers_to_transform") is not None or named in (None, "all-linear"):
-        return
-    linears = [w.name for w in weights(model) if w.role == "linear"]
-    if not (_is_read(named) and _is_read(left)):
-        warnings.warn(f"{directory}: target_modules or exclude_modules is a regular expression, and "
-                      f"one from a file is not run: whether a block is missing was not checked, "
-                      f"{len(saved.blocks)} are there", stacklevel=3)
-        return
-    missing = [n for n in linears if _covers(named, n) and not _covers(left, n) and n not in saved.blocks]
-    if missing:
-        raise FileError(f"{directory}: target_modules names {missing[0]} ({len(missing)} such layers), and "
-                        f"there is no block for it: the file is not whole")
-
-
-def _is_read(patterns: Any) -> bool:
-    """Tell whether patterns are names: an expression from a file can take for ever."""
-    return not isinstance(patterns, str) or re.fullmatch(r"(\w|-|\\?\.|\|)*", patterns) is not None
-
-
-def _covers(patterns: Any, name: str) -> bool:
-    """Tell whether PEFT's list of endings, or its names separated by bars, covers a name."""
-    if isinstance(patterns, str):
-        return name in patterns.replace("\\", "").split("|")
-    return any(isinstance(p, str) and (name == p or name.endswith(f".{p}")) for p in patterns or [])

@@ -183,6 +183,8 @@ def plus_product(y: Tensor, S: Tensor, D: Tensor) -> Tensor:
 class GuidedLayer(BlockLayer):
     """What the weight-guided forms share: their change is a function of the weight beneath."""
 
+    guided = True
+
     def __init__(self, base: nn.Module, shape: tuple[int, ...], **options: Any) -> None:
         super().__init__(base, shape, **options)
         self.row_block = self.r = shape[-1]  # rows of a block change together

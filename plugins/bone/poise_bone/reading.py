@@ -21,6 +21,7 @@ from torch import Tensor
 from poise.errors import ConfigError, FileError
 from poise.files import load_bundle, read_json, read_regular
 from poise_bone.components import Bone
+from poise_bone.targets import refuse_gaps
 from poise_bone.variants import ADDED, VARIANTS
 
 if TYPE_CHECKING:
@@ -85,9 +86,12 @@ class SavedAdapter:
         Raises
         ------
         FileError
-            When the model lacks one of its layers, or a block does not fit one, naming it.
+            When the model lacks one of its layers, or a block does not fit one, naming it; for a directory
+            of PEFT whose configuration means other layers than there are blocks for.
         """
         others = _others(self, model)
+        if self.source in KEYS:
+            refuse_gaps(self.fields, self.blocks, model)
         try:
             attached = replace(self.bone(), exclude_modules=others).attach(model, name)
         except ConfigError as error:
@@ -108,9 +112,13 @@ def rank_of(block: Tensor, variant: str) -> int:
 
 def _others(saved: SavedAdapter, model: nn.Module) -> list[str] | None:
     """Return names that end as a block's does and have none; raise `FileError` for layers that lack."""
-    from poise.walk import weights
+    from poise.walk import named_tie, untied, weights
 
-    have = {w.name for w in weights(model)}
+    there = list(weights(model))
+    have = {w.name for w in there}
+    for name in sorted(set(saved.blocks) - have):
+        if hit := named_tie(there, name):
+            raise FileError(f"the adapter changes {name}, and {untied(*hit)}")
     if missing := sorted(set(saved.blocks) - have):
         raise FileError(f"the adapter has {len(missing)} layers that this model has not, {missing[0]} "
                         f"first: it "
