@@ -129,6 +129,9 @@ def folding(attached: Any, device: str) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {
         "clone": lambda: [layer.weight_beneath.read().clone() for layer in layers],
         "fold": attached.fold, "unfold": attached.unfold}
+    if attached.adapter.variant == "bat":
+        calls["bmm"] = lambda: [torch.bmm(layer.weight_beneath.read().view(len(layer.D), -1, R), layer.D)
+                                for layer in layers]
     found: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for _ in range(3):
@@ -137,8 +140,8 @@ def folding(attached: Any, device: str) -> dict[str, float]:
                 kept = call()
                 found[name].append(now(device) - started)
                 del kept
-    clone, fold, unfold = (statistics.median(v) for v in found.values())
-    return {"fold": fold / clone, "unfold": unfold / clone, "clone_seconds": clone}
+    clone, *others = (statistics.median(v) for v in found.values())
+    return {**dict(zip(list(found)[1:], (t / clone for t in others), strict=True)), "clone_seconds": clone}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from poise.files import copy_checked
 from poise.holding import adopt, freeze, hold, release, tensor_of, thaw, trains, who_holds
 from poise.walk import checkpoint, refuse_tied, weights
 from poise.walk.experts import Experts, ExpertSlot
+from poise.walk.memory import in_storages, shared_storages
 from poise.walk.weight import Slot
 
 
@@ -121,8 +122,7 @@ class AttachedLayers:
         self._refuse_gone()
         self._refuse_order(verb)
         self._refuse_retrained(verb)
-        mine = (w for w in weights(self.model) if {w.name, *w.tied_with} & self.layers.keys())
-        refuse_tied(mine, self.name)  # one may have been tied since it was attached
+        self._refuse_tied()
         try:
             made = [p for layer in self.layers.values() if (p := layer.fold()) is not None]
         except BaseException:  # all of them or none
@@ -134,6 +134,13 @@ class AttachedLayers:
         if not keep:
             for layer in self.layers.values():
                 layer.forget()
+
+    def _refuse_tied(self) -> None:
+        """Raise `ConfigError` for a weight that was tied since `attach`: another layer would change."""
+        shared = shared_storages(self.model)
+        if any(in_storages(tensor_of(layer.weight_beneath), shared) for layer in self.layers.values()):
+            mine = (w for w in weights(self.model) if {w.name, *w.tied_with} & self.layers.keys())
+            refuse_tied(mine, self.name)
 
     def unfold(self) -> None:
         """Restore the weights exactly; without `fold`, nothing changes.

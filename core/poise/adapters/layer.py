@@ -15,7 +15,7 @@ from poise.quantizers import PackedLinear
 from poise.walk import Product, Weight, dense_linear, held
 
 FOLDED = "folded"  # key of a state dict, there while a layer is folded
-_PIECE = {"cpu": 1 << 18, "other": 1 << 23}  # weights changed at a time: on a CPU what stays in its cache
+_PIECE = {"cpu": 1 << 21, "other": 1 << 23}  # weights changed at a time
 
 
 class AdaptedLayer(nn.Module):
@@ -173,17 +173,16 @@ class AdaptedLayer(nn.Module):
         if self.folded:
             return None
         *_, first = self.chain()
-        if self.weight_beneath.stored is None:
-            self._before = *self._fold_plain(), self._own_marks()
+        if (weight := self.weight_beneath).stored is None:
+            self._before = *self._fold_plain(weight), self._own_marks()
             return None
         before: Any = first.base
         first.base = plain = _dense(before, self.altered())
         self._before = before, _fingerprint(self.weight_beneath.read()), self._own_marks()
         return plain.weight
 
-    def _fold_plain(self) -> tuple[Tensor, Tensor]:
+    def _fold_plain(self, weight: Weight) -> tuple[Tensor, Tensor]:
         """Write the changed weight; return the one before, and what tells whether it is written to."""
-        weight = self.weight_beneath
         target = weight.read()
         if self.row_block is not None and _is_view(target, tensor_of(weight)):
             return _change_in_place(target, self.row_block, self.change_into)
@@ -266,7 +265,7 @@ def _change_in_place(
 ) -> tuple[Tensor, Tensor]:
     """Change a weight, some rows at a time; return the one before, and a fingerprint of the new.
 
-    A piece is kept, changed and summed while it is in the cache: memory is passed over once.
+    A piece is kept, changed and summed before the next, which finds some of it in the cache.
     """
     before, sums, touched = torch.empty_like(target), [], 0
     try:
@@ -297,6 +296,8 @@ def _sums(piece: Tensor) -> tuple[Tensor, Tensor]:
 
 def _joined(sums: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the sums of a whole from those of its pieces."""
+    if len(sums) == 1:
+        return torch.cat(sums[0])
     return torch.cat([*(rows for rows, _ in sums), torch.stack([columns for _, columns in sums]).sum(0)])
 
 

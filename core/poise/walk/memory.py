@@ -27,6 +27,29 @@ def overlapping(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return found
 
 
+def shared_storages(model: nn.Module) -> set[int]:
+    """Return the addresses of storages that hold parameters of several names; 0 stands for no address."""
+    seen, twice = set(), {0}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                where = _storage(p)
+                (twice if where in seen else seen).add(where)
+    return twice
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, sharded, fake
+        return 0
+
+
+def in_storages(tensor: Tensor | None, storages: set[int]) -> bool:
+    """Tell whether a tensor may lie in one of some storages; of none it may."""
+    return tensor is None or _storage(tensor) in storages
+
+
 def _placed(model: nn.Module) -> Iterator[tuple[str, int, int, str, Tensor]]:
     """Yield device, first and last address, name and tensor of every parameter that lies in memory."""
     for name, p in model.named_parameters():
