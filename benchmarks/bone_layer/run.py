@@ -7,6 +7,7 @@ cpu] (needs peft)
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from poise_bone import Bone
 
 R = 64
+LIBC = ctypes.CDLL(None)
 PEFT: dict[str, Callable[[int], Any]] = {
     "peft bat": lambda n: peft.MissConfig(r=R, target_modules=["0"], init_weights="bat"),
     "peft miss": lambda n: peft.MissConfig(r=R, target_modules=["0"]),
@@ -68,6 +70,12 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def give_back() -> None:
+    """Return freed memory to the system, so that no arm pays for what another left behind."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
 def times(models: dict[str, nn.Module], n: int, tokens: int, backward: bool, rounds: int, device: str,
           dtype: torch.dtype) -> dict[str, list[float]]:
     """Return seconds of each arm, one of each a round, in an order that turns."""
@@ -78,6 +86,7 @@ def times(models: dict[str, nn.Module], n: int, tokens: int, backward: bool, rou
     for k in range(rounds + 2):
         for name in names[k % len(names):] + names[: k % len(names)]:
             wait(device)
+            give_back()
             started = time.perf_counter()
             step(models[name], x, dy, backward)
             wait(device)
