@@ -222,6 +222,7 @@ class _Recomputed(torch.autograd.Function):
             for c in rows.chunks(_budget(x)):
                 W = _chunk_backward(rows, c, x, dy[:, c], block, d_block, others, d_others)
                 dx = _plus_product(dx, dy[:, c], W.to(x.dtype)) if wanted[0] else None
+                del W  # before the next rows are built
         bias = dy.sum(0) if ctx.bias and wanted[2] else None
         return (None if dx is None else dx.to(x.dtype)), d_block, bias, None, *d_others
 
