@@ -10,6 +10,7 @@ plain 2TP + 2rP and 4TP + 2rP, with two copies of the weight kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def suits_factored(x: Tensor, block: Tensor, rows: Rows) -> bool:
 
     An accelerator builds a weight of one chunk sooner than it starts the many small products.
     """
-    few = x.numel() // x.shape[-1] <= block.shape[-1] // 2
+    few = math.prod(x.shape[:-1]) <= block.shape[-1] // 2
     small = x.device.type != "cpu" and rows.shape[0] * rows.shape[1] <= CHUNK["other"]
     return few and not small and not rows.others
 
