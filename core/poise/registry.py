@@ -35,7 +35,7 @@ class Entry:
     name : str
         Lower snake case, unique within its kind.
     component : str
-        "module:attribute" of the component dataclass (for a command: of `main(argv)`).
+        "module:attribute" of the component dataclass; empty for a command.
     summary : str
         One line for `poise list`.
     tasks : tuple of str
@@ -46,6 +46,8 @@ class Entry:
         Where the method comes from, if anywhere.
     plugin : str
         Filled in by the registry: the plugin that brought it.
+    verbs : dict
+        Of a command: "module:attribute" of a component with `run() -> int`, by verb.
     """
 
     kind: str
@@ -56,16 +58,18 @@ class Entry:
     example: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
     plugin: str = ""
+    verbs: dict[str, str] = field(default_factory=dict)
 
-    def load(self) -> Any:
-        """Import and return the component."""
-        module, _, attribute = self.component.partition(":")
+    def load(self, verb: str = "") -> Any:
+        """Import and return the component, of a command that of a verb."""
+        component = self.verbs[verb] if verb else self.component
+        module, _, attribute = component.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"{self.kind}={self.name} of plugin {self.plugin!r} does not load "
-                f"({self.component}): {error}"
+                f"({component}): {error}"
             ) from error
 
 
@@ -88,14 +92,14 @@ class Registry:
         self,
         kind: str,
         name: str,
-        component: str,
+        component: str | dict[str, str],
         summary: str = "",
         *,
         tasks: tuple[str, ...] = (),
         example: dict[str, Any] | None = None,
         paper: str = "",
     ) -> None:
-        """Add one entry; see `Entry` for the parameters.
+        """Add one entry; see `Entry` for the parameters. A command's `component` is its verbs.
 
         Raises
         ------
@@ -105,7 +109,11 @@ class Registry:
         _check_kind(kind)
         if not (name.isidentifier() and name == name.lower()):
             raise ConfigError(f"{kind} {name!r}: a name is lower snake case")
-        entry = Entry(kind, name, component, summary, tasks, example or {}, paper, self._plugin)
+        one, verbs = ("", component) if isinstance(component, dict) else (component, {})
+        if (kind == "command") != bool(verbs):
+            raise ConfigError(f"{kind} {name!r}: a command names its verbs, {{verb: 'module:Class'}}, and "
+                              f"nothing else does")
+        entry = Entry(kind, name, one, summary, tasks, example or {}, paper, self._plugin, verbs)
         self._refuse_taken(entry)
         self._entries[kind, name] = entry
 
@@ -237,16 +245,22 @@ def build(kind: str, name: str, /, **options: Any) -> Any:
 def describe(kind: str, name: str) -> str:
     """Return what an entry is, its options, defaults, ranges and units, as text."""
     entry = installed().get(kind, name)
-    lines = [f"{kind}={name}: {entry.summary}", f"  plugin: {entry.plugin}   {entry.component}"]
+    lines = [f"{kind}={name}: {entry.summary}", f"  plugin: {entry.plugin}   {entry.component}".rstrip()]
     if entry.paper:
         lines.append(f"  paper:  {entry.paper}")
-    lines.append(f"  tasks:  {', '.join(entry.tasks) or 'any'}")
-    component = entry.load()
+    for verb, component in entry.verbs.items():
+        lines += [f"  poise {name} {verb}   {component}", *_options(entry.load(verb))]
+    if not entry.verbs:
+        lines += [f"  tasks:  {', '.join(entry.tasks) or 'any'}", *_options(entry.load())]
+    return "\n".join(lines)
+
+
+def _options(component: Any) -> list[str]:
     if not dataclasses.is_dataclass(component):
-        return "\n".join(lines)
+        return []
     hints = typing.get_type_hints(component)
     fields = option_fields(component)
-    lines.append("  options:" if fields else "  options: none")
+    lines = ["  options:" if fields else "  options: none"]
     for f in fields:
         default = default_of(f)
         shown = "required" if default is dataclasses.MISSING else repr(default)
@@ -255,4 +269,4 @@ def describe(kind: str, name: str) -> str:
         text = f.metadata.get("help", "")
         if text or extra:
             lines.append(f"        {text}{f' [{extra}]' if extra else ''}")
-    return "\n".join(lines)
+    return lines

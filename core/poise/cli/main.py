@@ -1,4 +1,4 @@
-"""`poise`: from argv to one sub-command. Each sub-command is a module with `main(argv) -> int`."""
+"""`poise`: from argv to one sub-command, a module here with `main(argv) -> int`, or a plugin's verbs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def _plugin_command(name: str, argv: list[str]) -> int:
     if name not in brought:
         known = [*COMMANDS, *brought]
         raise ConfigError(f"no command {name!r}{nearest(name, known)} (have: {', '.join(known)})")
-    return installed().get("command", name).load()(argv) or 0
+    from poise.cli.commands import carry_out
+
+    return carry_out(installed().get("command", name), argv)
 
 
 def _help() -> str:
