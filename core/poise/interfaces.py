@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from poise.samples import Arrays, Example, Splits
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -21,63 +23,6 @@ if TYPE_CHECKING:
     from poise.config import Train
 
 # ------------------------------------------------------------------ data
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """Rows with a target: tables and images.
-
-    Parameters
-    ----------
-    x : array, shape (n, d) float64 for tables, (n, channels, height, width) float32 for images
-    y : array, shape (n,), float64 for regression, int64 class indices for classification
-    """
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One piece of text; the loss of fine-tuning is taken on the completion only.
-
-    Parameters
-    ----------
-    prompt : str
-        What the model is given; empty for plain text.
-    completion : str
-        What it should continue with.
-    answer : str
-        The final answer to compare with by exact match; empty when there is none.
-    """
-
-    prompt: str
-    completion: str
-    answer: str = ""
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What `Data.load` returns.
-
-    Parameters
-    ----------
-    train, validation, test : Arrays, or sequence of Example
-    provenance : dict
-        Source, licence, checksums, sizes, what was done to the data (plain JSON values).
-    spec : dict
-        What a model needs to know: `input_shape` and `n_classes` for images and tables,
-        `columns` and `target` for tables.
-    """
-
-    train: Any
-    validation: Any
-    test: Any
-    provenance: dict[str, Any]
-    spec: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -119,15 +64,63 @@ class Model(Protocol):
       object with `logits` (batch, time, vocab); classifiers return (batch, classes).
     * quantile: an object with `levels` (m,), `fit(X, y, sample_weight=None)` and
       `predict_quantiles(X, levels=None) -> (n, m)`.
-    * served: `logits(input_ids)`, `generate(...)`, `close()`.
+    * served: a `Served`, whose weights are its own matter.
 
-    A component for causal language models also has `tokenizer() -> Tokenizer`; one that comes
-    with trained weights has `trained = True`, which adapters that freeze their base require.
+    Which one is said by the class attribute `form`, "neural" where there is none (`form_of`). A component
+    for causal language models also has `tokenizer() -> Tokenizer`; one that comes with trained weights has
+    `trained = True`, which adapters that freeze their base require.
     """
 
     def build(self, spec: Mapping[str, Any] | None = None) -> Any:
         """Return the model; `spec` is `Splits.spec`, for sizes that follow from the data."""
         ...
+
+
+FORMS = ("neural", "quantile", "served")
+
+
+def form_of(component: Any) -> str:
+    """Return which of `FORMS` a model component builds."""
+    return getattr(component, "form", "neural")
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A language model behind calls, wherever its weights are; `with` closes it.
+
+    Prompts are token ids (batch, time), all of one length, or one text. After `close` every call but
+    `close` is refused. `poise.models.decoding.Sampling` says what `generate` and `stream` take besides.
+    """
+
+    def logits(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> Tensor:
+        """Return logits (batch, time, vocab); of an encoder-decoder model for the decoder's ids.
+
+        Raises
+        ------
+        DataError
+            For ids that are empty, out of range, of a wrong shape, or longer than the context.
+        """
+        ...
+
+    def generate(self, prompt: Any, max_new_tokens: int, **sampling: Any) -> Any:
+        """Return prompt and continuation: ids (batch, time + new) for ids, text for text."""
+        ...
+
+    def stream(self, prompt: Any, max_new_tokens: int, **sampling: Any) -> Iterator[Any]:
+        """Yield what `generate` adds as it is made: tokens (batch,) for ids, pieces of text for text."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was measured so far as plain JSON values."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, threads and files; a second time: nothing."""
+        ...
+
+    def __enter__(self) -> Served: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 # ------------------------------------------------------------------ quantizer
@@ -398,6 +391,7 @@ class Tracker(Protocol):
 
 
 __all__ = [
-    "Adapter", "Aggregator", "Arrays", "Attached", "Data", "Example", "FittedAggregator", "Model", "Parts",
-    "QuantizedTensor", "Quantizer", "Recipe", "Splits", "Tokenizer", "Tracker",
+    "FORMS", "Adapter", "Aggregator", "Arrays", "Attached", "Data", "Example", "FittedAggregator",
+    "Model", "Parts", "QuantizedTensor", "Quantizer", "Recipe", "Served", "Splits", "Tokenizer", "Tracker",
+    "form_of",
 ]

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, IDS, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,6 +19,7 @@ from poise.models.components import CausalLM
 from poise.quantizers import Affine, PackedLinear, quantize_model
 from poise.testing import check_adapter
 from poise.testing.adapter import small_model
+from poise.testing.families import FAMILIES, IDS, tiny
 from poise.testing.lowrank import LowRank
 from poise.walk import checkpoint, replace, weights
 from poise_bone import Bone

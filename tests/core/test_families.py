@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, MOE_BLOCKS, logits, tiny
 from torch import nn
 
 from poise import open_weights
 from poise.errors import ConfigError, FileError
 from poise.quantizers import AbsMax, quantize_model, resolve
+from poise.testing.families import FAMILIES, MOE_BLOCKS, logits, tiny
 from poise.testing.lowrank import LowRank
 from poise.walk import FAMILIES as TABLE
 from poise.walk import checkpoint, replace, weights

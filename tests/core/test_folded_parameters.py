@@ -6,12 +6,12 @@ import warnings
 
 import pytest
 import torch
-from families import IDS, tiny
 from torch import nn
 
 from poise.errors import ConfigError
 from poise.quantizers import Affine, quantize_model
 from poise.testing.adapter import small_model
+from poise.testing.families import IDS, tiny
 from poise.testing.lowrank import LowRank
 from poise.walk import weights
 from poise_bone import Bone

@@ -951,7 +951,9 @@ class AnyColumns(Quantiles):
 
 
 def test_the_quantile_model_without_fault_passes():
-    check_model(SimpleNamespace(build=Quantiles), "quantile")
+    check_model(SimpleNamespace(build=Quantiles, form="quantile"), "quantile")
+    with pytest.raises(ContractError, match="form is 'neural', and the task quantile takes 'quantile'"):
+        check_model(SimpleNamespace(build=Quantiles), "quantile")
 
 
 @planted(
@@ -967,7 +969,7 @@ def test_the_quantile_model_without_fault_passes():
 )
 def test_a_faulty_quantile_model_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
-        check_model(SimpleNamespace(build=fault), "quantile")
+        check_model(SimpleNamespace(build=fault, form="quantile"), "quantile")
 
 
 def test_a_task_without_a_kit_is_named():

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import tiny
 from refusal import Around
 from torch import nn
 
@@ -20,6 +19,7 @@ from poise.files import load_bundle, save_bundle
 from poise.quantizers import Affine, PackedMatrix, quantize_model
 from poise.quantizers.whole import resolve
 from poise.testing.adapter import small_model
+from poise.testing.families import tiny
 from poise.testing.lowrank import LowRank, SumLayer
 from poise.walk import replace, weights
 from poise.walk.experts import PlainExpert

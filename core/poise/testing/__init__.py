@@ -1,4 +1,4 @@
-"""Conformance kits: what every model, quantizer, adapter, aggregator and data source keeps, as checks.
+"""Conformance kits: what every component and every served model keeps, as checks.
 
 Each kit runs a component through its contract and raises `ContractError` naming the first fault; it returns
 the names of the checks that were made.
@@ -16,7 +16,9 @@ from poise.testing.data import check_data
 from poise.testing.faults import ContractError
 from poise.testing.model import check_model
 from poise.testing.quantizer import check_quantizer
+from poise.testing.served import check_served
 
 __all__ = [
     "ContractError", "check_adapter", "check_aggregator", "check_data", "check_model", "check_quantizer",
+    "check_served",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from poise.interfaces import form_of
 from poise.testing.faults import expect, expect_methods, expect_refusal
 
 
@@ -30,6 +31,9 @@ def check_model(component: Any, task: str) -> list[str]:
     expect_methods(component, ("build",), "the model component")
     kits = {"classification": _classifier, "causal_lm": _causal_lm, "quantile": _quantile}
     expect(task in kits, f"there is no kit for the task {task!r}")
+    form = "quantile" if task == "quantile" else "neural"
+    expect(form_of(component) == form, f"form is {form_of(component)!r}, and the task {task} takes "
+                                       f"{form!r}: a class attribute says it")
     return kits[task](component)
 
 

@@ -14,7 +14,14 @@ GRID_HELP = "levels that are trained, evenly spread, the others interpolated; nu
 
 
 @dataclass(frozen=True)
-class _Forest(Checked):
+class _Model(Checked):
+    """What all base models share."""
+
+    form: ClassVar[str] = "quantile"
+
+
+@dataclass(frozen=True)
+class _Forest(_Model):
     """Options that both kinds of forest share."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -50,7 +57,7 @@ class ExtraTrees(_Forest):
 
 
 @dataclass(frozen=True)
-class LightGBM(Checked):
+class LightGBM(_Model):
     """Gradient boosting with LightGBM's quantile objective, one model per level."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -72,7 +79,7 @@ class LightGBM(Checked):
 
 
 @dataclass(frozen=True)
-class HistBoosting(Checked):
+class HistBoosting(_Model):
     """scikit-learn's histogram gradient boosting, one model per level."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -94,7 +101,7 @@ class HistBoosting(Checked):
 
 
 @dataclass(frozen=True)
-class Linear(Checked):
+class Linear(_Model):
     """Linear quantile regression on standardised features, one exact program per level."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -108,7 +115,7 @@ class Linear(Checked):
 
 
 @dataclass(frozen=True)
-class XGBoost(Checked):
+class XGBoost(_Model):
     """XGBoost with a vector of quantiles: one model for all levels; its quantiles may cross."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -126,7 +133,7 @@ class XGBoost(Checked):
 
 
 @dataclass(frozen=True)
-class CatBoost(Checked):
+class CatBoost(_Model):
     """CatBoost's MultiQuantile loss: one model for all levels; its quantiles may cross."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)
@@ -144,7 +151,7 @@ class CatBoost(Checked):
 
 
 @dataclass(frozen=True)
-class _Net(Checked):
+class _Net(_Model):
     """Options of the neural base models; what is null is searched in the paper's space."""
 
     levels: list[float] = option(LEVELS, LEVELS_HELP, above=0, below=1)

@@ -1,4 +1,4 @@
-"""Tiny random models of the eleven mixture-of-experts families, each in a fraction of a second."""
+"""Tiny random models of the eleven mixture-of-experts families, each made in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiny(family, seed=0, **options):
             transformers.SwitchTransformersConfig(
                 vocab_size=257, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_experts=3, num_layers=4,
                 num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=1,
-                decoder_start_token_id=0, **options)).eval()
+                **{"decoder_start_token_id": 0, **options})).eval()
     name, own = _OPTIONS[family]
     config = getattr(transformers, _CONFIGS.get(name, f"{name}Config"))(**{**_SIZES, **own, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
