@@ -1,0 +1,106 @@
+"""What every eviction policy shares: who is resident, who was used when, and how the victim is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+
+from poise.errors import ConfigError
+
+Key = tuple[int, int]  # (MoE layer, expert)
+MOST_EXPERTS = 1 << 22  # layers x experts: a policy holds a few arrays of that size
+
+
+class Policy:
+    """Chooses who leaves a cache of experts. It knows no slots and no bytes: its owner keeps those.
+
+    The owner calls `used` for every expert that a layer asks for, resident or not; `added` and
+    `removed` when an expert takes or leaves its place; `next_token` once between two tokens, of which
+    a prompt is one; and `victim` until there is room. For a layer with experts A:
+
+        for key in A:
+            policy.used(key)
+            if key not in resident:
+                while not room:                             # slots, or bytes
+                    gone = policy.victim(key, pinned=A)     # None: no room can be made, stream the expert
+                    policy.removed(gone)
+                policy.added(key)                           # when its place is taken, before it is read
+
+    With A pinned it makes no difference whether all of A is used first. An expert may also be added
+    ahead of its use (prefetch).
+
+    A policy says `scores`: the resident with the largest leaves first; of equal ones the least
+    recently used, then the one of the lower layer, then of the lower index. Unequal sizes are ranked
+    alike: a miss counts, not its bytes.
+    """
+
+    name: ClassVar[str]
+    layered: ClassVar[bool] = False  # whether the layer of an expert matters
+    per_layer: ClassVar[bool] = False  # whether each layer has an equal share of the cache to itself
+
+    def __init__(self, layers: int, experts: int):
+        """Start with an empty cache for `layers` MoE layers of `experts` experts.
+
+        Raises
+        ------
+        ConfigError
+            When a number is below 1, or their product beyond `MOST_EXPERTS`.
+        """
+        if layers < 1 or experts < 1 or layers * experts > MOST_EXPERTS:
+            raise ConfigError(
+                f"layers={layers}, experts={experts}: from 1, at most {MOST_EXPERTS} experts in all"
+            )
+        self.layers, self.experts = layers, experts
+        self.layer = 0  # the one that runs: of the last use
+        self._resident = np.zeros((layers, experts), dtype=bool)
+        self._last = np.zeros((layers, experts), dtype=np.int64)  # time of the last use
+        self._time = 0
+        self._began = 0  # when the current layer did
+
+    def used(self, key: Key) -> None:
+        """Note that the layer that runs asks for `key`, resident or not."""
+        if key[0] != self.layer:
+            self.layer, self._began = key[0], self._time
+        self._stamp(key)
+
+    def added(self, key: Key) -> None:
+        """Note that `key` is resident; one that the current layer did not ask for counts as used now."""
+        self._resident[key] = True
+        if self._last[key] <= self._began:
+            self._stamp(key)
+
+    def removed(self, key: Key) -> None:
+        """Note that `key` is resident no more."""
+        self._resident[key] = False
+
+    def next_token(self) -> None:
+        """Note that a token, or the prompt as a whole, is over."""
+        self._began = self._time
+
+    def resident(self) -> list[Key]:
+        """Return who is resident, by layer and index."""
+        return [(int(i), int(j)) for i, j in np.argwhere(self._resident)]
+
+    def victim(self, key: Key, pinned: Iterable[Key] = ()) -> Key | None:
+        """Return who should leave for `key`, never one of `pinned`; None when nobody may."""
+        scores = np.where(self._resident, self.scores(), -np.inf)
+        for i, j in pinned:
+            scores[i, j] = -np.inf
+        first = key[0] * self.experts if self.per_layer else 0
+        ranked = scores[key[0]] if self.per_layer else scores.reshape(-1)
+        best = ranked.max()
+        if best == -np.inf:
+            return None
+        equal = np.flatnonzero(ranked == best) + first
+        at = equal[self._last.reshape(-1)[equal].argmin()] if len(equal) > 1 else equal[0]
+        return int(at) // self.experts, int(at) % self.experts
+
+    def scores(self) -> np.ndarray:
+        """Return every expert's score, (layers, experts) or (layers, 1): the largest leaves first."""
+        raise NotImplementedError
+
+    def _stamp(self, key: Key) -> None:
+        self._time += 1
+        self._last[key] = self._time

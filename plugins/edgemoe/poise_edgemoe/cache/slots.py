@@ -1,0 +1,240 @@
+"""Experts in memory under one budget of bytes: who is there, who is being read, who may not leave.
+
+Memory is mapped in pieces as large as a blob, so that it can be read into past the page cache. A piece goes
+from expert to expert of one size; where sizes differ, pieces that are free are unmapped first.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise_edgemoe.cache.policy import Key, Policy
+from poise_edgemoe.store.index import Index, Matrix, padded, places
+from poise_edgemoe.store.reader import Reader, Request
+from poise_edgemoe.store.schemes import read_quantizer
+
+Get = Callable[[int, str], tuple[Any, Tensor | None]]
+STAGES = 2  # blobs that are read though there is no room to keep them
+
+
+@dataclass
+class Resident:
+    """An expert that has its place, read or being read.
+
+    Parameters
+    ----------
+    requests : dict
+        Part to the reading of it.
+    matrices : dict
+        Part to (stored matrix, bias or None), views of the place, made when it is first used.
+    """
+
+    key: Key
+    place: mmap.mmap
+    requests: dict[str, Request]
+    matrices: dict[str, tuple[Any, Tensor | None]] = field(default_factory=dict)
+
+
+class Forms:
+    """Makes matrices of bytes, as the index says."""
+
+    def __init__(self, index: Index) -> None:
+        self.dtype = getattr(torch, index.dtype)
+        self.index = index
+        self._quantizers = [read_quantizer(q, "the index") for q in index.quantizers]
+        self._known: dict[tuple[int, str, int], tuple[Any, dict[str, Any], tuple[int, int]]] = {}
+
+    def matrix(self, key: Key, part: str, buffer: memoryview) -> tuple[Any, Tensor | None]:
+        """Return the stored matrix and its bias, views of a buffer."""
+        form = self.index.layers[key[0]].experts[key[1]][part].form
+        quantizer, found, shape = self._layout(key[0], part, form)
+        tensors = {name: torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize, offset=at)
+                   .view(dims) for name, (at, size, dims, dtype) in found.items()}
+        bias = tensors.pop("bias", None)
+        return quantizer.from_tensors(tensors, shape, self.dtype), bias
+
+    def _layout(self, n: int, part: str, form: int) -> tuple[Any, dict[str, Any], tuple[int, int]]:
+        if (n, part, form) not in self._known:
+            layer, quantizer = self.index.layers[n], self._quantizers[form]
+            out, columns = layer.shapes[part]
+            raw = self.index.quantizers[form]["entry"] == "raw"
+            shape = (columns, out) if layer.transposed and raw else (out, columns)
+            bias = (out, self.dtype) if part in layer.biased else None
+            found = places(quantizer.layout(shape, self.dtype), bias)
+            self._known[n, part, form] = quantizer, found, shape
+        return self._known[n, part, form]
+
+
+class ExpertCache:
+    """Keeps experts that were used, as many as fit, and reads those that are asked for.
+
+    Parameters
+    ----------
+    index, reader
+        Of one store.
+    budget : int
+        Bytes of experts, those being streamed (`STAGES` of the largest) included.
+    policy : Policy
+        Says who leaves.
+    """
+
+    def __init__(self, index: Index, reader: Reader, budget: int, policy: Policy) -> None:
+        self.index, self.reader, self.policy = index, reader, policy
+        self.forms = Forms(index)
+        largest = max(size_of(m) for _, _, m in index.blobs())
+        self._stages = [mmap.mmap(-1, largest) for _ in range(STAGES)]
+        self.budget, self.mapped = budget - STAGES * largest, 0
+        self.resident: dict[Key, Resident] = {}
+        self._free: dict[int, list[mmap.mmap]] = {}
+        self._checked: set[tuple[Key, str]] = set()
+        self.hits = self.misses = 0
+        self.stalled = 0.0  # seconds in which computing waited for reading
+
+    @contextmanager
+    def layer(self, n: int, experts: Sequence[int]) -> Iterator[Get]:
+        """Hold the experts of a layer, in ascending order, for as long as it is computed.
+
+        Yields
+        ------
+        callable
+            From expert and part to (stored matrix, bias), waiting for it to be read. Experts that there
+            is no room for are to be asked for in ascending order; each is gone when the next but one is.
+        """
+        pinned = {(n, e) for e in experts}
+        streamed = [key for key in sorted(pinned) if not self._keep(key, pinned)]
+        stage = Stage(self, streamed, self._stages)
+
+        def get(e: int, part: str) -> tuple[Any, Tensor | None]:
+            held = self.resident.get((n, e)) or stage.reach((n, e))
+            return self._matrix(held, part)
+
+        try:
+            yield get
+        except BaseException:
+            self._forget_failed()
+            raise
+        finally:
+            stage.end()
+
+    def next_token(self) -> None:
+        """Say that a token, or the prompt as a whole, is over."""
+        self.policy.next_token()
+
+    def close(self) -> None:
+        """Let go of all memory; the reader must have ended."""
+        self.resident.clear()
+        self._free.clear()
+        self._stages.clear()
+
+    def _keep(self, key: Key, pinned: set[Key]) -> bool:
+        """Count the use of an expert, and see to it that it is read; False: there is no room to keep it."""
+        self.policy.used(key)
+        if key in self.resident:
+            self.hits += 1
+            return True
+        self.misses += 1
+        place = self._place(key, pinned)
+        if place is None:
+            return False
+        self.policy.added(key)
+        self.resident[key] = self.read(key, place)
+        return True
+
+    def _place(self, key: Key, pinned: set[Key]) -> mmap.mmap | None:
+        """Return memory for an expert, evicting where none is left; None: all that is there is pinned."""
+        size = size_of(self.index.layers[key[0]].experts[key[1]])
+        while True:
+            if self._free.get(size):
+                return self._free[size].pop()
+            if self.mapped + size <= self.budget:
+                self.mapped += size
+                return mmap.mmap(-1, size)
+            if other := next((s for s, places in self._free.items() if places), None):
+                self._free[other].pop()
+                self.mapped -= other
+                continue
+            gone = self.policy.victim(key, pinned)
+            if gone is None:
+                return None
+            self._evict(gone)
+
+    def _evict(self, key: Key) -> None:
+        self.policy.removed(key)
+        held = self.resident.pop(key)
+        for request in held.requests.values():
+            request.wait_quietly()  # memory that is being read into is nobody's yet
+        held.matrices.clear()
+        self._free.setdefault(len(held.place), []).append(held.place)
+
+    def read(self, key: Key, place: mmap.mmap) -> Resident:
+        """Ask for all matrices of an expert, one after the other."""
+        matrices, view, at, requests = self.index.layers[key[0]].experts[key[1]], memoryview(place), 0, {}
+        for part, m in matrices.items():
+            what = f"{part} of expert {key[1]} in layer {key[0]}"
+            length = padded(m.nbytes)
+            requests[part] = Request(m, view[at: at + length], what, (key, part) not in self._checked)
+            at += length
+        self.reader.demand(list(requests.values()))
+        return Resident(key, place, requests)
+
+    def _matrix(self, held: Resident, part: str) -> tuple[Any, Tensor | None]:
+        if part not in held.matrices:
+            request = held.requests[part]
+            if not request.done.is_set():
+                started = time.perf_counter()
+                request.done.wait()
+                self.stalled += time.perf_counter() - started
+            request.wait()
+            self._checked.add((held.key, part))
+            held.matrices[part] = self.forms.matrix(held.key, part, request.buffer)
+        return held.matrices[part]
+
+    def _forget_failed(self) -> None:
+        """Give back places of experts that could not be read, so that the next call reads them again."""
+        for key, held in list(self.resident.items()):
+            for request in held.requests.values():
+                request.wait_quietly()
+            if any(r.error for r in held.requests.values()):
+                self._evict(key)
+
+
+class Stage:
+    """Experts that pass through without being kept, read one ahead of the one in use."""
+
+    def __init__(self, cache: ExpertCache, keys: list[Key], places: list[mmap.mmap]) -> None:
+        self.cache, self.keys, self.places = cache, keys, places
+        self.at, self.held = -1, {}
+        for n in range(min(STAGES, len(keys))):
+            self.held[keys[n]] = cache.read(keys[n], places[n])
+
+    def reach(self, key: Key) -> Resident:
+        """Return an expert; the one before it is gone, and the one after the next is asked for."""
+        n = self.keys.index(key)
+        if n > self.at:
+            self.at = n
+            if n >= 1:
+                self.held.pop(self.keys[n - 1], None)
+            if n >= 1 and n + 1 < len(self.keys):
+                following = self.keys[n + 1]
+                self.held[following] = self.cache.read(following, self.places[(n + 1) % STAGES])
+        return self.held[key]
+
+    def end(self) -> None:
+        """Wait for what is still being read: its memory is used again."""
+        for held in self.held.values():
+            for request in held.requests.values():
+                request.wait_quietly()
+        self.held.clear()
+
+
+def size_of(matrices: dict[str, Matrix]) -> int:
+    """Return the bytes of an expert, padded."""
+    return sum(padded(m.nbytes) for m in matrices.values())

@@ -1,0 +1,123 @@
+"""Recorded routing: which experts a model used, token by token."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from poise.errors import DataError
+from poise_edgemoe.cache.policy import Key
+
+_COLUMNS = ("turn", "phase", "step", "layer", "expert")
+_PROMPT, _DECODE = 0, 1
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """One prompt and what was decoded after it, as uses of (MoE layer, expert).
+
+    Attributes
+    ----------
+    layers
+        MoE layers; layers without experts are not counted.
+    experts
+        Experts of a layer.
+    layer_bytes
+        Bytes of one expert, by MoE layer.
+    prompt
+        By layer the experts that any token of the prompt used, ascending, each once: one token.
+    decode
+        By token and layer the experts used, ascending.
+    """
+
+    layers: int
+    experts: int
+    layer_bytes: tuple[int, ...]
+    prompt: tuple[Key, ...]
+    decode: tuple[Key, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Return the bytes of a slot that holds any expert: those of the largest."""
+        return max(self.layer_bytes)
+
+
+def read_trace(path: Path | str) -> RoutingTrace:
+    """Read a routing trace as BigMoeOnEdge records it (gzip).
+
+    Comment lines give the bytes of an expert (`# layer=0 expert_bytes=3059712`) and the number of experts
+    (`n_expert=128`); then comes a table with the columns turn, phase (0: prompt, 1: decode), step (token),
+    layer and expert. Others are not looked at.
+
+    Raises
+    ------
+    DataError
+        For a file that is missing, not gzip, cut off, without rows, columns or bytes of a layer; for a cell
+        that is no whole number from 0, an expert beyond their number, or more than one turn.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as lines:
+            return _read(enumerate(lines, 1), str(path))
+    except EOFError:
+        raise DataError(f"{path} is cut off: the gzip stream does not end; copy it again") from None
+    except (OSError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a routing trace (csv.gz): {error}") from None
+
+
+def _read(lines: Iterator[tuple[int, str]], path: str) -> RoutingTrace:
+    comments, header = [], None
+    for _, line in lines:
+        if not line.startswith("#"):
+            header = line.rstrip("\r\n").split(",")
+            break
+        comments.append(line)
+    if header is None:
+        raise DataError(f"{path} has no table: needs a line of columns {', '.join(_COLUMNS)}, and rows")
+    if missing := [c for c in _COLUMNS if c not in header]:
+        raise DataError(f"{path}: column {missing[0]!r} is missing, there are {', '.join(header)}")
+    rows = list(_rows(lines, header, path))
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    if turns := {row[0] for row in rows} - {rows[0][0]}:
+        raise DataError(f"{path} has turns {rows[0][0]} and {min(turns)}: one turn is read, split the file")
+    return _trace(rows, "".join(comments), path)
+
+
+def _rows(lines: Iterator[tuple[int, str]], header: list[str], path: str) -> Iterator[tuple[int, ...]]:
+    """Yield (turn, phase, step, layer, expert) of every row."""
+    at = [header.index(c) for c in _COLUMNS]
+    for number, line in lines:
+        cells = line.rstrip("\r\n").split(",")
+        if len(cells) != len(header):
+            raise DataError(f"{path}, line {number}: {len(cells)} cells for {len(header)} columns")
+        for i, column in zip(at, _COLUMNS):
+            if not (cells[i].isascii() and cells[i].isdigit() and len(cells[i]) < 10):
+                raise DataError(
+                    f"{path}, line {number}: {column} is {cells[i]!r}, needs a whole number from 0"
+                )
+        row = tuple(int(cells[i]) for i in at)
+        if row[1] not in (_PROMPT, _DECODE):
+            raise DataError(f"{path}, line {number}: phase is {row[1]}, needs 0 (prompt) or 1 (decode)")
+        yield row
+
+
+def _trace(rows: list[tuple[int, ...]], comments: str, path: str) -> RoutingTrace:
+    """Return the trace; layers are numbered anew, from 0, since those without experts have no rows."""
+    found = {int(i): int(b) for i, b in re.findall(r"\blayer=(\d+) expert_bytes=(\d+)", comments)}
+    layers = sorted({layer for *_, layer, _ in rows})
+    if bare := [i for i in layers if not found.get(i)]:
+        raise DataError(f"{path}: no comment '# layer={bare[0]} expert_bytes=N' gives its experts' bytes")
+    largest = max(expert for *_, expert in rows)
+    told = re.search(r"\bn_expert=(\d+)", comments)
+    experts = int(told[1]) if told else largest + 1
+    if largest >= experts:
+        raise DataError(f"{path}: expert {largest} is beyond n_expert={experts}")
+    place = {layer: i for i, layer in enumerate(layers)}
+    prompt = sorted({(place[i], j) for _, phase, _, i, j in rows if phase == _PROMPT})
+    decode = sorted({(step, place[i], j) for _, phase, step, i, j in rows if phase == _DECODE})
+    uses = tuple((i, j) for _, i, j in decode)
+    return RoutingTrace(len(layers), experts, tuple(found[i] for i in layers), tuple(prompt), uses)
