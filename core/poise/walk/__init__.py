@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from poise.walk.checkpoints import checkpoint
 from poise.walk.families import FAMILIES
-from poise.walk.files import open_weights
+from poise.walk.files import open_others, open_weights
 from poise.walk.foreign import dense_linear
 from poise.walk.live import (
     choose,
@@ -31,6 +31,6 @@ from poise.walk.weight import ROLES, Expert, Weight
 
 __all__ = [
     "FAMILIES", "ROLES", "Expert", "Product", "Weight", "checkpoint", "choose", "count", "covered",
-    "dense_linear", "has_own_forward", "held", "matches", "named_tie", "open_weights", "path_of",
-    "refuse_overlap", "refuse_tied", "replace", "replace_module", "select", "untied", "weights",
+    "dense_linear", "has_own_forward", "held", "matches", "named_tie", "open_others", "open_weights",
+    "path_of", "refuse_overlap", "refuse_tied", "replace", "replace_module", "select", "untied", "weights",
 ]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +41,8 @@ def open_weights(directory: Path | str) -> Iterator[Weight]:
         For a file that is missing or torn, a tensor that the index does not find, or weights in a format
         with scales of its own (MXFP4, FP8).
     """
-    files = _Files(Path(directory))
-    config = read_json(Path(directory) / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str | None):
-        raise FileError(f"{directory}/config.json is no model's configuration")
-    files.cast(config)
-    kind = family(config.get("model_type"))
+    files, config, kind = _opened(directory)
     found: dict[str, list[_Piece]] = {}
-    tied = config.get("tie_word_embeddings", "lm_head.weight" not in files.shapes)
-    config = {**config, "tie_word_embeddings": tied}  # classes differ in what they mean by leaving it out
     for key in sorted(files.shapes, key=_natural):
         if (piece := _piece(key, files, config, kind)) is not None:
             found.setdefault(piece.name, []).append(piece)
@@ -57,6 +51,52 @@ def open_weights(directory: Path | str) -> Iterator[Weight]:
     for weight in placed(every, {"": kind}):
         router = weight.role == "router"
         yield _tied(replace(weight, replaceable=kind.plain_router) if router else weight, config)
+
+
+def _opened(directory: Path | str) -> tuple[_Files, dict[str, Any], Family]:
+    """Return the files of a directory, its configuration and its family."""
+    files = _Files(Path(directory))
+    config = read_json(Path(directory) / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str | None):
+        raise FileError(f"{directory}/config.json is no model's configuration")
+    files.cast(config)
+    tied = config.get("tie_word_embeddings", "lm_head.weight" not in files.shapes)
+    config = {**config, "tie_word_embeddings": tied}  # classes differ in what they mean by leaving it out
+    return files, config, family(config.get("model_type"))
+
+
+def open_others(
+    directory: Path | str, in_full: Callable[[str], bool] = lambda key: False
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield what `open_weights` leaves out of a plain state, and what it yields but for experts.
+
+    Keys are those of the loaded model's `state_dict`; a tied head is left out, biases of experts are there.
+
+    Parameters
+    ----------
+    in_full : callable
+        Tells of a key whether its tensor is read in float32, whatever the configuration names.
+    """
+    files, config, kind = _opened(directory)
+    for key in sorted(files.shapes, key=_natural):
+        piece = _piece(key, files, config, kind)
+        if _left_out(key, config) or (piece is not None and (piece.expert or piece.fused)):
+            continue
+        live = piece.state_key if piece is not None else _live_key(key, kind)
+        if in_full(live):
+            files.dtypes[key] = _dtype("F32")
+        yield live, partial(files.read, key)
+
+
+def _live_key(key: str, kind: Family) -> str:
+    """Return the key in memory of a tensor that is no weight of the walk's: a norm, a bias."""
+    hit = re.fullmatch(rf"{_block(kind)}\.(?P<rest>.+)", key)
+    if hit is None or not (kind.disk_block or kind.disk_router):
+        return key
+    rest = hit["rest"]
+    if kind.disk_router and rest.startswith(f"{kind.disk_router}."):
+        rest = kind.router[0] + rest.removeprefix(kind.disk_router)
+    return f"{_live_block(hit, kind)}.{rest}"
 
 
 def _refuse_gaps(found: dict[str, list[_Piece]], files: _Files) -> None:
@@ -180,15 +220,16 @@ def _piece(key: str, files: _Files, config: dict[str, Any], kind: Family) -> _Pi
     if key.endswith(_FOREIGN):
         raise FileError(f"{files.directory}: {key} belongs to a format with scales of its own (MXFP4, "
                         f"FP8), which is not read: save the model in bfloat16")
-    layers = config.get("num_hidden_layers")
-    hit = re.match(r"model\.layers\.(\d+)\.", key)
-    if hit and isinstance(layers, int) and int(hit[1]) >= layers:
-        return None  # an extra prediction head, which from_pretrained leaves out too
-    if key == "lm_head.weight" and config.get("tie_word_embeddings"):
-        return None
-    if len(files.shapes[key]) < 2 or key.endswith("bias"):
+    if _left_out(key, config) or len(files.shapes[key]) < 2 or key.endswith("bias"):
         return None
     return _of_expert(key, kind) or _fused(key, len(files.shapes[key]), kind) or _ordinary(key, kind)
+
+
+def _left_out(key: str, config: dict[str, Any]) -> bool:
+    """Tell whether from_pretrained leaves a tensor out: a tied head, a layer beyond the last."""
+    layers, hit = config.get("num_hidden_layers"), re.match(r"model\.layers\.(\d+)\.", key)
+    beyond = hit is not None and isinstance(layers, int) and int(hit[1]) >= layers
+    return beyond or (key == "lm_head.weight" and bool(config.get("tie_word_embeddings")))
 
 
 def _block(kind: Family) -> str:

@@ -1,0 +1,158 @@
+"""A model with its hot weights in memory that is its own, and its experts nowhere.
+
+It is made on the meta device, so that experts never take room; hot weights are read, not mapped: pages of a
+file that is mapped would come and go at the kernel's will.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.errors import FileError, require
+from poise.quantizers import PackedLinear
+from poise.walk import weights
+from poise_edgemoe.models import empty_model
+from poise_edgemoe.store.index import HOT, Index
+from poise_edgemoe.store.schemes import read_quantizer
+
+_CHUNK = 1 << 22
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_config(folder: Path) -> Any:
+    """Return transformers' configuration of a store."""
+    transformers = require("transformers", "edgemoe")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{folder}/config.json is not read by transformers: {error}") from None
+
+
+def load_hot(folder: Path, index: Index) -> Any:
+    """Return the model of a store with all but its routed experts loaded.
+
+    Raises
+    ------
+    FileError
+        For hot weights that are torn, altered, missing, or not this model's.
+    """
+    model = empty_model(read_config(folder), getattr(torch, index.dtype))
+    tensors = {k: v for path in hot_files(folder, index) for k, v in read_tensors(path, index).items()}
+    experts = tuple(f"{layer.path}." for layer in index.layers)
+    packed = {k: tensors.pop(k) for k in list(tensors) if ".packed." in k}
+    _, extra = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    _put_packed(model, index, packed)
+    lost = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith(experts)]
+    if extra or lost:
+        what = f"{extra[0]} is not of this model" if extra else f"{lost[0]} is missing"
+        raise FileError(f"{folder}: {what} (hot weights of another model?)")
+    _fill_buffers(model)
+    return model.requires_grad_(False)
+
+
+def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> None:
+    """Put packed layers in the place of those that the store has packed, and take their tensors out."""
+    if not (names := set(index.hot.get("packed", ()))):
+        return
+    quantizer = read_quantizer(index.hot.get("quantizer"), "the index")
+    for w in [w for w in weights(model) if w.name in names]:
+        layout = quantizer.layout(w.shape, w.dtype)
+        try:
+            parts = {name: tensors.pop(f"{w.name}.packed.{name}") for name in layout}
+        except KeyError as error:
+            raise FileError(f"{error.args[0]} is missing (hot weights of another model?)") from None
+        bias = getattr(w.layer, "bias", None)
+        layer = PackedLinear(quantizer.from_tensors(parts, w.shape, w.dtype), quantizer, bias, w.layer)
+        for slot in w.slots:
+            slot.put(layer)
+
+
+@torch.no_grad()
+def warm(dtype: torch.dtype) -> None:
+    """Run every kernel once: what libraries set up for themselves belongs to the process, not a model."""
+    x, w = torch.zeros(8, 256, dtype=dtype), torch.zeros(256, 256, dtype=dtype)
+    for rows in (1, 2, 8):
+        nn.functional.linear(x[:rows], w)
+        nn.functional.linear(x[:rows].float(), w.float())
+    q = x.view(1, 4, 8, 64)
+    nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(8, 8, dtype=torch.bool))
+    nn.functional.silu(x).float().softmax(-1).topk(2)
+    x.index_add_(0, torch.unique(torch.arange(4)), x[:4].clone())
+    x.float().sort(-1)
+
+
+def hot_files(folder: Path, index: Index) -> list[Path]:
+    """Return the files of the hot weights."""
+    return [folder / n for n in sorted(index.files) if n.startswith(HOT) and n.endswith(".safetensors")]
+
+
+def read_tensors(path: Path, index: Index) -> dict[str, Tensor]:
+    """Read a safetensors file into tensors of our own, each with its own memory, and check every byte."""
+    digest, found = hashlib.sha256(), {}
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as f:
+        length = int.from_bytes(_read(f, bytearray(8), path, digest), "little")
+        size = index.files[path.name]["bytes"]
+        if length > size:
+            raise FileError(f"{path} is altered: its header says that it has {length} bytes")
+        header = bytes(_read(f, bytearray(length), path, digest))
+        for key, dtype, shape, nbytes in _entries(header, size - 8 - length, path):
+            tensor = torch.empty(nbytes, dtype=torch.uint8)
+            _read(f, memoryview(tensor.numpy()), path, digest)  # type: ignore[arg-type]
+            found[key] = tensor.view(dtype).view(shape)
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if digest.hexdigest() != index.files[path.name]["sha256"]:
+        raise FileError(f"{path} is altered: its checksum does not match")
+    return found
+
+
+def _entries(header: bytes, size: int, path: Path) -> list[tuple[str, torch.dtype, list[int], int]]:
+    """Return name, type, shape and bytes of every tensor, in the order in which they lie in the file.
+
+    Nothing is set aside for a header that says more than the file holds.
+    """
+    try:
+        said = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        spans = sorted((*v["data_offsets"], k) for k, v in said.items())
+        found = [(k, _TYPES[said[k]["dtype"]], list(said[k]["shape"]), end - at) for at, end, k in spans]
+        whole = all(math.prod(shape) * dtype.itemsize == n for _, dtype, shape, n in found)
+        follow = [at for at, _, _ in spans] == [0, *(end for _, end, _ in spans)][:-1]
+        if whole and follow and sum(n for *_, n in found) == size:
+            return found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise FileError(f"{path} is altered: its header is not that of tensors which fill it")
+
+
+def _read(f: Any, into: Any, path: Path, digest: Any) -> Any:
+    """Fill a buffer from a file."""
+    view = memoryview(into)
+    for at in range(0, len(view), _CHUNK):
+        part, got = view[at: at + _CHUNK], 0
+        while got < len(part):
+            n = f.readinto(part[got:])
+            if not n:
+                raise FileError(f"{path} is torn: it ends too early")
+            got += n
+        digest.update(part)
+    return into
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    """Make buffers that no file holds (the frequencies of rotary embeddings), as transformers does."""
+    for module in model.modules():
+        empty = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if empty:
+            model._init_weights(module)  # type: ignore[operator] - of transformers' models

@@ -1,0 +1,1 @@
+"""A model on disk, its experts apart: schemes, the index, where models come from, conversion, reading."""

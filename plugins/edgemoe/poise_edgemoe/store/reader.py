@@ -1,0 +1,192 @@
+"""Reads matrices of experts past the page cache: one thread, one system call at a time, demand first.
+
+Source: EdgeMoE section III-C1 (a thread of its own reads); what it reads goes into memory that is ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from poise.errors import FileError, RunError
+from poise_edgemoe.store.index import EXPERTS, Matrix, padded
+
+RETRIES = 3  # of a read that the device fails
+
+
+@dataclass
+class Request:
+    """One matrix to read into memory that begins at a page, and whether it is there.
+
+    Parameters
+    ----------
+    buffer : memoryview
+        As long as the matrix, padded.
+    what : str
+        Said when reading fails.
+    check : bool
+        Whether the checksum is looked at.
+    """
+
+    matrix: Matrix
+    buffer: memoryview
+    what: str
+    check: bool = True
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
+
+    def wait(self) -> None:
+        """Return when it is there; raise what went wrong.
+
+        Raises
+        ------
+        FileError
+            For bytes that cannot be read, or are not those that were written.
+        """
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+
+    def wait_quietly(self) -> None:
+        """Return when its memory is no longer written to, come what may."""
+        self.done.wait()
+
+
+class Reader:
+    """Serves requests in the order in which they come, those of `demand` before those of `prefetch`.
+
+    Parameters
+    ----------
+    folder : Path
+        A store, whose index was read.
+    direct : bool
+        Whether to try O_DIRECT.
+    """
+
+    def __init__(self, folder: Path, *, direct: bool = True) -> None:
+        self.path = folder / EXPERTS
+        self._file, self.direct = _opened(self.path, direct)
+        self._demand: deque[Request] = deque()
+        self._prefetch: deque[Request] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self.bytes_read = 0
+        self._thread = threading.Thread(target=self._serve, name="poise expert reader", daemon=True)
+        self._thread.start()
+
+    def demand(self, requests: list[Request]) -> None:
+        """Read these next."""
+        self._submit(self._demand, requests)
+
+    def prefetch(self, requests: list[Request]) -> None:
+        """Read these when nothing else is asked for."""
+        self._submit(self._prefetch, requests)
+
+    def promote(self, request: Request) -> None:
+        """Let a prefetch that is not yet running go before others; a compute thread waits for it."""
+        with self._wake:
+            if request in self._prefetch:
+                self._prefetch.remove(request)
+                self._demand.append(request)
+                self._wake.notify()
+
+    def close(self) -> None:
+        """End the thread and close the file; what is not read yet fails. A second time: nothing."""
+        with self._wake:
+            if self._closed:
+                return
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        os.close(self._file)
+
+    def _submit(self, queue: deque[Request], requests: list[Request]) -> None:
+        with self._wake:
+            if self._closed:
+                raise RunError("the reader is closed: open the engine again")
+            queue.extend(requests)
+            self._wake.notify()
+
+    def _serve(self) -> None:
+        while (request := self._next()) is not None:
+            try:
+                self._read(request)
+            except Exception as error:
+                request.error = error
+            request.done.set()
+
+    def _next(self) -> Request | None:
+        """Wait for a request; at the end fail those that are left, and return None."""
+        with self._wake:
+            while not (self._demand or self._prefetch or self._closed):
+                self._wake.wait()
+            if self._closed:
+                for left in (*self._demand, *self._prefetch):
+                    left.error = RunError("the reader was closed before it came to this")
+                    left.done.set()
+                return None
+            return (self._demand or self._prefetch).popleft()
+
+    def _read(self, request: Request) -> None:
+        if request.cancelled:
+            return
+        m = request.matrix
+        length, got = padded(m.nbytes), 0
+        while got < length:
+            n = self._read_some(request, m.offset + got, got, length)
+            if n == 0:
+                raise FileError(f"{self.path} ends at {m.offset + got}, in {request.what}: the file was "
+                                f"cut since the store was opened")
+            got += n
+        self.bytes_read += length
+        if not self.direct:  # the page cache is not ours to fill
+            os.posix_fadvise(self._file, m.offset, length, os.POSIX_FADV_DONTNEED)
+        if request.check and zlib.crc32(request.buffer[: m.nbytes]) != m.crc:
+            raise FileError(f"{self.path} is altered: the checksum of {request.what}, at {m.offset}, does "
+                            f"not match")
+
+    def _read_some(self, request: Request, offset: int, got: int, length: int) -> int:
+        """Read once into what is left; a device's failure is tried again."""
+        for left in range(RETRIES, -1, -1):
+            try:
+                return os.preadv(self._file, [request.buffer[got:length]], offset)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:  # a short read left an odd offset
+                    self._file, self.direct = _reopened(self._file, self.path)
+                    continue
+                if error.errno != errno.EIO or not left:
+                    raise FileError(f"cannot read {request.what} at {offset} of {self.path}: "
+                                    f"{error.strerror}") from error
+        raise AssertionError("the last try returns or raises")
+
+
+def _opened(path: Path, direct: bool) -> tuple[int, bool]:
+    """Open a regular file, past the page cache where the file system allows it."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    if direct and hasattr(os, "O_DIRECT"):
+        try:
+            handle = os.open(path, flags | os.O_DIRECT)
+            with mmap.mmap(-1, 4096) as page:
+                os.preadv(handle, [page], 0)
+            return handle, True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+                raise FileError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        handle = os.open(path, flags)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+    return handle, False
+
+
+def _reopened(handle: int, path: Path) -> tuple[int, bool]:
+    os.close(handle)
+    return _opened(path, direct=False)

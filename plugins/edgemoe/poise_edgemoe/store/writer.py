@@ -1,0 +1,327 @@
+"""Conversion: one layer's experts in memory at a time, resumable, whole or not there.
+
+What is made lies in `NAME.partial` until it is complete. `progress.jsonl` there says after each layer what
+was written; a conversion that was killed goes on after the last line of it, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from poise.errors import ConfigError, DataError, FileError
+from poise.files import checksum, make_folder, sync_folder, write_json, write_shards
+from poise.quantizers.whole import resolve
+from poise.registry import build
+from poise.walk import Weight, weights
+from poise_edgemoe.models import empty_model, in_full
+from poise_edgemoe.store.index import (
+    EXPERTS,
+    HOT,
+    PAGE,
+    VERSION,
+    Index,
+    Layer,
+    Matrix,
+    padded,
+    payload,
+    places,
+    read_layer,
+    write_index,
+)
+from poise_edgemoe.store.schemes import RAW, Raw, scheme_quantizer, stored, written
+from poise_edgemoe.store.source import MoELayer, Source, open_source
+
+BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "poise_tokenizer.json")
+JOURNAL, LOCK = "progress.jsonl", ".lock"
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    model: Any, path: Path | str, bits: int = 4, plan: Mapping[str, Any] | None = None,
+    scheme: str = "asym_group", group: int = 64, hot: str | int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a mixture-of-experts model as a store.
+
+    Parameters
+    ----------
+    model : path or nn.Module
+        A transformers directory, read tensor by tensor, or a live transformers model.
+    path : path
+        The folder to make; it must not exist.
+    bits : int
+        Of experts: 2, 3, 4, 8; 16: bfloat16 (float16 for a model that is), 32: float32.
+    plan : mapping, optional
+        Name or pattern of an expert's matrix to bits or a quantizer, as `quantize_model` takes it; what it
+        does not name is stored at `bits`.
+    scheme : str
+        sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer.
+    group : int
+        Columns that share a scale, in the schemes with groups.
+    hot : "bf16", "raw", 8 or 4
+        How the rest is stored; None: "raw", the model's own type, where experts are 32 bits, otherwise
+        "bf16".
+    progress : callable, optional
+        Called with layers that are written, and all.
+
+    Returns
+    -------
+    Path
+        The store.
+
+    Raises
+    ------
+    ConfigError
+        For a model without experts, an unknown family, a path that exists, an option out of range.
+    DataError
+        Naming a weight that holds NaN or Inf.
+    FileError
+        For a source that is torn, a disk that is full (the next call goes on), or another process that is
+        converting to the same place.
+    """
+    path = Path(path)
+    hot = ("raw" if bits == 32 else "bf16") if hot is None else hot
+    if hot not in ("bf16", "raw", 8, 4):
+        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4")
+    if path.exists():
+        raise ConfigError(f"{path} exists: remove it first, or name another store")
+    source = open_source(model)
+    forms = _forms(source, bits, plan, scheme, group)
+    partial = path.with_name(f"{path.name}.partial")
+    with _full_disk(partial):
+        make_folder(partial)
+        with _alone(partial):
+            _convert(source, partial, forms, hot, progress or (lambda done, of: None))
+            (partial / JOURNAL).unlink()
+            (partial / LOCK).unlink()
+            os.rename(partial, path)
+            sync_folder(path.parent)
+    return path
+
+
+@contextmanager
+def _full_disk(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        more = ": free some room and convert again, which goes on where this ended" if full else ""
+        raise FileError(f"cannot write {partial}: {error.strerror or error}{more}") from error
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Hold the folder's lock: two conversions would write over each other."""
+    with open(partial / LOCK, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileError(f"{partial} is being written by another process: wait for it") from None
+        yield
+
+
+def _forms(
+    source: Source, bits: int, plan: Mapping[str, Any] | None, scheme: str, group: int
+) -> dict[str, Any]:
+    """Return what stores each expert's matrix, by name."""
+    found = [w for layer in source.layers for one in layer.experts for w in one.values()]
+    forms = dict.fromkeys((w.name for w in found), _quantizer(scheme, bits, group, found[0]))
+    if plan:
+        known = {b: _quantizer(scheme, b, group, found[0]) for b in RAW}
+        default = scheme_quantizer(scheme, 4 if bits in RAW else bits, group)
+        own = {k: known.get(v, v) if isinstance(v, int) else v for k, v in plan.items()}
+        forms |= {w.name: q for w, q in resolve(found, default, own)}
+    for q in {id(q): q for q in forms.values()}.values():
+        written(q)
+    return forms
+
+
+def _quantizer(scheme: str, bits: int, group: int, like: Weight) -> Any:
+    if bits == 16 and like.dtype == torch.float16:
+        return Raw("float16")
+    return scheme_quantizer(scheme, bits, group)
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, progress: Progress) -> None:
+    dtype = _dtype(source, hot)
+    request = _request(source, forms, hot)
+    quantizers: list[dict[str, Any]] = []
+    layers = _resumed(folder, request, quantizers)
+    biases = source.biases()
+    with open(folder / EXPERTS, "r+b" if layers else "wb") as f:
+        f.truncate(_end(layers))
+        f.seek(0, os.SEEK_END)
+        for n, layer in enumerate(source.layers):
+            if n >= len(layers):
+                layers.append(_write_layer(f, layer, forms, biases.get(layer.path, {}), quantizers, dtype))
+                f.flush()
+                os.fsync(f.fileno())
+                _note(folder, {"layer": asdict(layers[-1]), "quantizers": quantizers})
+            progress(n + 1, len(source.layers))
+    packed = _write_hot(source, folder, dtype, hot)
+    _copy_beside(source, folder)
+    names = sorted(p.name for p in folder.iterdir() if p.name not in (JOURNAL, LOCK))
+    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in names}
+    for name in set(names) - {EXPERTS}:
+        files[name]["sha256"] = checksum(folder / name)
+    name = str(dtype).removeprefix("torch.")
+    write_index(folder, Index(source.family, name, quantizers, layers, packed, files))
+
+
+def _dtype(source: Source, hot: Any) -> torch.dtype:
+    """Return the type that is computed in: the source's, or bfloat16."""
+    own = next(iter(source.layers[0].experts[0].values())).dtype
+    return own if hot == "raw" or own == torch.float16 else torch.bfloat16
+
+
+def _end(layers: list[Layer]) -> int:
+    """Return where the last layer that is written ends."""
+    last = layers[-1].experts[-1].values() if layers else ()
+    return max((m.offset + padded(m.nbytes) for m in last), default=0)
+
+
+def _request(source: Source, forms: dict[str, Any], hot: Any) -> str:
+    """Return what two conversions to the same bytes have in common, as a hash."""
+    facts: list[Any] = [VERSION, source.config.to_dict(), hot, [(k, written(q)) for k, q in forms.items()]]
+    if source.directory is None:
+        facts.append(os.urandom(8).hex())  # nobody knows whether a live model is still the same
+    else:
+        files = sorted(source.directory.glob("*.safetensors"))
+        facts += [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _resumed(folder: Path, request: str, quantizers: list[dict[str, Any]]) -> list[Layer]:
+    """Return the layers that an earlier conversion of the same request has written."""
+    lines = []
+    if (folder / JOURNAL).is_file():
+        for line in (folder / JOURNAL).read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # it was killed while it wrote this line
+    if not lines or lines[0] != {"request": request}:
+        (folder / JOURNAL).write_text(json.dumps({"request": request}) + "\n")
+        return []
+    (folder / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    layers = [read_layer(line["layer"]) for line in lines[1:]]
+    quantizers += lines[-1]["quantizers"] if layers else []
+    if not (folder / EXPERTS).is_file() or (folder / EXPERTS).stat().st_size < _end(layers):
+        raise FileError(f"{folder} is torn: remove it and convert again")
+    return layers
+
+
+def _note(folder: Path, line: dict[str, Any]) -> None:
+    with open(folder / JOURNAL, "a") as f:
+        f.write(json.dumps(line) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+# ------------------------------------------------------------------ experts
+
+
+def _write_layer(
+    f: BinaryIO, layer: MoELayer, forms: dict[str, Any], biases: dict[str, Tensor],
+    quantizers: list[dict[str, Any]], dtype: torch.dtype,
+) -> Layer:
+    experts = []
+    for e, one in enumerate(layer.experts):
+        where = {}
+        for part, w in one.items():
+            bias = biases[part][e].to(dtype) if part in biases else None
+            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers)
+        experts.append(where)
+    shapes = {part: list(w.shape) for part, w in layer.experts[0].items()}
+    return Layer(layer.path, layer.encoder, shapes, sorted(biases), layer.transposed, experts)
+
+
+def _write_matrix(
+    f: BinaryIO, w: Weight, quantizer: Any, bias: Tensor | None, transposed: bool,
+    quantizers: list[dict[str, Any]],
+) -> Matrix:
+    matrix = w.read()
+    if isinstance(quantizer, Raw) and transposed:
+        matrix = w.plain(matrix)
+    try:
+        quantizer, made = stored(quantizer, matrix.contiguous())
+    except DataError as error:
+        raise DataError(f"weight {w.name} {error}") from None
+    tensors = made.tensors()
+    found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
+                   None if bias is None else (len(bias), bias.dtype))
+    data = bytearray(payload(found))
+    for name, (at, size, _, _) in found.items():
+        tensor = bias if name == "bias" else tensors[name]
+        assert tensor is not None
+        data[at: at + size] = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    offset = f.tell()
+    f.write(data)
+    f.write(bytes(padded(len(data), PAGE) - len(data)))
+    said = written(quantizer)
+    if said not in quantizers:
+        quantizers.append(said)
+    return Matrix(offset, len(data), quantizers.index(said), zlib.crc32(data))
+
+
+# ------------------------------------------------------------------ all else
+
+
+def _write_hot(source: Source, folder: Path, dtype: torch.dtype, hot: Any) -> dict[str, Any]:
+    """Write hot weights as safetensors; return what the index says of those that are packed."""
+    quantizer = build("quantizer", "affine", bits=hot, group=64) if hot in (8, 4) else None
+    packed = _packable(source, dtype) if quantizer is not None else {}
+    write_shards(_hot_tensors(source, dtype, packed, quantizer), folder, stem=HOT)
+    return {"quantizer": written(quantizer), "packed": sorted(packed.values())} if packed else {}
+
+
+def _packable(source: Source, dtype: torch.dtype) -> dict[str, str]:
+    """Return the hot linears that a packed layer can stand in for: key to name."""
+    found = [w for w in weights(empty_model(source.config, dtype)) if w.role == "linear"]
+    return {w.state_key: w.name for w in found if w.replaceable and not w.tied_layers}
+
+
+def _hot_tensors(
+    source: Source, dtype: torch.dtype, packed: dict[str, str], quantizer: Any
+) -> Iterator[tuple[str, Tensor]]:
+    full = in_full(source.config)
+    for key, read in source.hot():
+        tensor = read()
+        if tensor.is_floating_point():
+            tensor = tensor if full(key) else tensor.to(dtype)
+            if not tensor.isfinite().all():
+                raise DataError(f"weight {key} holds NaN or Inf: a store holds finite numbers")
+        if key in packed:
+            for name, part in quantizer.quantize(tensor).tensors().items():
+                yield f"{packed[key]}.packed.{name}", part
+        else:
+            yield key, tensor.contiguous()
+
+
+def _copy_beside(source: Source, folder: Path) -> None:
+    said = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}  # where it lay
+    write_json(folder / "config.json", said)
+    if source.directory is None:
+        return
+    for name in BESIDE:
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, folder / name)

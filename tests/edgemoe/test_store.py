@@ -1,0 +1,317 @@
+"""A store holds what the model holds; it is whole or refused; conversion goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from moe_models import FAMILIES, RAW, saved
+
+from poise.errors import ConfigError, DataError, FileError
+from poise.testing.families import tiny
+from poise.walk import open_weights
+from poise_edgemoe.cache.slots import Forms
+from poise_edgemoe.store.index import EXPERTS, INDEX, read_index
+from poise_edgemoe.store.schemes import SCHEMES, Raw, read_quantizer, scheme_quantizer, written
+from poise_edgemoe.store.writer import convert
+
+
+def contents(store):
+    """Return every file of a store as bytes, by name."""
+    return {p.name: p.read_bytes() for p in sorted(store.iterdir())}
+
+
+def matrices(store):
+    """Yield (layer, expert, part, stored matrix, bias) of a store, read plainly."""
+    index, data = read_index(store), (store / EXPERTS).read_bytes()
+    forms = Forms(index)
+    for n, e, parts in index.blobs():
+        for part, m in parts.items():
+            buffer = memoryview(bytearray(data[m.offset:][: m.nbytes]))
+            yield n, e, part, *forms.matrix((n, e), part, buffer)
+
+
+# ------------------------------------------------------------------ what is in it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_raw_experts_come_back_bit_for_bit(family, dtype, tmp_path):
+    source = saved(tmp_path / "model", family, dtype)
+    store = convert(source, tmp_path / "store", bits=RAW[dtype])
+    found = {w.name: w for w in open_weights(source) if w.role == "expert"}
+    index, seen = read_index(store), 0
+    for n, e, part, stored, _ in matrices(store):
+        w = found[f"{index.layers[n].path}.{e}.{part}"]
+        got = stored.dequantize()
+        assert torch.equal(got.T if index.layers[n].transposed else got, w.read()) and got.dtype == dtype
+        seen += 1
+    assert seen == len(found)
+
+
+def test_biases_of_experts_lie_beside_their_matrices(tmp_path):
+    model = tiny("gpt_oss")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.down_proj_bias.normal_()
+    store = convert(model, tmp_path / "store", bits=32)
+    for n, e, part, _, bias in matrices(store):
+        if n == 0 and part == "down":
+            assert torch.equal(bias, experts.down_proj_bias[e])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "absmax"])
+def test_every_scheme_stores_what_its_quantizer_makes(scheme, bits, tmp_path):
+    model = tiny("mixtral")
+    store = convert(model, tmp_path / "store", bits=bits, scheme=scheme, group=8, hot="raw")
+    quantizer = scheme_quantizer(scheme, bits, 8)
+    gate_up = model.model.layers[1].mlp.experts.gate_up_proj
+    for n, e, part, stored, _ in matrices(store):
+        if n == 1 and part == "gate_up":
+            assert torch.equal(stored.dequantize(), quantizer.quantize(gate_up[e].detach()).dequantize())
+
+
+def test_a_plan_gives_matrices_bits_of_their_own(tmp_path):
+    model = tiny("mixtral")
+    plan = {"*.down": 8, "model.layers.1.mlp.experts.2.*": 2, "model.layers.0.mlp.experts.0.gate_up": 16,
+            "model.layers.0.mlp.experts.1.gate_up": 32}
+    index = read_index(convert(model, tmp_path / "store", bits=4, group=8, plan=plan))
+    bits = {(n, e, part): index.quantizers[m.form]["bits"]
+            for n, e, parts in index.blobs() for part, m in parts.items()}
+    assert bits[0, 3, "gate_up"] == 4 and bits[0, 3, "down"] == 8
+    assert bits[1, 2, "gate_up"] == bits[1, 2, "down"] == 2
+    assert bits[0, 0, "gate_up"] == 16 and bits[0, 1, "gate_up"] == 32
+    with pytest.raises(ConfigError, match="'attention' matches no weight"):
+        convert(model, tmp_path / "other", plan={"attention": 4})
+
+
+def test_each_matrix_begins_at_a_page_and_blobs_follow_one_another(tmp_path):
+    index = read_index(convert(tiny("olmoe"), tmp_path / "store", bits=3, group=8))
+    end = 0
+    for _, _, parts in index.blobs():
+        assert list(parts) == ["gate_up", "down"]
+        for m in parts.values():
+            assert m.offset == end and not m.offset % 4096
+            end = m.offset + -(-m.nbytes // 4096) * 4096
+    assert end == (tmp_path / "store" / EXPERTS).stat().st_size
+
+
+def test_the_same_model_gives_the_same_bytes_from_files_shards_and_memory(tmp_path):
+    source = saved(tmp_path / "model", "qwen3_moe")
+    model = tiny("qwen3_moe")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    shutil.copy(source / "poise_tokenizer.json", tmp_path / "shards")
+    first = contents(convert(source, tmp_path / "a", group=8))
+    assert contents(convert(source, tmp_path / "b", group=8)) == first
+    assert contents(convert(tmp_path / "shards", tmp_path / "c", group=8)) == first
+    live = contents(convert(model, tmp_path / "d", group=8))
+    assert live[EXPERTS] == first[EXPERTS] and live["hot.safetensors"] == first["hot.safetensors"]
+
+
+def test_scales_that_half_precision_does_not_hold_are_kept_in_full(tmp_path):
+    model = tiny("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[1].mul_(1e7)
+    index = read_index(convert(model, tmp_path / "store", bits=4, group=8, hot="raw"))
+    form = index.quantizers[index.layers[0].experts[1]["down"].form]
+    assert form["scale_dtype"] == "float32"
+    assert index.quantizers[index.layers[0].experts[0]["down"].form]["scale_dtype"] == "float16"
+
+
+def test_what_is_written_of_a_quantizer_is_read_again():
+    for quantizer in (Raw("bfloat16"), scheme_quantizer("asym_group", 3, 32)):
+        assert read_quantizer(written(quantizer), "here") == quantizer
+    for said in ({}, {"entry": "gone"}, {"entry": "affine", "bits": 99}, {"entry": "raw", "kind": "i8"}, 3):
+        with pytest.raises(FileError):
+            read_quantizer(said, "here")
+
+
+# ------------------------------------------------------------------ refusals of a source
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"bits": 5}, "bits=5 is not allowed: it must be one of 2, 3, 4, 8, 16, 32"),
+    ({"bits": True}, "bits=True is not allowed"),
+    ({"scheme": "asym_grup"}, "scheme='asym_grup' is not allowed; did you mean 'asym_group'"),
+    ({"group": 0}, "group=0 is not allowed in asym_group"),
+    ({"hot": 5}, "hot=5 is not allowed: it must be one of bf16, raw, 8, 4"),
+])
+def test_an_option_that_is_not_allowed_is_named(options, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        convert(tiny("mixtral"), tmp_path / "store", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_mixture_of_experts_is_refused(tmp_path):
+    import transformers
+
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32))
+    llama.save_pretrained(tmp_path / "llama")
+    for model in (llama, tmp_path / "llama", str(tmp_path / "llama")):
+        with pytest.raises(ConfigError, match=r"'llama', which is not served \(known: mixtral, olmoe"):
+            convert(model, tmp_path / "store")
+    with pytest.raises(ConfigError, match="neither a directory nor a transformers model"):
+        convert(torch.nn.Linear(2, 2), tmp_path / "store")
+    with pytest.raises(FileError, match=r"has no config\.json"):
+        convert(tmp_path, tmp_path / "store")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ConfigError, match="taken exists: remove it first"):
+        convert(llama, tmp_path / "taken")
+
+
+def test_missing_shards_and_numbers_that_are_none_are_refused(tmp_path):
+    model = tiny("mixtral")
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    next((tmp_path / "model").glob("model-00002*")).unlink()
+    with pytest.raises(FileError, match="is missing or torn"):
+        convert(tmp_path / "model", tmp_path / "store")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
+    for bits in (4, 32):
+        with pytest.raises(DataError, match=r"weight model.layers.1.mlp.experts.2.down .*NaN or Inf"):
+            convert(model, tmp_path / f"store{bits}", bits=bits)
+        assert not (tmp_path / f"store{bits}").exists()
+    healthy = tiny("mixtral")
+    with torch.no_grad():
+        healthy.model.norm.weight[0] = float("inf")
+    with pytest.raises(DataError, match=r"weight model.norm.weight holds NaN or Inf"):
+        convert(healthy, tmp_path / "store")
+
+
+# ------------------------------------------------------------------ a conversion that is cut short
+
+KILLED = """
+import sys, time
+from poise_edgemoe.store import writer
+real = writer._write_matrix
+def slowly(*given):
+    time.sleep(0.004)
+    return real(*given)
+writer._write_matrix = slowly
+writer.convert(sys.argv[1], sys.argv[2], bits=4, group=8)
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(kills, tmp_path):
+    source = saved(tmp_path / "model", "olmoe", num_hidden_layers=4)
+    want = contents(convert(source, tmp_path / "whole", group=8))
+    draw, ended = random.Random(0), 0
+    for k in range(kills):
+        store = tmp_path / f"store{k}"
+        run = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(store)],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        partial = tmp_path / f"store{k}.partial"
+        while not partial.exists() and run.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.15))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        if store.exists():
+            ended += 1
+        else:
+            with pytest.raises(FileError, match="is no store"):
+                read_index(partial)
+            convert(source, store, bits=4, group=8)
+        assert contents(store) == want and not partial.exists()
+    assert ended < kills
+
+
+def test_what_was_begun_for_other_options_is_begun_again(tmp_path, monkeypatch):
+    from poise_edgemoe.store import writer
+
+    source = saved(tmp_path / "model", "mixtral")
+    real = writer._write_layer
+
+    def fails(*given):
+        if given[1].path.startswith("model.layers.1"):
+            raise OSError(28, "No space left on device")
+        return real(*given)
+
+    monkeypatch.setattr(writer, "_write_layer", fails)
+    with pytest.raises(FileError, match="No space left on device: free some room and convert again"):
+        convert(source, tmp_path / "store", bits=4, group=8)
+    monkeypatch.setattr(writer, "_write_layer", real)
+    convert(source, tmp_path / "store", bits=8, group=8)
+    convert(source, tmp_path / "other", bits=8, group=8)
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+
+
+def test_two_conversions_to_one_place_do_not_meet(tmp_path):
+    import fcntl
+
+    source = saved(tmp_path / "model", "mixtral")
+    (tmp_path / "store.partial").mkdir()
+    with open(tmp_path / "store.partial" / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(FileError, match="is being written by another process"):
+            convert(source, tmp_path / "store")
+
+
+# ------------------------------------------------------------------ a store that was changed
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return convert(tiny("mixtral"), tmp_path_factory.mktemp("stores") / "store", bits=4, group=8)
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def altered(path, change):
+    """Rewrite an index with another content and the right checksum."""
+    from poise_edgemoe.store.index import _own
+
+    said = json.loads(path.read_text())
+    change(said)
+    said["checksum"] = _own({k: v for k, v in said.items() if k != "checksum"})
+    path.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda s: s.update(version=2), "has version 2; this Poise reads 1"),
+    (lambda s: s.update(kind="other"), "is no index of a store"),
+    (lambda s: s["layers"][0]["experts"][1]["down"].update(offset=4097), "does not begin at a page"),
+    (lambda s: s["layers"][0]["experts"][1]["down"].update(offset=0), "overlaps another"),
+    (lambda s: s["layers"][0]["experts"][1]["down"].update(form=7), "in no form that the index knows"),
+    (lambda s: s["layers"][0]["experts"][1].pop("down"), "in no form that the index knows"),
+    (lambda s: s["layers"].pop(), "the experts end at"),
+    (lambda s: s["quantizers"][0].update(entry="gone"), "no quantizer named 'gone'"),
+    (lambda s: s["files"].update({"../x": {"bytes": 1}}), "only files beside it are read"),
+    (lambda s: s.pop("layers"), "is no index of a store: KeyError"),
+    (lambda s: s.update(dtype="int8"), "the type 'int8' is not known"),
+])
+def test_an_index_that_says_what_cannot_be_is_refused(change, words, copy):
+    altered(copy / INDEX, change)
+    with pytest.raises(FileError, match=words):
+        read_index(copy)
+
+
+def test_files_that_are_no_files_are_refused(copy, store):
+    for name in (EXPERTS, "hot.safetensors", "config.json"):
+        shutil.rmtree(copy)
+        shutil.copytree(store, copy)
+        (copy / name).unlink()
+        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
+            read_index(copy)
+        os.mkfifo(copy / name)
+        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
+            read_index(copy)
+        (copy / name).unlink()
+        (copy / name).symlink_to(store / name)
+        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
+            read_index(copy)
