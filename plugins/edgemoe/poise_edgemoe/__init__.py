@@ -1,7 +1,7 @@
 """EdgeMoE: mixture-of-experts language models whose experts live in mixed bitwidths
-(arXiv 2308.14352). This first slice holds a small trained model, plans and their losses; no engine.
+(arXiv 2308.14352), and are read from disk under a memory limit.
 
-    from poise_edgemoe import ByteMoE, half_plan
+    from poise_edgemoe import Engine, convert
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
     from poise_edgemoe.components import ByteMoE, EdgeMoEBits
+    from poise_edgemoe.engine import Engine
+    from poise_edgemoe.store.writer import convert
 
 _HOMES = {
     "ByteMoE": "components", "EdgeMoEBits": "components", "expert_errors": "allocate",
     "half_plan": "allocate", "random_plan": "allocate", "uniform_plan": "allocate",
+    "Engine": "engine", "convert": "store.writer",
 }
-__all__ = ["ByteMoE", "EdgeMoEBits", "expert_errors", "half_plan", "random_plan", "uniform_plan"]
+__all__ = ["ByteMoE", "EdgeMoEBits", "Engine", "convert", "expert_errors", "half_plan", "random_plan",
+           "uniform_plan"]
 
 
 def __getattr__(name: str):

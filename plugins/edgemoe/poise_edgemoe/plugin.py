@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register(registry) -> None:
-    """Add the small mixture-of-experts model and the bitwidth experiment."""
+    """Add the small mixture-of-experts model, the bitwidth experiment, and `poise moe`."""
     components = "poise_edgemoe.components"
     registry.add(
         "model", "byte_moe", f"{components}:ByteMoE",
@@ -16,4 +16,11 @@ def register(registry) -> None:
         "recipe", "edgemoe_bits", f"{components}:EdgeMoEBits",
         "held-out loss and bytes of experts at 16, 8, 4, 2 bits and in mixed plans",
         tasks=("causal_lm",), paper="arXiv 2308.14352 section III-B",
+    )
+    commands = "poise_edgemoe.commands"
+    registry.add(
+        "command", "moe", {
+            "convert": f"{commands}:Convert", "inspect": f"{commands}:Inspect", "plan": f"{commands}:Plan",
+            "generate": f"{commands}:Generate"},
+        "mixture-of-experts models on disk, under a memory limit",
     )

@@ -1,0 +1,214 @@
+"""Serves a store: hot weights in memory, experts read when a router asks for them, never beyond a limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.errors import ConfigError, DataError, RunError
+from poise.models.decoding import Sampling, Source, Step, check_prompt, generate, stream
+from poise.models.serving import ends_of, steps
+from poise.models.tokenizers import load_tokenizer
+from poise_edgemoe.budget import Budget, plan_memory, resident_bytes
+from poise_edgemoe.cache import make_policy
+from poise_edgemoe.cache.slots import ExpertCache
+from poise_edgemoe.experts import put_experts
+from poise_edgemoe.loading import load_hot, warm
+from poise_edgemoe.store.index import read_index
+from poise_edgemoe.store.reader import Reader
+
+KERNELS = ("reference",)
+
+
+class Engine:
+    """A mixture-of-experts language model on disk, behind the contract `Served`.
+
+    Open one with `Engine.open`, and close it, or use `with`. Calls from several threads take turns. A
+    process that was forked from one with an engine cannot use it. One generation runs at a time: a new one
+    ends the stream before it.
+    """
+
+    def __init__(self, folder: Path, budget: Budget, policy: str, *, direct: bool = True) -> None:
+        self.index = read_index(folder)
+        warm(getattr(torch, self.index.dtype))
+        self.folder, self.budget, self.base = folder, budget, resident_bytes()
+        self.model: Any = load_hot(folder, self.index)
+        layers, experts = len(self.index.layers), max(len(one.experts) for one in self.index.layers)
+        rule = make_policy(policy, layers=layers, experts=experts, **self._encoder(policy))
+        self.reader = Reader(folder, direct=direct)
+        self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
+        put_experts(self.model, self.cache)
+        config = self.model.config
+        self.source = Source(self._start, config.vocab_size, budget.context, ends_of(self.model),
+                             _tokenizer(folder))
+        self._lock, self._pid, self._run, self._closed = threading.RLock(), os.getpid(), 0, False
+        self._tokens, self._seconds = 0, 0.0
+
+    @classmethod
+    def open(
+        cls, path: Path | str, memory: str | int | None = None, total: str | int | None = None,
+        context: int | None = None, batch: int = 1, policy: str = "expected", kernel: str = "reference",
+        direct: bool = True,
+    ) -> Engine:
+        """Open a store.
+
+        Parameters
+        ----------
+        path : path
+            As `convert` made it.
+        memory : str or int, optional
+            Most bytes that the engine itself holds ("900MB", MB = 10^6): hot weights, key-value cache,
+            workspace and experts. None: as much as all experts take.
+        total : str or int, optional
+            Most bytes of the whole process, in place of `memory`.
+        context : int, optional
+            Most tokens of prompt and continuation; the smaller of the configuration's and 4,096.
+        batch : int
+            Most rows at a time.
+        policy : str
+            Which experts leave; see `poise_edgemoe.cache.POLICIES`.
+        kernel : "reference"
+            What makes products.
+        direct : bool
+            Whether to read past the page cache where the file system allows it.
+
+        Raises
+        ------
+        ConfigError
+            For an option that is not allowed; a limit that is too small, with the smallest that is not.
+        FileError
+            For a store that is torn, altered, or of a newer version.
+        """
+        if kernel not in KERNELS:
+            raise ConfigError(f"kernel={kernel!r} is not allowed: it must be one of {', '.join(KERNELS)}")
+        budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
+        return cls(Path(path), budget, policy, direct=direct)
+
+    # ------------------------------------------------------------ the contract
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> Tensor:
+        """Return logits (batch, time, vocab), which are the caller's."""
+        with self._turn():
+            ids = self._checked(input_ids)
+            more = {}
+            if decoder_input_ids is not None:
+                more = {"decoder_input_ids": self._checked(decoder_input_ids)}
+            self._run += 1
+            return self._forward(input_ids=ids, use_cache=False, **more).logits
+
+    def generate(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Tensor | str:
+        """Return the prompt and its continuation: ids (batch, time + new) for ids, text for text."""
+        with self._turn():
+            return generate(self.source, prompt, Sampling(max_new_tokens, **sampling))
+
+    def stream(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Iterator[Any]:
+        """Yield the continuation as it is made: tokens (batch,) for ids, pieces of text for text."""
+        with self._turn():
+            return stream(self.source, prompt, Sampling(max_new_tokens, **sampling))
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was measured since the engine was opened, as plain JSON values."""
+        with self._turn():
+            asked = self.cache.hits + self.cache.misses
+            return {
+                "tokens": self._tokens, "seconds": self._seconds, "hits": self.cache.hits,
+                "misses": self.cache.misses, "hit_rate": self.cache.hits / asked if asked else 0.0,
+                "bytes_read": self.reader.bytes_read, "stall_seconds": self.cache.stalled,
+                "direct": self.reader.direct, "memory": self.budget.terms(),
+            }
+
+    def opening(self) -> str:
+        """Return in one line what the limit is spent on."""
+        b = self.budget
+        return (f"poise: {b.total / 1e6:.0f} MB: hot weights {b.hot / 1e6:.0f}, keys and values "
+                f"{b.kv / 1e6:.0f}, workspace {b.workspace / 1e6:.0f}, experts {b.experts / 1e6:.0f}; the "
+                f"process held {self.base / 1e6:.0f} MB before")
+
+    def summary(self) -> str:
+        """Return in one line what was measured."""
+        s = self.stats()
+        return (f"poise: {s['tokens']} tokens in {s['seconds']:.1f} s, {100 * s['hit_rate']:.1f} % of "
+                f"experts were in memory, {s['bytes_read'] / 1e6:.1f} MB read, {s['stall_seconds']:.1f} s "
+                f"waited for")
+
+    def close(self) -> None:
+        """Give back memory, thread and file. A second time: nothing."""
+        if self._pid != os.getpid():
+            return  # of a fork: thread and file are the parent's
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.reader.close()
+            self.cache.close()
+            self.model = None
+
+    def __enter__(self) -> Engine:
+        with self._turn():
+            return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ within
+
+    def _encoder(self, policy: str) -> dict[str, Any]:
+        from poise_edgemoe.cache.policies import POLICIES, options_of
+
+        encoder = [n for n, layer in enumerate(self.index.layers) if layer.encoder]
+        known = policy in POLICIES and "encoder" in options_of(POLICIES[policy])
+        return {"encoder": encoder} if encoder and known else {}
+
+    def _turn(self) -> threading.RLock:
+        """Return what is held during a call, of an engine that may be used."""
+        if self._pid != os.getpid():
+            raise RunError("the engine belongs to the process that opened it: open another after a fork")
+        if self._closed:
+            raise RunError("the engine is closed: open it again")
+        return self._lock
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        ids = check_prompt(self.source, ids)
+        if len(ids) > self.budget.batch:
+            raise DataError(f"{len(ids)} rows at a time, and the engine was opened for "
+                            f"batch={self.budget.batch}")
+        return ids
+
+    def _forward(self, **inputs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self.model(**inputs)
+        finally:
+            self.cache.next_token()
+            self._tokens += next(iter(inputs.values())).numel()
+            self._seconds += time.perf_counter() - started
+
+    def _start(self, prompt: Tensor) -> tuple[Tensor, Step]:
+        """Return the tokens that a generation begins with, and its step."""
+        self._checked(prompt)
+        self._run += 1
+        run = self._run
+        first, step = steps(self.model, prompt, self._forward, self.budget.chunk)
+
+        def mine(ids: Tensor) -> Tensor:
+            with self._turn():
+                if run != self._run:
+                    raise RunError("another call has begun since: the stream before it has ended")
+                return step(ids)
+
+        return first, mine
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except ConfigError:
+        return None

@@ -1,0 +1,123 @@
+"""Stands in for a block's experts: the same arithmetic as transformers' loop, with matrices of a cache.
+
+Every expert's output is added in ascending order of experts, so that nothing depends on which of them was
+read first (the order is that of transformers' `eager` implementation).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poise_edgemoe.cache.slots import ExpertCache, Get
+
+FEW = 4  # tokens that leave too little behind to be worth a call
+_LIBC = ctypes.CDLL(None)
+
+
+def give_back() -> None:
+    """Return memory that is free to the system: what a prompt took would stay with the process."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+class StoredExperts(nn.Module):
+    """Takes the place of a module with fused experts, or of Switch Transformers' dictionary of them.
+
+    Parameters
+    ----------
+    like : nn.Module
+        The module, its parameters on the meta device: it keeps its activation.
+    number : int
+        Of the block among those with experts.
+    cache : ExpertCache
+    """
+
+    def __init__(self, like: nn.Module, number: int, cache: ExpertCache) -> None:
+        super().__init__()
+        self._like = (like,)  # in a tuple: its empty parameters are no part of the model
+        self.number, self.cache = number, cache
+        self.transposed = cache.index.layers[number].transposed
+        self.switch = isinstance(like, nn.ModuleDict)
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of experts, (tokens, hidden).
+
+        Parameters
+        ----------
+        hidden_states : Tensor, (tokens, hidden)
+        index : Tensor
+            Experts of each token, (tokens, k); of Switch Transformers one-hot, (tokens, 1, experts).
+        weights : Tensor, (tokens, k)
+        """
+        out = torch.zeros_like(hidden_states)
+        routed = self._routed(index)
+        with self.cache.layer(self.number, [e for e, _, _ in routed]) as get:
+            for e, token, slot in routed:
+                y = self._expert(hidden_states[token], e, get) * weights[token, slot, None]
+                out.index_add_(0, token, y.to(out.dtype))
+        if len(out) > FEW:
+            give_back()
+        return out
+
+    def _routed(self, index: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """Return (expert, its tokens, which of a token's experts it is), in ascending order of experts."""
+        if self.switch:
+            chosen = index.permute(2, 1, 0)
+            used = [e for e in range(len(chosen)) if chosen[e].any()]
+        else:
+            chosen = None
+            used = torch.unique(index).tolist()
+        found = []
+        for e in used:
+            slot, token = torch.where((index == e).T if chosen is None else chosen[e])
+            found.append((e, token, slot))
+        return found
+
+    def _expert(self, x: Tensor, e: int, get: Get) -> Tensor:
+        (like,) = self._like
+        if self.switch:
+            own: Any = like[f"expert_{e}"]  # type: ignore[index]
+            h = own.act(self._product(x, *get(e, "wi")))
+            return self._product(h, *get(e, "wo"))
+        h = like._apply_gate(self._product(x, *get(e, "gate_up")))  # type: ignore[operator]
+        return self._product(h, *get(e, "down"))
+
+    def _product(self, x: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+        """Return x W^T + bias, in the expression that transformers uses: another one rounds otherwise."""
+        matrix = stored.dequantize()
+        if not self.transposed:
+            return in_pieces(x, lambda part: F.linear(part, matrix, bias))
+        matrix = matrix if _is_raw(stored) else matrix.T.contiguous()
+        y = in_pieces(x, lambda part: part @ matrix)
+        return y if bias is None else y + bias
+
+
+def in_pieces(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a product of rows, in half precision made for 1, 2, 4, 8, ... rows at a time.
+
+    oneDNN compiles a kernel for every number of rows and keeps a thousand of them, half a megabyte each,
+    and experts see every number of rows. A row's result is the same to the bit: it sums over columns only.
+    """
+    n = len(x)
+    if x.element_size() > 2 or n & (n - 1) == 0:
+        return product(x)
+    sizes = [1 << k for k in reversed(range(n.bit_length())) if n >> k & 1]
+    return torch.cat([product(part) for part in x.split(sizes)])
+
+
+def _is_raw(stored: Any) -> bool:
+    return hasattr(stored, "weight")
+
+
+def put_experts(model: nn.Module, cache: ExpertCache) -> None:
+    """Put stored experts in the place of a model's own, which lie nowhere."""
+    for number, layer in enumerate(cache.index.layers):
+        path, _, name = layer.path.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, name, StoredExperts(parent.get_submodule(name), number, cache))
