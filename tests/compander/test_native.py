@@ -173,6 +173,7 @@ def test_without_a_compiler_steps_are_taken_in_torch_and_it_is_said_once(fresh, 
         assert "no C kernel" in native.status()
 
 
+@pytest.mark.slow
 def test_a_compiler_may_come_with_arguments(fresh, monkeypatch):
     plain = still_trains()[0]
     native._found.clear()
@@ -206,7 +207,7 @@ def slow(change, name):
 
 @pytest.mark.parametrize("change", [
     pytest.param(lambda d: d[:-1], id="a byte short"),
-    pytest.param(lambda d: d[:9000] + bytes([d[9000] ^ 1]) + d[9001:], id="a bit of code"),
+    slow(lambda d: d[:9000] + bytes([d[9000] ^ 1]) + d[9001:], "a bit of code"),
     slow(lambda d: d[:-40], "no checksum"), slow(lambda d: d[:5000], "torn"),
     slow(lambda d: d[:64], "a header"), slow(lambda d: b"", "empty"),
     slow(lambda d: d[:-1] + bytes([d[-1] ^ 128]), "a bit at the end"),

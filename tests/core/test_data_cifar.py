@@ -121,6 +121,7 @@ def test_fractions_are_checked():
         Cifar10(validation=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA is not set")
 def test_the_shared_archive_is_cifar10():

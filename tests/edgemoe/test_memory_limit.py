@@ -46,7 +46,8 @@ def store(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("memory", "context", "batch"), [
-    ("60MB", 512, 1), ("80MB", 512, 3), pytest.param("105MB", 4096, 1, marks=pytest.mark.slow)])
+    ("60MB", 512, 1), pytest.param("80MB", 512, 3, marks=pytest.mark.slow),
+    pytest.param("105MB", 4096, 1, marks=pytest.mark.slow)])
 def test_the_limit_is_kept(memory, context, batch, store):
     whole = sum(p.stat().st_size for p in store.iterdir())
     given = [sys.executable, "-c", WORKER, str(store), memory, str(context), str(batch)]
