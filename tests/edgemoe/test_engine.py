@@ -112,6 +112,8 @@ def test_a_prompt_in_pieces_says_the_same_to_rounding(tmp_path, monkeypatch):
         (_, ours), (_, theirs) = (s.source.start(ids(2, 21)) for s in (engine, plain))
         got, want = ours(ids(2, 21)), theirs(ids(2, 21))
         assert engine.budget.chunk == 4 and (got - want).abs().max() <= 1e-5 * want.abs().max()
+        got, want = engine.logits(ids(2, 21)), plain.logits(ids(2, 21))
+        assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

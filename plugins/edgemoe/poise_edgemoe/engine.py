@@ -102,7 +102,9 @@ class Engine:
             if decoder_input_ids is not None:
                 more = {"decoder_input_ids": self._checked(decoder_input_ids)}
             self._run += 1
-            return self._forward(input_ids=ids, use_cache=False, **more).logits
+            if more or ids.shape[1] <= self.budget.chunk:
+                return self._forward(input_ids=ids, use_cache=False, **more).logits
+            return self._logits_in_chunks(ids)
 
     def generate(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Tensor | str:
         """Return the prompt and its continuation: ids (batch, time + new) for ids, text for text."""
@@ -190,6 +192,15 @@ class Engine:
             self.cache.next_token()
             self._tokens += next(iter(inputs.values())).numel()
             self._seconds += time.perf_counter() - started
+
+    def _logits_in_chunks(self, ids: Tensor) -> Tensor:
+        """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""
+        found, kept = [], None
+        for part in ids.split(self.budget.chunk, 1):
+            out = self._forward(input_ids=part, use_cache=True, past_key_values=kept)
+            kept = out.past_key_values
+            found.append(out.logits)
+        return torch.cat(found, 1)
 
     def _start(self, prompt: Tensor) -> tuple[Tensor, Step]:
         """Return the tokens that a generation begins with, and its step."""

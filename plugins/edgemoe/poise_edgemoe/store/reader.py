@@ -40,7 +40,6 @@ class Request:
     check: bool = True
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    cancelled: bool = False
 
     def wait(self) -> None:
         """Return when it is there; raise what went wrong.
@@ -90,12 +89,23 @@ class Reader:
         self._submit(self._prefetch, requests)
 
     def promote(self, request: Request) -> None:
-        """Let a prefetch that is not yet running go before others; a compute thread waits for it."""
+        """Let a prefetch that is not yet running go before others: somebody waits for it."""
         with self._wake:
-            if request in self._prefetch:
-                self._prefetch.remove(request)
+            waiting = [r for r in self._prefetch if r is not request]
+            if len(waiting) < len(self._prefetch):
+                self._prefetch = deque(waiting)
                 self._demand.append(request)
                 self._wake.notify()
+
+    def cancel(self, requests: list[Request]) -> None:
+        """Drop what is asked for and not yet begun; what is being read is read to its end."""
+        with self._wake:
+            dropped = [r for r in requests if any(r is q for q in (*self._prefetch, *self._demand))]
+            self._prefetch = deque(r for r in self._prefetch if not any(r is d for d in dropped))
+            self._demand = deque(r for r in self._demand if not any(r is d for d in dropped))
+        for request in dropped:
+            request.error = RunError(f"reading {request.what} was cancelled")
+            request.done.set()
 
     def close(self) -> None:
         """End the thread and close the file; what is not read yet fails. A second time: nothing."""
@@ -135,8 +145,6 @@ class Reader:
             return (self._demand or self._prefetch).popleft()
 
     def _read(self, request: Request) -> None:
-        if request.cancelled:
-            return
         m = request.matrix
         length, got = padded(m.nbytes), 0
         while got < length:
