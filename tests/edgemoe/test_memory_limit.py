@@ -34,15 +34,48 @@ with Engine.open(store, memory=memory, context=context, batch=batch) as engine:
 """
 
 
+CONVERTER = """
+import json, sys, torch
+torch.set_num_threads(1)
+import transformers.models.olmoe.modeling_olmoe
+from poise_edgemoe import convert
+
+def status(key):
+    return int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1]) * 1024
+
+convert(sys.argv[1], sys.argv[2] + "/first")  # libraries set themselves up
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+convert(sys.argv[1], sys.argv[2] + "/second", bits=8)
+print(json.dumps({"grown": status("VmHWM") - before}))
+"""
+
+
+@pytest.mark.slow
+def test_conversion_holds_hot_weights_and_two_layers_at_most(tmp_path):
+    model = olmoe()
+    model.save_pretrained(tmp_path / "model")
+    layer = sum(p.nbytes for n, p in model.named_parameters() if "layers.0.mlp.experts" in n)
+    hot = sum(p.nbytes for n, p in model.named_parameters() if ".experts." not in n)
+    del model
+    done = subprocess.run([sys.executable, "-c", CONVERTER, str(tmp_path / "model"), str(tmp_path)],
+                          capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["grown"] <= hot + 2 * layer
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
+    return convert(olmoe(), tmp_path_factory.mktemp("memory") / "store", bits=16)
+
+
+def olmoe():
+    """Return a random model of 4 layers of 32 experts, 220 MB in fp32."""
     torch.manual_seed(0)
     config = transformers.OlmoeConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_experts=32, num_experts_per_tok=4,
         num_attention_heads=4, num_key_value_heads=4, vocab_size=8000, max_position_embeddings=4096,
         eos_token_id=None, pad_token_id=0)
-    model = transformers.OlmoeForCausalLM(config)
-    return convert(model, tmp_path_factory.mktemp("memory") / "store", bits=16)
+    return transformers.OlmoeForCausalLM(config)
 
 
 @pytest.mark.parametrize(("memory", "context", "batch"), [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING = re.compile(r"(.*_)?(embed\w*|wte|wpe|shared|relative_attention_bias)")
 _TIES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+MAPPED = 1 << 26  # bytes that are read before files are opened anew: pages of a map stay in memory
 _FOREIGN = ("_blocks", "_scales", "_scale_inv")  # MXFP4 and FP8 beside their scales
 
 
@@ -116,6 +117,7 @@ class _Files:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open: dict[str, Any] = {}
+        self._mapped = 0
         self.home: dict[str, str] = {}
         self.wanted: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -173,6 +175,10 @@ class _Files:
             found = handle.get_slice(key)[at : at + 1][0]
         else:
             found = handle.get_slice(key)[at] if (at.step or 1) == 1 else handle.get_tensor(key)[at]
+        self._mapped += found.numel() * found.element_size()
+        if self._mapped > MAPPED:
+            self._open.clear()
+            self._mapped = 0
         return found.to(self.dtypes[key])
 
 

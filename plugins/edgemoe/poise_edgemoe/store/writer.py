@@ -48,6 +48,7 @@ from poise_edgemoe.store.source import MoELayer, Source, open_source
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
           "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
           "poise_tokenizer.json")
+SHARD = 1 << 28  # bytes of a file of hot weights
 JOURNAL, LOCK = "progress.jsonl", ".lock"
 Progress = Callable[[int, int], None]
 
@@ -290,7 +291,8 @@ def _write_hot(source: Source, folder: Path, dtype: torch.dtype, hot: Any) -> di
     """Write hot weights as safetensors; return what the index says of those that are packed."""
     quantizer = build("quantizer", "affine", bits=hot, group=64) if hot in (8, 4) else None
     packed = _packable(source, dtype) if quantizer is not None else {}
-    write_shards(_hot_tensors(source, dtype, packed, quantizer), folder, stem=HOT)
+    tensors = _hot_tensors(source, dtype, packed, quantizer)
+    write_shards(tensors, folder, stem=HOT, shard_bytes=SHARD)  # two copies of a shard are in memory
     return {"quantizer": written(quantizer), "packed": sorted(packed.values())} if packed else {}
 
 
