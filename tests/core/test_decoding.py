@@ -151,6 +151,16 @@ def test_what_is_longer_than_the_context_or_has_no_tokenizer_is_refused():
         served.generate("text", 1)
     with pytest.raises(ConfigError, match="stop needs a tokenizer"):
         served.generate(ids, 1, stop=["x"])
+    with pytest.raises(ConfigError, match="generate has no option 'topk'; did you mean 'top_k'"):
+        served.generate(ids, 1, topk=3)
+
+
+def test_a_decoder_is_fed_where_there_is_one():
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(DataError, match="the model has no decoder of its own"):
+        InMemory(small()).logits(ids, ids)
+    with pytest.raises(DataError, match="needs decoder_input_ids too"):
+        InMemory(tiny("switch_transformers")).logits(ids)
 
 
 def test_the_context_is_the_configurations_up_to_4096():

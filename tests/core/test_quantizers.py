@@ -616,3 +616,13 @@ def test_a_bare_linear_is_packed_or_refused_in_words():
     """The model itself is the layer: there is no parent to put a packed one into."""
     with pytest.raises(ConfigError):
         quantize_model(nn.Linear(4, 4), AbsMax())
+
+
+@pytest.mark.parametrize("quantizer", [AbsMax, Affine])
+def test_a_group_wider_than_a_row_is_the_row_and_takes_no_more_room(quantizer):
+    w = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    wide, row = quantizer(4, 10**12).quantize(w), quantizer(4, 0).quantize(w)
+    assert torch.equal(wide.dequantize(), row.dequantize()) and wide.nbytes == row.nbytes
+    assert torch.equal(wide.dequantize(slice(1, 3)), row.dequantize()[1:3])
+    x = torch.randn(2, 7)
+    assert torch.equal(wide.matmul(x), row.matmul(x))

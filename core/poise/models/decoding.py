@@ -6,7 +6,7 @@ returns the logits (b, vocab) after the last of them. `generate` and `stream` pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poise.errors import ConfigError, DataError
 from poise.interfaces import Tokenizer
-from poise.options import check_options, option
+from poise.options import check_options, make, option
 
 Step = Callable[[Tensor], Tensor]
 BROKEN = "\ufffd"  # what decodes to this may become a letter with the next token
@@ -124,6 +124,17 @@ def tokens(
 # ------------------------------------------------------------------ ids and text
 
 
+def sampling(max_new_tokens: int, options: Mapping[str, Any]) -> Sampling:
+    """Return how tokens are chosen, from what `generate` and `stream` were given.
+
+    Raises
+    ------
+    ConfigError
+        For an option that there is not, with the nearest; a wrong type, a value out of range.
+    """
+    return make(Sampling, {"max_new_tokens": max_new_tokens, **options}, "generate")
+
+
 def generate(source: Source, prompt: Tensor | str, sampling: Sampling) -> Tensor | str:
     """Return the prompt and its continuation: ids (b, t + new) for ids (b, t), text for text."""
     if isinstance(prompt, str):
@@ -170,6 +181,15 @@ def check_prompt(source: Source, prompt: Tensor, sampling: Sampling | None = Non
         raise DataError(f"{prompt.shape[1]} tokens and {new} new ones exceed the context of "
                         f"{source.context}: shorten the prompt, or lower max_new_tokens")
     return prompt.long()
+
+
+def check_decoder(source: Source, decoder_input_ids: Tensor | None, needed: bool) -> dict[str, Tensor]:
+    """Return the decoder's ids as an argument, where the model has a decoder of its own, or refuse them."""
+    if needed != (decoder_input_ids is not None):
+        raise DataError("an encoder-decoder model needs decoder_input_ids too" if needed else
+                        "the model has no decoder of its own: give input_ids only")
+    return {} if decoder_input_ids is None else {
+        "decoder_input_ids": check_prompt(source, decoder_input_ids)}
 
 
 def _stops(source: Source, sampling: Sampling, rows: int) -> Callable[[Tensor], Tensor] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poise.errors import RunError
 from poise.interfaces import Tokenizer
-from poise.models.decoding import Sampling, Source, Step, check_prompt, generate, stream
+from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 
 MOST_CONTEXT = 4096  # where a model allows more, and nobody asks for it
 
@@ -42,20 +42,18 @@ class InMemory:
         """Return logits (batch, time, vocab)."""
         self._open()
         check_prompt(self.source, input_ids)
-        more = {}
-        if decoder_input_ids is not None:
-            more = {"decoder_input_ids": check_prompt(self.source, decoder_input_ids)}
+        more = check_decoder(self.source, decoder_input_ids, self.model.config.is_encoder_decoder)
         return self.model(input_ids=input_ids, use_cache=False, **more).logits
 
-    def generate(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Tensor | str:
+    def generate(self, prompt: Tensor | str, max_new_tokens: int, **options: Any) -> Tensor | str:
         """Return the prompt and its continuation."""
         self._open()
-        return generate(self.source, prompt, Sampling(max_new_tokens, **sampling))
+        return generate(self.source, prompt, sampling(max_new_tokens, options))
 
-    def stream(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Iterator[Any]:
+    def stream(self, prompt: Tensor | str, max_new_tokens: int, **options: Any) -> Iterator[Any]:
         """Yield the continuation as it is made."""
         self._open()
-        return stream(self.source, prompt, Sampling(max_new_tokens, **sampling))
+        return stream(self.source, prompt, sampling(max_new_tokens, options))
 
     def stats(self) -> dict[str, Any]:
         """Return how many tokens were fed."""

@@ -134,7 +134,7 @@ class PackedMatrix:
 
     def _blocks(self, codes: Tensor) -> Tensor:
         """View values (rows, in) as (rows, groups, width); a copy only when a group is short."""
-        if self.group <= 0:
+        if self.group <= 0 or self.group >= self.shape[1]:
             return codes.unsqueeze(1)
         missing = -self.shape[1] % self.group
         padded = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
@@ -184,7 +184,7 @@ def grouped(weight: Tensor, group: int) -> Tensor:
         raise DataError(f"holds {bad} values that are NaN or Inf: repair the weights first")
     if group == -1:
         return values.reshape(1, 1, -1)
-    width = values.shape[1] if group == 0 else group
+    width = min(group or values.shape[1], values.shape[1])
     missing = -values.shape[1] % width
     if missing:
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], dim=1)

@@ -152,6 +152,7 @@ def _refuses(served: Any, reference: Any, exact: bool, new: int) -> None:
         "temperature=0": lambda: served.generate(ids, 2, do_sample=True, temperature=0.0),
         "top_p=1.5": lambda: served.generate(ids, 2, do_sample=True, top_p=1.5),
         "top_k=0": lambda: served.generate(ids, 2, do_sample=True, top_k=0),
+        "an option that there is not": lambda: served.generate(ids, 2, num_beams=3),
         "a seed that nothing draws by": lambda: served.generate(ids, 2, seed=1),
         "more tokens than the context": lambda: served.generate(ids, 10**9),
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, DataError, RunError
-from poise.models.decoding import Sampling, Source, Step, check_prompt, generate, stream
+from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
 from poise_edgemoe.budget import Budget, plan_memory, resident_bytes
@@ -98,23 +98,21 @@ class Engine:
         """Return logits (batch, time, vocab), which are the caller's."""
         with self._turn():
             ids = self._checked(input_ids)
-            more = {}
-            if decoder_input_ids is not None:
-                more = {"decoder_input_ids": self._checked(decoder_input_ids)}
+            more = check_decoder(self.source, decoder_input_ids, self.model.config.is_encoder_decoder)
             self._run += 1
             if more or ids.shape[1] <= self.budget.chunk:
                 return self._forward(input_ids=ids, use_cache=False, **more).logits
             return self._logits_in_chunks(ids)
 
-    def generate(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Tensor | str:
+    def generate(self, prompt: Tensor | str, max_new_tokens: int, **options: Any) -> Tensor | str:
         """Return the prompt and its continuation: ids (batch, time + new) for ids, text for text."""
         with self._turn():
-            return generate(self.source, prompt, Sampling(max_new_tokens, **sampling))
+            return generate(self.source, prompt, sampling(max_new_tokens, options))
 
-    def stream(self, prompt: Tensor | str, max_new_tokens: int, **sampling: Any) -> Iterator[Any]:
+    def stream(self, prompt: Tensor | str, max_new_tokens: int, **options: Any) -> Iterator[Any]:
         """Yield the continuation as it is made: tokens (batch,) for ids, pieces of text for text."""
         with self._turn():
-            return stream(self.source, prompt, Sampling(max_new_tokens, **sampling))
+            return stream(self.source, prompt, sampling(max_new_tokens, options))
 
     def stats(self) -> dict[str, Any]:
         """Return what was measured since the engine was opened, as plain JSON values."""

@@ -95,8 +95,8 @@ def scheme_quantizer(scheme: str, bits: int, group: int) -> Any:
         return Raw(RAW[bits])
     if scheme in SCHEMES:
         name, grouped = SCHEMES[scheme]
-        if grouped and group < 1:
-            raise ConfigError(f"group={group} is not allowed in {scheme}: it must be >= 1 columns")
+        if grouped and (isinstance(group, bool) or not isinstance(group, int) or group < 1):
+            raise ConfigError(f"group={group!r} is not allowed in {scheme}: it must be >= 1 columns")
         _check_bits(bits)
         return build("quantizer", name, bits=bits, group=group if grouped else 0)
     known = [*SCHEMES, *(e.name for e in entries("quantizer"))]

@@ -143,7 +143,12 @@ def _forms(
     """Return what stores each expert's matrix, by name."""
     found = [w for layer in source.layers for one in layer.experts for w in one.values()]
     forms = dict.fromkeys((w.name for w in found), _quantizer(scheme, bits, group, found[0]))
-    if plan:
+    if plan is not None:
+        if not isinstance(plan, Mapping):
+            raise ConfigError(f"a plan is a mapping of names or patterns to bits, not "
+                              f"{type(plan).__name__}")
+        for width in (v for v in plan.values() if isinstance(v, int)):
+            scheme_quantizer(scheme, width, group)
         known = {b: _quantizer(scheme, b, group, found[0]) for b in RAW}
         default = scheme_quantizer(scheme, 4 if bits in RAW else bits, group)
         own = {k: known.get(v, v) if isinstance(v, int) else v for k, v in plan.items()}
