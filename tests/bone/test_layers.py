@@ -17,7 +17,7 @@ from poise.adapters import layer as adapted
 from poise.errors import ConfigError, RunError
 from poise.quantizers import Affine, quantize_model
 from poise_bone import Bone, lean
-from poise_bone.functional import changed, delta, forward
+from poise_bone.functional import changed, compose, delta, forward
 
 few = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
@@ -426,3 +426,81 @@ def test_a_fold_that_fails_in_a_later_piece_leaves_the_weight(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         attached.fold()
     assert torch.equal(layer.weight_beneath.read(), before) and not attached.folded
+
+
+# ------------------------------------------------------------------ what another trial had found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_rounds_no_weight_that_is_folded_and_no_block(variant):
+    _, attached, layer = one(variant, dtype=torch.float32)
+    W, D = layer.base.weight.detach().clone(), layer.D.detach().clone()
+    want, composed = changed(W, D, variant), compose(D, D, variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(changed(W, D, variant), want) and torch.equal(compose(D, D, variant), composed)
+        assert torch.equal(layer.folded_weight(), want)
+        attached.fold()
+    assert torch.equal(layer.base.weight, want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_inputs_of_other_types_are_torchs_own_error_or_taken_as_a_linear_takes_them(variant, tokens):
+    model, _, _ = one(variant, dtype=torch.float32)
+    for dtype in (torch.long, torch.float16, torch.float64):
+        with pytest.raises(RuntimeError):
+            model(torch.ones(tokens, 24, dtype=dtype))
+    model, _, _ = one(variant)
+    x = randn(tokens, 24, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), model[0].product(x)) and model(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("variant", ["bat", "bone_free"])
+def test_dropout_beneath_acts_and_its_gradients_are_those_of_the_product(variant, chunk):
+    model, _, under = one("bone", dropout=0.5)
+    above = Bone(**options(variant, SHAPES[variant])).attach(model, "above").layers["0"]
+    x, W, bias = randn(70, 24, seed=2), under.base.weight.detach(), under.bias.detach()
+    for scale in (0.0, 0.3):
+        with torch.no_grad():
+            above.D.copy_(scale * randn(*above.D.shape, seed=3))
+        U, D = (t.detach().clone().requires_grad_() for t in (under.D, above.D))
+        torch.manual_seed(5)
+        below = x @ W.T + bias + F.dropout(x, 0.5) @ delta(W, U, "bone").T
+        want = below + x @ delta(changed(W, U, "bone"), D, variant).T
+        torch.manual_seed(5)
+        got = model.train()(x)
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
+        dy = randn(*got.shape, seed=4)
+        ours = torch.autograd.grad(got, [under.D, above.D], dy)
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+                   for a, b in zip(ours, torch.autograd.grad(want, [U, D], dy), strict=True))
+
+
+def test_a_weight_that_cannot_be_written_to_is_named_before_anything_is_folded():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(16, 16))
+    model[1].weight = nn.Parameter(torch.randn(16).expand(16, 16))
+    attached = Bone(r=8).attach(model)
+    before = model[0].base.weight.clone()
+    with pytest.raises(ConfigError, match="1 is expanded: many of its numbers are one in memory: give it"):
+        attached.fold()
+    assert torch.equal(model[0].base.weight, before) and not attached.folded
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+        with pytest.raises(ConfigError, match="cannot train: attach outside it"):
+            Bone(r=8).attach(model)
+    with pytest.raises(ConfigError, match=r"was made in torch\.inference_mode"):
+        Bone(r=8).attach(model).fold()
+    with pytest.raises(ConfigError, match="scale=inf is not allowed"):
+        Bone(scale=float("inf"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_untrained_block_with_dropout_changes_nothing_in_training(variant, chunk):
+    """A product of parts once stood for a change that is zero, and doubled the output."""
+    model, _, layer = one(variant, dropout=0.5)
+    with torch.no_grad():
+        layer.D.zero_()
+    x = randn(70, 24, seed=2)
+    want = F.linear(x, layer.base.weight, layer.bias)
+    assert torch.allclose(model.train()(x), want, rtol=1e-12, atol=1e-12)

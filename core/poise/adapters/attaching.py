@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from poise.adapters.attached import AttachedLayers, ReparameterizedLayers
@@ -35,6 +36,8 @@ def choose_layers(
         When nothing matches, or a weight that is named is tied, held by another adapter, or part of its
         module's own arithmetic.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(f"{what}: what is made in torch.inference_mode() cannot train: attach outside it")
     found = list(weights(model))
     for pattern in target_modules or ():
         if hit := named_tie(found, pattern):

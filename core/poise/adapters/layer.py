@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,20 @@ from poise.walk import Product, Weight, dense_linear, held
 
 FOLDED = "folded"  # key of a state dict, there while a layer is folded
 _PIECE = {"cpu": 1 << 21, "other": 1 << 23}  # weights changed at a time
+
+
+def _in_full(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a layer's method compute in the types of its weights: autocast would round them for good."""
+
+    @functools.wraps(method)
+    def whole(layer: Any, *given: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return method(layer, *given)
+
+    return whole
 
 
 class AdaptedLayer(nn.Module):
@@ -125,6 +141,7 @@ class AdaptedLayer(nn.Module):
         wide = self.changed(self.beneath(slice(first, last)), first)
         return wide[rows.start - first: rows.stop - first]
 
+    @_in_full
     def folded_weight(self) -> Tensor:
         """Return the weight (out, in) with the change in it, as `fold` writes it."""
         return self.weight_beneath.read() if self.folded else self.altered()
@@ -164,6 +181,7 @@ class AdaptedLayer(nn.Module):
         return [p for p in self.own_parameters() if p.requires_grad]
 
     @torch.no_grad()
+    @_in_full
     def fold(self) -> nn.Parameter | None:
         """Put the change into the weight beneath; a packed layer makes room for a plain one, whose weight
         is returned, since nobody has frozen it yet.
@@ -184,6 +202,7 @@ class AdaptedLayer(nn.Module):
     def _fold_plain(self, weight: Weight) -> tuple[Tensor, Tensor]:
         """Write the changed weight; return the one before, and what tells whether it is written to."""
         target = weight.read()
+        _refuse_unwritable(target, self.place)
         if self.row_block is not None and _is_view(target, tensor_of(weight)):
             return _change_in_place(target, self.row_block, self.change_into)
         before = target.clone()
@@ -258,6 +277,17 @@ class AdaptedLayer(nn.Module):
 def _dense(packed: Any, matrix: Tensor) -> Any:
     """Return a plain layer with another matrix in the place of a packed one."""
     return packed.dense(matrix) if isinstance(packed, PackedLinear) else dense_linear(packed, matrix)
+
+
+def _refuse_unwritable(target: Tensor, place: str) -> None:
+    """Raise `ConfigError` for a weight that nobody can write to element by element."""
+    if any(size > 1 and not stride for size, stride in zip(target.shape, target.stride(), strict=True)):
+        why = "is expanded: many of its numbers are one in memory"
+    elif target.is_inference() and not torch.is_inference_mode_enabled():
+        why = "was made in torch.inference_mode(), and can be changed there only"
+    else:
+        return
+    raise ConfigError(f"{place} {why}: give it memory of its own, nn.Parameter(weight.detach().clone())")
 
 
 def _change_in_place(

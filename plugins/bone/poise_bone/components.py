@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,7 +59,7 @@ class Bone:
         self._check_together()
 
     def _check_together(self) -> None:
-        if isinstance(self.scale, str) and self.scale != ROW_NORM:
+        if (isinstance(self.scale, str) and self.scale != ROW_NORM) or self.scale == math.inf:
             raise ConfigError(f"Bone.scale={self.scale!r} is not allowed: it must be a number above 0, or "
                               f"{ROW_NORM}")
         if self.scale != 1.0 and self.variant not in SCALED:

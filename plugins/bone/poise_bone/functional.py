@@ -136,7 +136,8 @@ def change_rows(
     """
     wide = torch.promote_types(W.dtype, block.dtype)
     rows = slice(first, first + len(W))
-    return _CHANGES[variant](W.to(wide), block.to(wide), rows, out_features, 1.0 if added else 0.0)
+    with torch.autocast(W.device.type, enabled=False):
+        return _CHANGES[variant](W.to(wide), block.to(wide), rows, out_features, 1.0 if added else 0.0)
 
 
 def add_rows(out: Tensor, W: Tensor, block: Tensor, first: int) -> bool:
@@ -208,7 +209,8 @@ def compose(first: Tensor, second: Tensor, variant: str = "bone") -> Tensor:
     B = B1 + B2 + B1 B2.
     """
     _check_same([first, second], "composed")
-    return first + second if _is_added(variant) else first + second + first @ second
+    with torch.autocast(first.device.type, enabled=False):
+        return first + second if _is_added(variant) else first + second + first @ second
 
 
 def inverse(block: Tensor, variant: str = "bone") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -260,13 +261,18 @@ class BatLeftLayer(GuidedLayer):
 class RecomputedLayer(GuidedLayer):
     """A form whose product needs the changed weight: it is built chunk by chunk and not kept."""
 
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are left out now, here or beneath: the change is then made beside the product."""
+        return any(self.training and one.acts and getattr(one, "dropout", 0) > 0 for one in self.chain())
+
     def whole(self, x: Tensor) -> Tensor:
         """Return x W'^T and the bias."""
         return recomputed(x, self.block(), self.rows(self._changed), self.bias)
 
     def change(self, x: Tensor) -> Tensor:
         """Return x (W' - W)^T."""
-        return recomputed(x, self.block(), self.rows(self._added))
+        return recomputed(x, self.block(), replace(self.rows(self._added), base=None))
 
     def _changed(self, W: Tensor, part: Tensor, first: int) -> Tensor:
         return change_rows(W, part.to(W.dtype), self.variant, first, self.out_features)
@@ -294,8 +300,8 @@ class RecomputedLayer(GuidedLayer):
         sources = [held] if held is not None else list(module.buffers())
         alone = not isinstance(self.base, AdaptedLayer)
         return Rows(
-            weight.shape, self.r, weight.read if alone else self.beneath, change, self.pull(), self.part,
-            others, self.base, lambda: [t._version for t in (*sources, *others)],
+            weight.shape, weight.dtype, self.r, weight.read if alone else self.beneath, change,
+            self.pull(), self.part, others, self.base, lambda: [t._version for t in (*sources, *others)],
             views=alone and weight.stored is None, name=self.place)
 
 

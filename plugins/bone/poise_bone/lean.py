@@ -37,6 +37,8 @@ class Rows:
     Parameters
     ----------
     shape : (out, in)
+    dtype : torch.dtype
+        Of the weight beneath.
     block : int
         Rows that are built together; it divides `out`.
     beneath : callable
@@ -51,8 +53,8 @@ class Rows:
         The part of the block that rows (a slice) depend on, as an index of it.
     others : tuple of Tensor
         What trains beneath, of earlier adapters.
-    base : callable
-        x to the product before the change, with the bias.
+    base : callable or None
+        x to the product before the change, with the bias; None where the change alone is made.
     version : callable
         Something that differs when the weight beneath has been written to.
     views : bool
@@ -60,13 +62,14 @@ class Rows:
     """
 
     shape: tuple[int, int]
+    dtype: torch.dtype
     block: int
     beneath: Callable[[slice], Tensor]
     change: Callable[[Tensor, Tensor, int], Tensor]
     pull: Callable[[Tensor, Tensor], Tensor] | None
     part: Callable[[slice], slice]
     others: tuple[Tensor, ...]
-    base: Callable[[Tensor], Tensor]
+    base: Callable[[Tensor], Tensor] | None
     version: Callable[[], Any]
     views: bool
     name: str
@@ -118,8 +121,10 @@ def factored(x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None = None) -
 
 def _product(function: Any, x: Tensor, block: Tensor, rows: Rows, bias: Tensor | None) -> Tensor:
     """Call a function on x as (T, in), in the type that autocast would make the product in."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif rows.views and x.dtype != rows.dtype:
+        F.linear(x[:1], rows.beneath(slice(0, 1)))  # torch's own error for types that do not go together
     bias = None if bias is None else bias.to(x.dtype)
     # for one token, to prepare a backward pass would cost as much as the arithmetic
     call = function.apply if torch.is_grad_enabled() else function.value
@@ -149,8 +154,10 @@ def _unchanged(x: Tensor, block: Tensor, rows: Rows) -> Tensor | None:
     Products of parts may round otherwise than that of the whole. Elsewhere than on a CPU to look would mean
     to wait for the device.
     """
+    if rows.base is None or x.device.type != "cpu":
+        return None
     # one column answers at once for a block that has trained
-    return None if x.device.type != "cpu" or block[..., 0].any() or block.any() else rows.base(x)
+    return None if block[..., 0].any() or block.any() else rows.base(x)
 
 
 def _refuse_written(ctx: Any) -> None:
