@@ -450,6 +450,10 @@ def test_inputs_of_other_types_are_torchs_own_error_or_taken_as_a_linear_takes_t
     for dtype in (torch.long, torch.float16, torch.float64):
         with pytest.raises(RuntimeError):
             model(torch.ones(tokens, 24, dtype=dtype))
+    Bone(**options(variant, SHAPES[variant])).attach(model, "above").layers["0"].D.data.fill_(0.1)
+    for dtype in (torch.long, torch.float16):
+        with pytest.raises(RuntimeError):
+            model(torch.ones(tokens, 24, dtype=dtype))
     model, _, _ = one(variant)
     x = randn(tokens, 24, seed=2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 import random
 import re
@@ -203,6 +204,18 @@ def test_every_flipped_bit_is_an_error_or_padding(flips, tmp_path):
         except PoiseError as error:
             assert path.name in str(error) or "index" in str(error)
         path.write_bytes(before)
+
+
+def test_an_index_that_lies_about_a_matrix_is_refused_before_anything_is_read(tmp_path):
+    from poise_edgemoe.store.index import _own
+
+    store, _ = store_of(tmp_path, bits=4)
+    said = json.loads((store / "index.json").read_text())
+    said["layers"][0]["experts"][1]["down"]["nbytes"] -= 64
+    said["checksum"] = _own({k: v for k, v in said.items() if k != "checksum"})
+    (store / "index.json").write_text(json.dumps(said))
+    with pytest.raises(FileError, match="down of expert 1 in layer 0 cannot have"):
+        opened(store)
 
 
 @pytest.mark.parametrize("where", range(0, 100, 10))

@@ -250,6 +250,33 @@ def test_what_was_begun_for_other_options_is_begun_again(tmp_path, monkeypatch):
     assert contents(tmp_path / "store") == contents(tmp_path / "other")
 
 
+def test_a_conversion_that_ended_before_its_last_step_is_finished(tmp_path, monkeypatch):
+    from poise_edgemoe.store import writer
+
+    source = saved(tmp_path / "model", "mixtral")
+    want = contents(convert(source, tmp_path / "whole", group=8))
+    unlink, rename = writer.Path.unlink, os.rename
+
+    def keeps_its_journal(path, **more):
+        if path.name == writer.JOURNAL:
+            raise OSError(5, "Input/output error")
+        unlink(path, **more)
+
+    def stays(old, new):
+        if str(new).endswith("stays"):
+            raise OSError(5, "Input/output error")
+        rename(old, new)
+
+    for name, owner, fails in (("unlink", writer.Path, keeps_its_journal), ("rename", os, stays)):
+        store = tmp_path / f"{name} stays"
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(FileError, match="Input/output error"):
+                convert(source, store, group=8)
+        convert(source, store, group=8)
+        assert contents(store) == want and read_index(store)
+
+
 def test_two_conversions_to_one_place_do_not_meet(tmp_path):
     import fcntl
 

@@ -302,7 +302,7 @@ class RecomputedLayer(GuidedLayer):
         return Rows(
             weight.shape, weight.dtype, self.r, weight.read if alone else self.beneath, change,
             self.pull(), self.part, others, self.base, lambda: [t._version for t in (*sources, *others)],
-            views=alone and weight.stored is None, name=self.place)
+            views=alone and weight.stored is None, packed=weight.stored is not None, name=self.place)
 
 
 class BatLayer(RecomputedLayer):

@@ -59,6 +59,8 @@ class Rows:
         Something that differs when the weight beneath has been written to.
     views : bool
         Whether `beneath` returns a view of the weight, rather than building rows.
+    packed : bool
+        Whether the weight beneath is packed, and so takes inputs of any real type.
     """
 
     shape: tuple[int, int]
@@ -72,6 +74,7 @@ class Rows:
     base: Callable[[Tensor], Tensor] | None
     version: Callable[[], Any]
     views: bool
+    packed: bool
     name: str
 
     def chunks(self, budget: int) -> Iterator[slice]:
@@ -123,8 +126,8 @@ def _product(function: Any, x: Tensor, block: Tensor, rows: Rows, bias: Tensor |
     """Call a function on x as (T, in), in the type that autocast would make the product in."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif rows.views and x.dtype != rows.dtype:
-        F.linear(x[:1], rows.beneath(slice(0, 1)))  # torch's own error for types that do not go together
+    elif x.dtype != rows.dtype and not (rows.packed and x.is_floating_point()):
+        F.linear(x, rows.beneath(slice(0, rows.block)))  # torch's own error: these types do not go together
     bias = None if bias is None else bias.to(x.dtype)
     # for one token, to prepare a backward pass would cost as much as the arithmetic
     call = function.apply if torch.is_grad_enabled() else function.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,7 +21,8 @@ from poise_edgemoe.budget import Budget, plan_memory, resident_bytes
 from poise_edgemoe.cache import make_policy
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
-from poise_edgemoe.loading import load_hot, warm
+from poise_edgemoe.loading import load_hot, read_config, warm
+from poise_edgemoe.models import model_class
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
 
@@ -37,6 +39,7 @@ class Engine:
 
     def __init__(self, folder: Path, budget: Budget, policy: str, *, direct: bool = True) -> None:
         self.index = read_index(folder)
+        model_class(read_config(folder))  # its code belongs to the process too
         warm(getattr(torch, self.index.dtype))
         self.folder, self.budget, self.base = folder, budget, resident_bytes()
         self.model: Any = load_hot(folder, self.index)
@@ -167,13 +170,15 @@ class Engine:
         known = policy in POLICIES and "encoder" in options_of(POLICIES[policy])
         return {"encoder": encoder} if encoder and known else {}
 
-    def _turn(self) -> threading.RLock:
-        """Return what is held during a call, of an engine that may be used."""
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the engine during a call, if it may be used then: it may be closed while one waits."""
         if self._pid != os.getpid():
             raise RunError("the engine belongs to the process that opened it: open another after a fork")
-        if self._closed:
-            raise RunError("the engine is closed: open it again")
-        return self._lock
+        with self._lock:
+            if self._closed:
+                raise RunError("the engine is closed: open it again")
+            yield
 
     def _checked(self, ids: Tensor) -> Tensor:
         ids = check_prompt(self.source, ids)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poise.errors import FileError
 from poise_edgemoe.cache.policy import Key, Policy
-from poise_edgemoe.store.index import Index, Matrix, padded, places
+from poise_edgemoe.store.index import Index, Matrix, padded, payload, places
 from poise_edgemoe.store.reader import Reader, Request
 from poise_edgemoe.store.schemes import read_quantizer
 
@@ -51,6 +52,11 @@ class Forms:
         self.index = index
         self._quantizers = [read_quantizer(q, "the index") for q in index.quantizers]
         self._known: dict[tuple[int, str, int], tuple[Any, dict[str, Any], tuple[int, int]]] = {}
+        for n, e, parts in index.blobs():
+            for part, m in parts.items():
+                if payload(self._layout(n, part, m.form)[1]) != m.nbytes:
+                    raise FileError(f"the index is wrong: {part} of expert {e} in layer {n} cannot have "
+                                    f"{m.nbytes} bytes in its form")
 
     def matrix(self, key: Key, part: str, buffer: memoryview) -> tuple[Any, Tensor | None]:
         """Return the stored matrix and its bias, views of a buffer."""

@@ -31,6 +31,7 @@ from poise_edgemoe.models import empty_model, in_full
 from poise_edgemoe.store.index import (
     EXPERTS,
     HOT,
+    INDEX,
     PAGE,
     VERSION,
     Index,
@@ -173,6 +174,7 @@ def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, prog
     quantizers: list[dict[str, Any]] = []
     layers = _resumed(folder, request, quantizers)
     biases = source.biases()
+    (folder / INDEX).unlink(missing_ok=True)  # of a conversion that ended just before its last step
     with open(folder / EXPERTS, "r+b" if layers else "wb") as f:
         f.truncate(_end(layers))
         f.seek(0, os.SEEK_END)
