@@ -117,6 +117,21 @@ def test_a_prompt_in_pieces_says_the_same_to_rounding(tmp_path, monkeypatch):
         assert got.shape == want.shape and (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_what_every_call_took_sums_to_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("poise_edgemoe.statistics.LAST", 8)
+    store, _ = store_of(tmp_path)
+    with opened(store, 2) as engine:
+        engine.generate(ids(2, 9), 5)
+        whole = engine.stats()
+        steps = whole["steps"]
+        assert [s["tokens"] for s in steps] == [18, 2, 2, 2, 2]
+        for name in ("tokens", "hits", "misses", "bytes_read", "stall_seconds", "major_faults"):
+            assert whole[name] == pytest.approx(sum(s[name] for s in steps)), name
+        assert all(0 <= s["stall_seconds"] <= s["seconds"] and s["misses"] > 0 for s in steps)
+        engine.generate(ids(), 12)
+        assert len(engine.stats()["steps"]) == 8 and engine.stats()["tokens"] == 26 + 20
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_output_does_not_depend_on_who_leaves(policy, tmp_path):
     store, source = store_of(tmp_path, "qwen3_moe")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.loading import load_hot, read_config, warm
 from poise_edgemoe.models import model_class
+from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
 
@@ -48,11 +48,11 @@ class Engine:
         self.reader = Reader(folder, direct=direct)
         self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
         put_experts(self.model, self.cache)
+        self.statistics = Statistics(self.cache)
         config = self.model.config
         self.source = Source(self._start, config.vocab_size, budget.context, ends_of(self.model),
                              _tokenizer(folder))
         self._lock, self._pid, self._run, self._closed = threading.RLock(), os.getpid(), 0, False
-        self._tokens, self._seconds = 0, 0.0
 
     @classmethod
     def open(
@@ -120,13 +120,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return what was measured since the engine was opened, as plain JSON values."""
         with self._turn():
-            asked = self.cache.hits + self.cache.misses
-            return {
-                "tokens": self._tokens, "seconds": self._seconds, "hits": self.cache.hits,
-                "misses": self.cache.misses, "hit_rate": self.cache.hits / asked if asked else 0.0,
-                "bytes_read": self.reader.bytes_read, "stall_seconds": self.cache.stalled,
-                "direct": self.reader.direct, "memory": self.budget.terms(),
-            }
+            return {**self.statistics.summary(), "memory": self.budget.terms()}
 
     def opening(self) -> str:
         """Return in one line what the limit is spent on."""
@@ -188,13 +182,11 @@ class Engine:
         return ids
 
     def _forward(self, **inputs: Any) -> Any:
-        started = time.perf_counter()
         try:
-            return self.model(**inputs)
+            with self.statistics.step(next(iter(inputs.values())).numel()):
+                return self.model(**inputs)
         finally:
             self.cache.next_token()
-            self._tokens += next(iter(inputs.values())).numel()
-            self._seconds += time.perf_counter() - started
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""

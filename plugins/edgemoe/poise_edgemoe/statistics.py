@@ -1,0 +1,80 @@
+"""What every call of a model took: time, waiting, bytes, hits, pages that came from a disk."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from poise_edgemoe.cache.slots import ExpertCache
+
+LAST = 1024  # calls that are remembered: a long conversation must not grow
+
+
+@dataclass
+class Step:
+    """One call of the model: a token of every row, or a piece of a prompt.
+
+    Parameters
+    ----------
+    tokens : int
+        That were fed, of all rows.
+    seconds : float
+        In all; `stall_seconds` of it computing waited for reading.
+    bytes_read : int
+        Padding to pages included.
+    hits, misses : int
+        Experts that were in memory when they were asked for, and those that were not.
+    major_faults : int
+        Pages of the process that the system had to read from a disk: 0 while all it needs stays in memory.
+    """
+
+    tokens: int
+    seconds: float
+    stall_seconds: float
+    bytes_read: int
+    hits: int
+    misses: int
+    major_faults: int
+
+
+class Statistics:
+    """Sums since the beginning, and the last `LAST` steps."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self.cache = cache
+        self.steps: deque[Step] = deque(maxlen=LAST)
+        self.tokens, self.seconds, self.faults = 0, 0.0, 0
+
+    @contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """Measure what is done within, also where it fails."""
+        before = self._counters()
+        try:
+            yield
+        finally:
+            made = [b - a for a, b in zip(before, self._counters(), strict=True)]
+            self.steps.append(Step(tokens, *made))  # type: ignore[arg-type]
+            self.tokens += tokens
+            self.seconds += self.steps[-1].seconds
+            self.faults += self.steps[-1].major_faults
+
+    def summary(self) -> dict[str, Any]:
+        """Return all of it as plain JSON values."""
+        cache = self.cache
+        asked = cache.hits + cache.misses
+        return {
+            "tokens": self.tokens, "seconds": self.seconds, "hits": cache.hits, "misses": cache.misses,
+            "hit_rate": cache.hits / asked if asked else 0.0, "bytes_read": cache.reader.bytes_read,
+            "stall_seconds": cache.stalled, "major_faults": self.faults, "direct": cache.reader.direct,
+            "steps": [asdict(s) for s in self.steps],
+        }
+
+    def _counters(self) -> tuple[float, ...]:
+        cache = self.cache
+        return (time.perf_counter(), cache.stalled, cache.reader.bytes_read, cache.hits, cache.misses,
+                resource.getrusage(resource.RUSAGE_SELF).ru_majflt)
