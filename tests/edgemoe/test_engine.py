@@ -161,21 +161,51 @@ def test_output_does_not_depend_on_when_reads_arrive(schedules, tmp_path, monkey
             assert torch.equal(engine.generate(ids(), 8), want)
 
 
-@pytest.mark.parametrize("policy", ["expected", "lru", "lfu", "fld_lru", "paper_intent"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "static"])
 @pytest.mark.parametrize("experts", [2, 3, 5, 8])
 def test_engine_and_simulator_count_the_same_hits(policy, experts, tmp_path):
-    store, _ = store_of(tmp_path, "qwen3_moe")
+    store, _ = store_of(tmp_path, "qwen3_moe", num_experts=6)
     with opened(store, experts, policy=policy) as engine:
-        trace, layer = [], engine.cache.layer
-
-        def traced(n, used):
-            trace.extend((n, e) for e in used)
-            return layer(n, used)
-
-        engine.cache.layer = traced
+        trace = engine.cache.recorded = []
         engine.generate(ids(), 24)
+        engine.generate(ids(3, 11, 1), 12)
+        # two prompts: the layer number falls between them, as between tokens
         assert simulate(trace, experts, policy, pins=True).hits == engine.cache.hits
         assert engine.cache.hits + engine.cache.misses == len(trace)
+
+
+def test_a_policy_that_shares_by_layer_needs_room_in_each(tmp_path):
+    store, _ = store_of(tmp_path, "qwen3_moe")
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match="leaves no room for an expert of"):
+        opened(store, 1, policy="layer_lru")
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_of_a_prompt_the_last_tokens_experts_stay(rows, tmp_path):
+    store, source = store_of(tmp_path, "olmoe", num_experts=12)
+    prompt = ids(rows, 40)
+    with opened(store, 8) as engine:
+        chosen = []
+        engine.experts[-1].register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+        assert torch.equal(engine.logits(prompt), reference(source).logits(prompt))
+        last = set(chosen[0].view(rows, 40, -1)[:, -1].flatten().tolist())
+        used = set(chosen[0].flatten().tolist())
+        held = {e for n, e in engine.cache.resident if n == 1}
+        assert len(used) > 8 >= len(last) and last <= held and len(held) == 8
+
+
+def test_a_prompt_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("poise_edgemoe.budget.MOST_CHUNK", 4)
+    store, _ = store_of(tmp_path, "qwen3_moe")
+    with opened(store) as engine:
+        told = []
+        engine.progress = lambda *parts: told.append(parts)
+        engine.generate(ids(1, 10), 5)
+        assert told == [(n, 6) for n in range(1, 7)]  # two layers, three pieces; tokens are not told
+        engine.logits(ids(1, 4))
+        assert told[6:] == [(1, 2), (2, 2)]
 
 
 def test_mixed_widths_share_one_budget_and_do_not_empty_it(tmp_path):

@@ -95,23 +95,24 @@ def steps(
     Parameters
     ----------
     forward : callable, optional
-        What the model is called through.
+        Called with a module and its inputs, in place of calling the module.
     chunk : int, optional
         Most tokens that are fed at a time.
     """
     kept: dict[str, Any] = {}
+    call = forward or (lambda module, **inputs: module(**inputs))
     if model.config.is_encoder_decoder:
-        kept["encoder_outputs"] = model.get_encoder()(input_ids=prompt)
+        kept["encoder_outputs"] = call(model.get_encoder(), input_ids=prompt)
         first = model.config.decoder_start_token_id
         prompt = prompt.new_full((len(prompt), 1), model.config.pad_token_id if first is None else first)
-    name, call = "decoder_input_ids" if kept else "input_ids", forward or model
+    name = "decoder_input_ids" if kept else "input_ids"
     if not kept:
         kept["logits_to_keep"] = 1  # those of a whole prompt would take more room than all else
 
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
         for part in ids.split(chunk or ids.shape[1], 1):
-            out = call(**{name: part}, use_cache=True, **kept)
+            out = call(model, **{name: part}, use_cache=True, **kept)
             kept["past_key_values"] = out.past_key_values
         return out.logits[:, -1]
 

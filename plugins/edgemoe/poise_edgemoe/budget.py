@@ -13,7 +13,7 @@ import torch
 from poise.errors import ConfigError
 from poise.models.serving import context_of
 from poise_edgemoe.cache.slots import STAGES, size_of
-from poise_edgemoe.loading import hot_files, read_config
+from poise_edgemoe.loading import hot_files, prepare, read_config
 from poise_edgemoe.store.index import Index, read_index
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -82,7 +82,8 @@ def plan_memory(
     ConfigError
         When the limit is too small, with the smallest workable value.
     """
-    index = read_index(path)
+    # libraries set themselves up before what the process holds is counted
+    index = read_index(path) if total is None else prepare(Path(path))
     config = read_config(Path(path))
     context = _context(context, config)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
@@ -135,11 +136,12 @@ def _fixed(
     kv = kv_bytes(config, dtype) * context * batch
     matrices = _matrices(index, config, dtype) + min(KERNELS, 2 * hot)
     tables = 2048 * sum(len(layer.experts) for layer in index.layers)
-    chunk, left = min(context, MOST_CHUNK), math.inf
-    if limit is not None:
-        left = limit - hot - kv - matrices - tables - staging
-    while chunk > LEAST_CHUNK and _activations(index, config, dtype, chunk * batch, context) > SHARE * left:
-        chunk = max(LEAST_CHUNK, chunk // 2)
+    # an encoder sees its prompt as a whole
+    chunk = context if config.is_encoder_decoder else min(context, MOST_CHUNK)
+    least = context if config.is_encoder_decoder else LEAST_CHUNK
+    left = math.inf if limit is None else limit - hot - kv - matrices - tables - staging
+    while chunk > least and _activations(index, config, dtype, chunk * batch, context) > SHARE * left:
+        chunk = max(least, chunk // 2)
     # a layer's keys and values are laid out anew when they grow
     again = 4 * kv // (getattr(config, "num_hidden_layers", None) or config.num_decoder_layers)
     workspace = matrices + again + _activations(index, config, dtype, chunk * batch, context)

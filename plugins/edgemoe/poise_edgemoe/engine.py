@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from poise_edgemoe.budget import Budget, plan_memory, resident_bytes
 from poise_edgemoe.cache import make_policy
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
-from poise_edgemoe.loading import load_hot, read_config, warm
-from poise_edgemoe.models import model_class
+from poise_edgemoe.kernels import bound_kernels
+from poise_edgemoe.loading import load_hot, prepare
 from poise_edgemoe.statistics import Statistics
-from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
 
 KERNELS = ("reference",)
+UNBOUNDED = ("products in half precision were made before an engine was opened, and oneDNN keeps kernels "
+             "without bounds since: prompts may take more memory than the limit (open the engine first)")
 
 
 class Engine:
@@ -35,23 +37,34 @@ class Engine:
     Open one with `Engine.open`, and close it, or use `with`. Calls from several threads take turns. A
     process that was forked from one with an engine cannot use it. One generation runs at a time: a new one
     ends the stream before it.
+
+    Attributes
+    ----------
+    progress : callable or None
+        Set it to be told how far a prompt is: called with parts that are done, and all.
     """
 
     def __init__(self, folder: Path, budget: Budget, policy: str, *, direct: bool = True) -> None:
-        self.index = read_index(folder)
-        model_class(read_config(folder))  # its code belongs to the process too
-        warm(getattr(torch, self.index.dtype))
+        self.index = prepare(folder)
         self.folder, self.budget, self.base = folder, budget, resident_bytes()
         self.model: Any = load_hot(folder, self.index)
-        layers, experts = len(self.index.layers), max(len(one.experts) for one in self.index.layers)
-        rule = make_policy(policy, layers=layers, experts=experts, **self._encoder(policy))
-        self.reader = Reader(folder, direct=direct)
-        self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
-        put_experts(self.model, self.cache)
-        self.statistics = Statistics(self.cache)
         config = self.model.config
         self.source = Source(self._start, config.vocab_size, budget.context, ends_of(self.model),
                              _tokenizer(folder))
+        layers, experts = len(self.index.layers), max(len(one.experts) for one in self.index.layers)
+        rule = make_policy(policy, layers=layers, experts=experts, **self._encoder(policy))
+        self.reader = Reader(folder, direct=direct)
+        try:
+            self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
+            self.experts = put_experts(self.model, self.cache)
+        except BaseException:
+            self.reader.close()
+            raise
+        self.statistics = Statistics(self.cache)
+        self.progress: Callable[[int, int], None] | None = None
+        self._done = self._parts = 0
+        for module in self.experts:
+            module.register_forward_hook(self._layer_done)
         self._lock, self._pid, self._run, self._closed = threading.RLock(), os.getpid(), 0, False
 
     @classmethod
@@ -92,7 +105,10 @@ class Engine:
         if kernel not in KERNELS:
             raise ConfigError(f"kernel={kernel!r} is not allowed: it must be one of {', '.join(KERNELS)}")
         budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
-        return cls(Path(path), budget, policy, direct=direct)
+        engine = cls(Path(path), budget, policy, direct=direct)
+        if not (memory is total is None or bound_kernels(getattr(torch, engine.index.dtype))):
+            warnings.warn(UNBOUNDED, stacklevel=2)
+        return engine
 
     # ------------------------------------------------------------ the contract
 
@@ -102,9 +118,9 @@ class Engine:
         with self._turn():
             ids = self._checked(input_ids)
             more = check_decoder(self.source, decoder_input_ids, self.model.config.is_encoder_decoder)
-            self._run += 1
+            self._begin(ids.shape[1])
             if more or ids.shape[1] <= self.budget.chunk:
-                return self._forward(input_ids=ids, use_cache=False, **more).logits
+                return self._forward(self.model, input_ids=ids, use_cache=False, **more).logits
             return self._logits_in_chunks(ids)
 
     def generate(self, prompt: Tensor | str, max_new_tokens: int, **options: Any) -> Tensor | str:
@@ -181,10 +197,24 @@ class Engine:
                             f"batch={self.budget.batch}")
         return ids
 
-    def _forward(self, **inputs: Any) -> Any:
+    def _begin(self, length: int) -> int:
+        """Begin a prompt of that many tokens; what ran before has ended. Return its number."""
+        self._run += 1
+        self._done, self._parts = 0, len(self.index.layers) * -(-length // self.budget.chunk)
+        return self._run
+
+    def _layer_done(self, *_: Any) -> None:
+        if self._done < self._parts:
+            self._done += 1
+            if self.progress is not None:
+                self.progress(self._done, self._parts)
+
+    def _forward(self, module: Any, **inputs: Any) -> Any:
+        ids = next(iter(inputs.values()))
+        self.cache.length = ids.shape[1]
         try:
-            with self.statistics.step(next(iter(inputs.values())).numel()):
-                return self.model(**inputs)
+            with self.statistics.step(ids.numel()):
+                return module(**inputs)
         finally:
             self.cache.next_token()
 
@@ -192,7 +222,7 @@ class Engine:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""
         found, kept = [], None
         for part in ids.split(self.budget.chunk, 1):
-            out = self._forward(input_ids=part, use_cache=True, past_key_values=kept)
+            out = self._forward(self.model, input_ids=part, use_cache=True, past_key_values=kept)
             kept = out.past_key_values
             found.append(out.logits)
         return torch.cat(found, 1)
@@ -200,8 +230,7 @@ class Engine:
     def _start(self, prompt: Tensor) -> tuple[Tensor, Step]:
         """Return the tokens that a generation begins with, and its step."""
         self._checked(prompt)
-        self._run += 1
-        run = self._run
+        run = self._begin(prompt.shape[1])
         first, step = steps(self.model, prompt, self._forward, self.budget.chunk)
 
         def mine(ids: Tensor) -> Tensor:

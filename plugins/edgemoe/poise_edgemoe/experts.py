@@ -7,7 +7,6 @@ read first (the order is that of transformers' `eager` implementation).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class StoredExperts(nn.Module):
         """
         out = torch.zeros_like(hidden_states)
         routed = self._routed(index)
-        with self.cache.layer(self.number, [e for e, _, _ in routed]) as get:
+        with self.cache.layer(self.number, self._by_last_use(routed)) as get:
             for e, token, slot in routed:
                 y = self._expert(hidden_states[token], e, get) * weights[token, slot, None]
                 out.index_add_(0, token, y.to(out.dtype))
@@ -80,6 +79,14 @@ class StoredExperts(nn.Module):
             found.append((e, token, slot))
         return found
 
+    def _by_last_use(self, routed: list[tuple[int, Tensor, Tensor]]) -> list[int]:
+        """Return experts, those that only early tokens of a prompt use before those of the last ones."""
+        length = self.cache.length
+        if length == 1:
+            return [e for e, _, _ in routed]
+        last = {e: int((token % length).max()) for e, token, _ in routed}
+        return sorted(last, key=lambda e: (last[e], e))
+
     def _expert(self, x: Tensor, e: int, get: Get) -> Tensor:
         (like,) = self._like
         if self.switch:
@@ -93,29 +100,17 @@ class StoredExperts(nn.Module):
         """Return x W^T + bias, in the expression that transformers uses: another one rounds otherwise."""
         matrix = stored.dequantize()
         if not self.transposed:
-            return in_pieces(x, lambda part: F.linear(part, matrix, bias))
+            return F.linear(x, matrix, bias)
         matrix = matrix if isinstance(stored, RawMatrix) else matrix.T.contiguous()
-        y = in_pieces(x, lambda part: part @ matrix)
-        return y if bias is None else y + bias
+        return x @ matrix if bias is None else x @ matrix + bias
 
 
-def in_pieces(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a product of rows, in half precision made for 1, 2, 4, 8, ... rows at a time.
-
-    oneDNN compiles a kernel for every number of rows and keeps a thousand of them, half a megabyte each or
-    more, and experts see every number of rows. Now and then a row comes out other than in one product, in
-    its last bit: what is exact in fp32, and for one row, is nearly so for prompts in half precision.
-    """
-    n = len(x)
-    if x.element_size() > 2 or n & (n - 1) == 0:
-        return product(x)
-    sizes = [1 << k for k in reversed(range(n.bit_length())) if n >> k & 1]
-    return torch.cat([product(part) for part in x.split(sizes)])
-
-
-def put_experts(model: nn.Module, cache: ExpertCache) -> None:
-    """Put stored experts in the place of a model's own, which lie nowhere."""
+def put_experts(model: nn.Module, cache: ExpertCache) -> list[StoredExperts]:
+    """Put stored experts in the place of a model's own, which lie nowhere; return them."""
+    made = []
     for number, layer in enumerate(cache.index.layers):
         path, _, name = layer.path.rpartition(".")
         parent = model.get_submodule(path)
-        setattr(parent, name, StoredExperts(parent.get_submodule(name), number, cache))
+        made.append(StoredExperts(parent.get_submodule(name), number, cache))
+        setattr(parent, name, made[-1])
+    return made

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from poise.errors import FileError, require
 from poise.quantizers import PackedLinear
 from poise.walk import weights
-from poise_edgemoe.models import empty_model
-from poise_edgemoe.store.index import HOT, Index
+from poise_edgemoe.kernels import bound_kernels
+from poise_edgemoe.models import empty_model, model_class
+from poise_edgemoe.store.index import HOT, Index, read_index
 from poise_edgemoe.store.schemes import read_quantizer
 
 _CHUNK = 1 << 22
@@ -35,6 +36,16 @@ def read_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{folder}/config.json is not read by transformers: {error}") from None
+
+
+def prepare(folder: Path) -> Index:
+    """Read the index, and let libraries set themselves up: what they take is the process's, no model's."""
+    index = read_index(folder)
+    model_class(read_config(folder))
+    dtype = getattr(torch, index.dtype)
+    bound_kernels(dtype)  # before the first product
+    warm(dtype)
+    return index
 
 
 def load_hot(folder: Path, index: Index) -> Any:
@@ -79,7 +90,7 @@ def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> N
 
 @torch.no_grad()
 def warm(dtype: torch.dtype) -> None:
-    """Run every kernel once: what libraries set up for themselves belongs to the process, not a model."""
+    """Run every kernel once."""
     x, w = torch.zeros(8, 256, dtype=dtype), torch.zeros(256, 256, dtype=dtype)
     for rows in (1, 2, 8):
         nn.functional.linear(x[:rows], w)

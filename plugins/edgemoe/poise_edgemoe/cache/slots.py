@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.errors import FileError
+from poise.errors import ConfigError, FileError
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.store.index import Index, Matrix, padded, payload, places
 from poise_edgemoe.store.reader import Reader, Request
@@ -98,15 +98,28 @@ class ExpertCache:
         largest = max(size_of(m) for _, _, m in index.blobs())
         self._stages = [mmap.mmap(-1, largest) for _ in range(STAGES)]
         self.budget, self.mapped = budget - STAGES * largest, 0
+        self.share = self.budget // policy.layers if policy.per_layer else self.budget
+        if policy.per_layer and self.share < largest:
+            raise ConfigError(f"policy={policy.name!r} shares {self.budget / 1e6:.1f} MB among "
+                              f"{policy.layers} layers, which leaves no room for an expert of "
+                              f"{largest / 1e6:.1f} MB: give more memory, or take another policy")
         self.resident: dict[Key, Resident] = {}
+        self._taken = dict.fromkeys(range(policy.layers), 0)  # by layer, or all of it in the first place
         self._free: dict[int, list[mmap.mmap]] = {}
         self._checked: set[tuple[Key, str]] = set()
         self.hits = self.misses = 0
         self.stalled = 0.0  # seconds in which computing waited for reading
+        self.length = 1  # positions of each row in the running call
+        self.recorded: list[Key] | None = None  # uses, in their order, while somebody asks for them
 
     @contextmanager
     def layer(self, n: int, experts: Sequence[int]) -> Iterator[Get]:
-        """Hold the experts of a layer, in ascending order, for as long as it is computed.
+        """Hold the experts of a layer for as long as it is computed.
+
+        Parameters
+        ----------
+        experts
+            In the order of their last use: where there is no room for all, the latest are kept.
 
         Yields
         ------
@@ -115,7 +128,7 @@ class ExpertCache:
             is no room for are to be asked for in ascending order; each is gone when the next but one is.
         """
         pinned = {(n, e) for e in experts}
-        streamed = [key for key in sorted(pinned) if not self._keep(key, pinned)]
+        streamed = sorted(k for k in self._in_order([(n, e) for e in experts]) if not self._keep(k, pinned))
         stage = Stage(self, streamed, self._stages)
 
         def get(e: int, part: str) -> tuple[Any, Tensor | None]:
@@ -140,9 +153,21 @@ class ExpertCache:
         self._free.clear()
         self._stages.clear()
 
+    def _in_order(self, keys: list[Key]) -> list[Key]:
+        """Return keys as they are used; those that there is no room for beside later ones come last."""
+        room, passed = self.share - sum(self._size(k) for k in keys if k in self.resident), []
+        for key in reversed(keys):
+            if key not in self.resident and self._size(key) > room:
+                passed.append(key)
+            elif key not in self.resident:
+                room -= self._size(key)
+        return [k for k in keys if k not in passed] + passed[::-1]
+
     def _keep(self, key: Key, pinned: set[Key]) -> bool:
         """Count the use of an expert, and see to it that it is read; False: there is no room to keep it."""
         self.policy.used(key)
+        if self.recorded is not None:
+            self.recorded.append(key)
         if key in self.resident:
             self.hits += 1
             return True
@@ -156,21 +181,21 @@ class ExpertCache:
 
     def _place(self, key: Key, pinned: set[Key]) -> mmap.mmap | None:
         """Return memory for an expert, evicting where none is left; None: all that is there is pinned."""
-        size = size_of(self.index.layers[key[0]].experts[key[1]])
-        while True:
-            if self._free.get(size):
-                return self._free[size].pop()
-            if self.mapped + size <= self.budget:
-                self.mapped += size
-                return mmap.mmap(-1, size)
-            if other := next((s for s, places in self._free.items() if places), None):
-                self._free[other].pop()
-                self.mapped -= other
-                continue
+        size, group = self._size(key), self._group(key)
+        while self._taken[group] + size > self.share:
             gone = self.policy.victim(key, pinned)
             if gone is None:
                 return None
             self._evict(gone)
+        self._taken[group] += size
+        if self._free.get(size):
+            return self._free[size].pop()
+        while self.mapped + size > self.budget:  # by free places of other sizes
+            other = next(s for s, places in self._free.items() if places)
+            self._free[other].pop()
+            self.mapped -= other
+        self.mapped += size
+        return mmap.mmap(-1, size)
 
     def _evict(self, key: Key) -> None:
         self.policy.removed(key)
@@ -178,7 +203,14 @@ class ExpertCache:
         for request in held.requests.values():
             request.wait_quietly()  # memory that is being read into is nobody's yet
         held.matrices.clear()
+        self._taken[self._group(key)] -= len(held.place)
         self._free.setdefault(len(held.place), []).append(held.place)
+
+    def _size(self, key: Key) -> int:
+        return size_of(self.index.layers[key[0]].experts[key[1]])
+
+    def _group(self, key: Key) -> int:
+        return key[0] if self.policy.per_layer else 0
 
     def read(self, key: Key, place: mmap.mmap) -> Resident:
         """Ask for all matrices of an expert, one after the other."""
