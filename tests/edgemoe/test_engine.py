@@ -196,6 +196,36 @@ def test_of_a_prompt_the_last_tokens_experts_stay(rows, tmp_path):
         assert len(used) > 8 >= len(last) and last <= held and len(held) == 8
 
 
+@pytest.mark.parametrize("policy", ["expected", "layer_lru"])
+def test_experts_lend_room_to_a_prompt(policy, tmp_path):
+    store, source = store_of(tmp_path, "olmoe", num_experts=12, max_position_embeddings=256)
+    prompt, plain = ids(2, 100), reference(source, context=256)
+    largest = max(size_of(m) for _, _, m in read_index(store).blobs())
+    budget = plan_memory(store, context=256, batch=2)
+    # as under a limit: room for some tokens and sixteen experts, and a prompt that takes that of twelve
+    budget = dataclasses.replace(budget, experts=budget.staging + 16 * largest,
+                                 tokens=200 - 12 * largest // budget.token_bytes)
+    with Engine(store, budget, policy) as engine:
+        engine.generate(ids(1, 3), 6)
+        held, seen = engine.cache.mapped, []
+        engine.experts[1].register_forward_pre_hook(lambda *_: seen.append(engine.cache.mapped))
+        assert torch.equal(engine.logits(prompt), plain.logits(prompt))
+        assert seen[0] + budget.lent(200) <= engine.cache.budget == 16 * largest and held > seen[0]
+        assert torch.equal(engine.generate(ids(2, 30), 20), plain.generate(ids(2, 30), 20))
+        assert max(seen[1:]) <= 16 * largest < budget.lent(200) + max(seen[1:])
+        held = sum(len(r.place) for r in engine.cache.resident.values())
+        assert sum(engine.cache._taken.values()) == held
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_head_is_exact_too(dtype, tmp_path):
+    source = saved(tmp_path / "model", "mixtral", dtype, vocab_size=9001)
+    store = convert(source, tmp_path / "store", bits=16)
+    with opened(store) as engine:
+        assert type(engine.model.lm_head).__name__ == "Head"
+        assert torch.equal(engine.logits(ids(2)), reference(source, dtype).logits(ids(2)))
+
+
 def test_a_prompt_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("poise_edgemoe.budget.MOST_CHUNK", 4)
     store, _ = store_of(tmp_path, "qwen3_moe")

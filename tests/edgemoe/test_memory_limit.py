@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from poise.errors import ConfigError
+from poise.testing.families import tiny
+from poise_edgemoe.budget import plan_memory
 from poise_edgemoe.store.writer import convert
 
 transformers = pytest.importorskip("transformers")
@@ -88,3 +92,30 @@ def test_the_limit_is_kept(memory, context, batch, store):
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["total"] <= int(memory[:-2]) * 10**6 < whole
     assert said["grown"] <= said["total"] and 0 < said["hits"] < 1, said
+
+
+WIDE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32,
+        "vocab_size": 8000, "max_position_embeddings": 4096, "eos_token_id": None}
+SIXTEEN = {"num_local_experts": 16}
+LATENT = {"moe_intermediate_size": 512, "n_routed_experts": 16, "kv_lora_rank": 64, "q_lora_rank": 64,
+          "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "head_dim": 16,
+          "num_key_value_heads": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "batch"), [(1024, 1), (256, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16), (torch.bfloat16, 4)])
+@pytest.mark.parametrize(
+    ("family", "own"), [("gpt_oss", SIXTEEN), ("granitemoe", SIXTEEN), ("deepseek_v3", LATENT)])
+def test_the_smallest_limit_is_kept(family, own, dtype, bits, context, batch, tmp_path):
+    """Scores in full, heads that share keys, latent keys: each is counted in another way."""
+    model = tiny(family, **WIDE, intermediate_size=512, **own).to(dtype)
+    store = convert(model, tmp_path / "store", bits=bits)
+    with pytest.raises(ConfigError, match="smallest workable value") as told:
+        plan_memory(store, memory="1kB", context=context, batch=batch)
+    memory = re.search(r"value is (\d+MB)", str(told.value))[1]
+    given = [sys.executable, "-c", WORKER, str(store), memory, str(context), str(batch)]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["grown"] <= int(memory[:-2]) * 10**6, said

@@ -88,7 +88,8 @@ class InMemory:
 
 @torch.no_grad()
 def steps(
-    model: Any, prompt: Tensor, forward: Callable[..., Any] | None = None, chunk: int | None = None
+    model: Any, prompt: Tensor, forward: Callable[..., Any] | None = None, chunk: int | None = None,
+    cache: Any = None,
 ) -> tuple[Tensor, Step]:
     """Return the tokens that generation begins with, and a step with a cache of its own.
 
@@ -98,15 +99,18 @@ def steps(
         Called with a module and its inputs, in place of calling the module.
     chunk : int, optional
         Most tokens that are fed at a time.
+    cache : object, optional
+        Empty, for keys and values; the model's own without one.
     """
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     call = forward or (lambda module, **inputs: module(**inputs))
-    if model.config.is_encoder_decoder:
+    seq2seq = model.config.is_encoder_decoder
+    if seq2seq:
         kept["encoder_outputs"] = call(model.get_encoder(), input_ids=prompt)
         first = model.config.decoder_start_token_id
         prompt = prompt.new_full((len(prompt), 1), model.config.pad_token_id if first is None else first)
-    name = "decoder_input_ids" if kept else "input_ids"
-    if not kept:
+    name = "decoder_input_ids" if seq2seq else "input_ids"
+    if not seq2seq:
         kept["logits_to_keep"] = 1  # those of a whole prompt would take more room than all else
 
     @torch.no_grad()

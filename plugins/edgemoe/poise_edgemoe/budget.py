@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from poise.errors import ConfigError
 from poise.models.serving import context_of
 from poise_edgemoe.cache.slots import STAGES, size_of
-from poise_edgemoe.loading import hot_files, prepare, read_config
+from poise_edgemoe.loading import HEAD_ROWS, hot_files, prepare, read_config
+from poise_edgemoe.models import model_class
 from poise_edgemoe.store.index import Index, read_index
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MOST_CHUNK, LEAST_CHUNK = 512, 8  # tokens of a prompt that are computed at a time
-KERNELS = 16 << 20  # most that kernels for a model's shapes take, and what the allocator keeps
-SHARE = 0.25  # of what a limit leaves beside all else that a chunk may take, where a smaller one would do
+KEPT = 16 << 20  # most that MKL, oneDNN and the allocator keep for themselves
+EAGER, MASK = 16, 8  # bytes of an attention score, and of its place in a mask, of all intermediate ones
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,20 @@ class Budget:
     kv : int
         Keys and values of `batch` rows of `context` tokens.
     workspace : int
-        What is computed with: activations of a chunk, one expert's matrices in full.
+        What is computed with: one expert's matrices in full, activations of `tokens` tokens.
     index : int
         The index of the store and the policy's tables.
     staging : int
         Experts that are read without being kept.
     experts : int
         Experts in memory, `staging` included.
+    chunk : int
+        Tokens of a prompt, of each row, that are computed at a time. What they take beyond the workspace is
+        lent by experts while the prompt runs.
+    tokens : int
+        Of all rows, that the workspace holds.
+    token_bytes : int
+        Activations of one.
     """
 
     hot: int
@@ -51,11 +58,17 @@ class Budget:
     context: int
     batch: int
     chunk: int
+    tokens: int
+    token_bytes: int
 
     @property
     def total(self) -> int:
         """All of it."""
         return self.hot + self.kv + self.workspace + self.index + self.experts
+
+    def lent(self, tokens: int) -> int:
+        """Return the bytes that experts lend to that many tokens."""
+        return max(0, tokens - self.tokens) * self.token_bytes
 
     def terms(self) -> dict[str, int]:
         """Return every term in bytes, and the sum."""
@@ -90,19 +103,32 @@ def plan_memory(
         raise ConfigError(f"batch={batch!r} is not allowed: it must be a whole number >= 1")
     if memory is not None and total is not None:
         raise ConfigError("memory and total are both given: give one of them")
+    least = _least(index, config, Path(path), context, batch)
     every = sum(size_of(m) for _, _, m in index.blobs())
-    limit = None if memory is None and total is None else _limit(memory, total)
-    fixed = _fixed(index, config, Path(path), context, batch, limit)
-    largest = fixed.staging // STAGES
-    limit = fixed.total + every if limit is None else limit
-    if limit < (least := fixed.total + largest):
-        given = f"memory={memory}" if total is None else f"total={total}"
-        smallest = least + (0 if total is None else resident_bytes())
-        raise ConfigError(f"{given} is too small: the smallest workable value is {-(-smallest // 10**6)}MB "
-                          f"(hot weights {fixed.hot / 1e6:.0f}, keys and values {fixed.kv / 1e6:.0f}, "
-                          f"workspace {fixed.workspace / 1e6:.0f}, one expert {largest / 1e6:.1f}, two "
-                          f"being read {fixed.staging / 1e6:.1f})")
-    return Budget(**{**asdict(fixed), "experts": fixed.experts + min(limit - fixed.total, every)})
+    whole = max(0, min(context, MOST_CHUNK) * batch - least.tokens) * least.token_bytes
+    given = memory is not None or total is not None
+    limit = _limit(memory, total) if given else least.total + every + whole
+    largest = least.staging // STAGES
+    if limit < least.total + largest:
+        _refuse(least, memory, total)
+    kept = min(limit - least.total, every)
+    spare = min(limit - least.total - kept, whole) // least.token_bytes
+    least = replace(least, workspace=least.workspace + spare * least.token_bytes,
+                    tokens=least.tokens + spare)
+    chunk = least.chunk if config.is_encoder_decoder else min(context, MOST_CHUNK)
+    while chunk > least.chunk and least.lent(chunk * batch) > kept:
+        chunk = max(least.chunk, chunk // 2)
+    return replace(least, experts=least.experts + kept, chunk=chunk)
+
+
+def _refuse(least: Budget, memory: str | int | None, total: str | int | None) -> None:
+    largest = least.staging // STAGES
+    given = f"memory={memory}" if total is None else f"total={total}"
+    smallest = least.total + largest + (0 if total is None else resident_bytes())
+    raise ConfigError(f"{given} is too small: the smallest workable value is {-(-smallest // 10**6)}MB "
+                      f"(hot weights {least.hot / 1e6:.0f}, keys and values {least.kv / 1e6:.0f}, "
+                      f"workspace {least.workspace / 1e6:.0f}, one expert {largest / 1e6:.1f}, two "
+                      f"being read {least.staging / 1e6:.1f})")
 
 
 def _limit(memory: str | int | None, total: str | int | None) -> int:
@@ -127,25 +153,29 @@ def _context(context: int | None, config: Any) -> int:
     return context
 
 
-def _fixed(
-    index: Index, config: Any, folder: Path, context: int, batch: int, limit: int | None
-) -> Budget:
-    """Return all terms but experts that are kept; a chunk is as long as the limit allows."""
-    staging, dtype = STAGES * max(size_of(m) for _, _, m in index.blobs()), getattr(torch, index.dtype)
+def _least(index: Index, config: Any, folder: Path, context: int, batch: int) -> Budget:
+    """Return all terms but experts that are kept, for prompts in the smallest pieces."""
+    dtype = getattr(torch, index.dtype)
+    staging = STAGES * max(size_of(m) for _, _, m in index.blobs())
     hot = sum(p.stat().st_size for p in hot_files(folder, index))
     kv = kv_bytes(config, dtype) * context * batch
-    matrices = _matrices(index, config, dtype) + min(KERNELS, 2 * hot)
     tables = 2048 * sum(len(layer.experts) for layer in index.layers)
-    # an encoder sees its prompt as a whole
-    chunk = context if config.is_encoder_decoder else min(context, MOST_CHUNK)
-    least = context if config.is_encoder_decoder else LEAST_CHUNK
-    left = math.inf if limit is None else limit - hot - kv - matrices - tables - staging
-    while chunk > least and _activations(index, config, dtype, chunk * batch, context) > SHARE * left:
-        chunk = max(least, chunk // 2)
-    # a layer's keys and values are laid out anew when they grow
-    again = 4 * kv // (getattr(config, "num_hidden_layers", None) or config.num_decoder_layers)
-    workspace = matrices + again + _activations(index, config, dtype, chunk * batch, context)
-    return Budget(hot, kv, workspace, tables, staging, staging, context, batch, chunk)
+    chunk = context if config.is_encoder_decoder else min(context, LEAST_CHUNK)  # an encoder sees all of it
+    each = _activations(index, config, dtype, context)
+    workspace = (_matrices(index, config, dtype) + _keys_again(config, kv) + min(KEPT, 2 * hot)
+                 + chunk * batch * each)
+    return Budget(hot, kv, workspace, tables, staging, staging, context, batch, chunk, chunk * batch, each)
+
+
+def _keys_again(config: Any, kv: int) -> int:
+    """Return what a layer's keys and values take once more, where they are laid out anew for attention."""
+    if config.is_encoder_decoder:
+        return 4 * kv // config.num_decoder_layers
+    heads = config.num_attention_heads
+    times = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    # a window that slides is laid out for every token
+    slides = bool(getattr(config, "sliding_window", None))
+    return (times + 2 * slides + (times > 1)) * kv // config.num_hidden_layers
 
 
 def kv_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -161,22 +191,29 @@ def kv_bytes(config: Any, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * kv_heads * size * dtype.itemsize
 
 
-def _activations(index: Index, config: Any, dtype: torch.dtype, tokens: int, context: int) -> int:
-    """Return what some tokens take for a while: hidden states, experts' inputs, attention scores."""
+def _activations(index: Index, config: Any, dtype: torch.dtype, context: int) -> int:
+    """Return what a token takes for a while: hidden states, experts' inputs, attention scores or a mask."""
     widest = max(max(shape) for layer in index.layers for shape in layer.shapes.values())
     top = getattr(config, "num_experts_per_tok", 1) or 1
-    hidden = tokens * (20 * config.hidden_size + 3 * widest * top) * max(4, dtype.itemsize)
+    hidden = (20 * config.hidden_size + 3 * widest * top) * max(4, dtype.itemsize)
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    return hidden + 2 * tokens * context * heads * dtype.itemsize
+    return hidden + context * (EAGER * heads if _in_full(config) else MASK)
+
+
+def _in_full(config: Any) -> bool:
+    """Return whether transformers computes all attention scores of a family at once."""
+    return not model_class(config)._supports_sdpa
 
 
 def _matrices(index: Index, config: Any, dtype: torch.dtype) -> int:
-    """Return what is taken for a while whatever the tokens: an expert's matrix in full, logits, kernels.
+    """Return what is taken for a while whatever the tokens: an expert's matrix in full, logits.
 
-    The head counts once more: oneDNN lays it out anew for a product of half precision.
+    A part of the head counts once more: oneDNN may lay it out anew for a product of half precision.
     """
-    expert = 16 * max(s[0] * s[1] for layer in index.layers for s in layer.shapes.values())
-    again = config.vocab_size * config.hidden_size * dtype.itemsize if dtype.itemsize < 4 else 0
+    raw = all(form["entry"] == "raw" for form in index.quantizers)  # those are multiplied as they lie
+    expert = (4 if raw else 16) * max(s[0] * s[1] for layer in index.layers for s in layer.shapes.values())
+    rows = min(config.vocab_size, HEAD_ROWS) if dtype.itemsize < 4 else 0
+    again = rows * config.hidden_size * dtype.itemsize
     return expert + again + 16 * config.vocab_size
 
 

@@ -203,6 +203,13 @@ class Engine:
         self._done, self._parts = 0, len(self.index.layers) * -(-length // self.budget.chunk)
         return self._run
 
+    def _keys(self) -> Any:
+        """Return an empty cache of keys and values; None: the model makes its own."""
+        from poise_edgemoe.kv import kept_cache
+
+        config = self.model.config
+        return None if config.is_encoder_decoder else kept_cache(config, self.budget.context)
+
     def _layer_done(self, *_: Any) -> None:
         if self._done < self._parts:
             self._done += 1
@@ -213,17 +220,16 @@ class Engine:
         ids = next(iter(inputs.values()))
         self.cache.length = ids.shape[1]
         try:
-            with self.statistics.step(ids.numel()):
+            with self.cache.lent(self.budget.lent(ids.numel())), self.statistics.step(ids.numel()):
                 return module(**inputs)
         finally:
             self.cache.next_token()
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""
-        found, kept = [], None
+        found, kept = [], self._keys()
         for part in ids.split(self.budget.chunk, 1):
             out = self._forward(self.model, input_ids=part, use_cache=True, past_key_values=kept)
-            kept = out.past_key_values
             found.append(out.logits)
         return torch.cat(found, 1)
 
@@ -231,7 +237,7 @@ class Engine:
         """Return the tokens that a generation begins with, and its step."""
         self._checked(prompt)
         run = self._begin(prompt.shape[1])
-        first, step = steps(self.model, prompt, self._forward, self.budget.chunk)
+        first, step = steps(self.model, prompt, self._forward, self.budget.chunk, self._keys())
 
         def mine(ids: Tensor) -> Tensor:
             with self._turn():

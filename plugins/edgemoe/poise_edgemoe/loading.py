@@ -24,6 +24,7 @@ from poise_edgemoe.models import empty_model, model_class
 from poise_edgemoe.store.index import HOT, Index, read_index
 from poise_edgemoe.store.schemes import read_quantizer
 
+HEAD_ROWS = 4096
 _CHUNK = 1 << 22
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -68,7 +69,30 @@ def load_hot(folder: Path, index: Index) -> Any:
         what = f"{extra[0]} is not of this model" if extra else f"{lost[0]} is missing"
         raise FileError(f"{folder}: {what} (hot weights of another model?)")
     _fill_buffers(model)
+    _put_head(model)
     return model.requires_grad_(False)
+
+
+class Head(nn.Linear):
+    """The output layer, some thousand rows at a time: some processors lay a matrix out anew to multiply."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return logits, each as in one product."""
+        out = input.new_empty(*input.shape[:-1], self.out_features)
+        for at in range(0, self.out_features, HEAD_ROWS):
+            rows = slice(at, at + HEAD_ROWS)
+            bias = None if self.bias is None else self.bias[rows]
+            out[..., rows] = nn.functional.linear(input, self.weight[rows], bias)
+        return out
+
+
+def _put_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.element_size() < 4:
+        with torch.device("meta"):
+            sliced = Head(head.in_features, head.out_features, bias=head.bias is not None)
+        sliced.weight, sliced.bias = head.weight, head.bias
+        model.set_output_embeddings(sliced)
 
 
 def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> None:

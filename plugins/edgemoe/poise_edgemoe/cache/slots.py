@@ -98,14 +98,14 @@ class ExpertCache:
         largest = max(size_of(m) for _, _, m in index.blobs())
         self._stages = [mmap.mmap(-1, largest) for _ in range(STAGES)]
         self.budget, self.mapped = budget - STAGES * largest, 0
-        self.share = self.budget // policy.layers if policy.per_layer else self.budget
+        self.resident: dict[Key, Resident] = {}
+        self._taken = dict.fromkeys(range(policy.layers), 0)  # by layer, or all of it in the first place
+        self._free: dict[int, list[mmap.mmap]] = {}
+        self._resize(self.budget)
         if policy.per_layer and self.share < largest:
             raise ConfigError(f"policy={policy.name!r} shares {self.budget / 1e6:.1f} MB among "
                               f"{policy.layers} layers, which leaves no room for an expert of "
                               f"{largest / 1e6:.1f} MB: give more memory, or take another policy")
-        self.resident: dict[Key, Resident] = {}
-        self._taken = dict.fromkeys(range(policy.layers), 0)  # by layer, or all of it in the first place
-        self._free: dict[int, list[mmap.mmap]] = {}
         self._checked: set[tuple[Key, str]] = set()
         self.hits = self.misses = 0
         self.stalled = 0.0  # seconds in which computing waited for reading
@@ -142,6 +142,16 @@ class ExpertCache:
             raise
         finally:
             stage.end()
+
+    @contextmanager
+    def lent(self, nbytes: int) -> Iterator[None]:
+        """Do with that much less room, for as long as somebody else needs it."""
+        nbytes = min(nbytes, self.budget)
+        self._resize(self.budget - nbytes)
+        try:
+            yield
+        finally:
+            self._resize(self.budget + nbytes)
 
     def next_token(self) -> None:
         """Say that a token, or the prompt as a whole, is over."""
@@ -190,12 +200,27 @@ class ExpertCache:
         self._taken[group] += size
         if self._free.get(size):
             return self._free[size].pop()
-        while self.mapped + size > self.budget:  # by free places of other sizes
+        self._make_room(size)
+        self.mapped += size
+        return mmap.mmap(-1, size)
+
+    def _resize(self, budget: int) -> None:
+        """Keep to another budget: experts leave as they would for new ones, and free places go."""
+        self.budget = budget
+        self.share = budget // self.policy.layers if self.policy.per_layer else budget
+        for group in self._taken:
+            while self._taken[group] > self.share:
+                gone = self.policy.victim((group, 0))
+                assert gone is not None
+                self._evict(gone)
+        self._make_room(0)
+
+    def _make_room(self, size: int) -> None:
+        """Give free places back to the system until one of that size may be mapped."""
+        while self.mapped + size > self.budget:
             other = next(s for s, places in self._free.items() if places)
             self._free[other].pop()
             self.mapped -= other
-        self.mapped += size
-        return mmap.mmap(-1, size)
 
     def _evict(self, key: Key) -> None:
         self.policy.removed(key)
