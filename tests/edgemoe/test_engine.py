@@ -233,9 +233,9 @@ def test_a_prompt_says_how_far_it_is(tmp_path, monkeypatch):
         told = []
         engine.progress = lambda *parts: told.append(parts)
         engine.generate(ids(1, 10), 5)
-        assert told == [(n, 6) for n in range(1, 7)]  # two layers, three pieces; tokens are not told
+        assert told == [(n, 6) for n in range(7)]  # two layers, three pieces; tokens are not told
         engine.logits(ids(1, 4))
-        assert told[6:] == [(1, 2), (2, 2)]
+        assert told[7:] == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_mixed_widths_share_one_budget_and_do_not_empty_it(tmp_path):

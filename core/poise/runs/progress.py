@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-LINE_EVERY_S = 5.0
+LINE_EVERY_S = 2.0
 
 
 def progress(total: int | None, label: str, quiet: bool = False) -> Any:
@@ -14,6 +16,28 @@ def progress(total: int | None, label: str, quiet: bool = False) -> Any:
     if quiet:
         return _Silent()
     return _Bar(total, label) if sys.stderr.isatty() else _Lines(total, label)
+
+
+@contextmanager
+def parts(label: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of parts that are done, from 0 to all, and all: it shows how far something is.
+
+    What shows it is there until all are done, and anew for what comes after.
+    """
+    with ExitStack() as shown:
+        bar, before = None, 0
+
+        def tell(done: int, of: int) -> None:
+            nonlocal bar, before
+            bar = bar or shown.enter_context(progress(of, label, quiet))
+            if done > before:
+                bar.advance(done - before)
+            before = done
+            if done == of:
+                bar, before = None, 0
+                shown.close()
+
+        yield tell
 
 
 class _Silent:

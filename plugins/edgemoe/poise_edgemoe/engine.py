@@ -201,6 +201,8 @@ class Engine:
         """Begin a prompt of that many tokens; what ran before has ended. Return its number."""
         self._run += 1
         self._done, self._parts = 0, len(self.index.layers) * -(-length // self.budget.chunk)
+        if self.progress is not None:
+            self.progress(0, self._parts)
         return self._run
 
     def _keys(self) -> Any:
