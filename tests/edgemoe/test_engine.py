@@ -226,6 +226,19 @@ def test_a_large_head_is_exact_too(dtype, tmp_path):
         assert torch.equal(engine.logits(ids(2)), reference(source, dtype).logits(ids(2)))
 
 
+def test_a_stream_that_has_ended_holds_no_keys(tmp_path):
+    store, source = store_of(tmp_path, "olmoe")
+    with opened(store) as engine:
+        held = engine.stream(ids(), 20)
+        next(held)
+        before = engine._kept
+        assert torch.equal(engine.generate(ids(), 9), reference(source).generate(ids(), 9))
+        assert before is not engine._kept
+        assert all(one.keys is None and not one._places for one in before.layers)
+        with pytest.raises(RunError, match="another call has begun since"):
+            next(held)
+
+
 def test_a_prompt_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("poise_edgemoe.budget.MOST_CHUNK", 4)
     store, _ = store_of(tmp_path, "qwen3_moe")

@@ -61,6 +61,7 @@ class Engine:
             self.reader.close()
             raise
         self.statistics = Statistics(self.cache)
+        self._kept: Any = None
         self.progress: Callable[[int, int], None] | None = None
         self._done = self._parts = 0
         for module in self.experts:
@@ -162,7 +163,8 @@ class Engine:
             self._closed = True
             self.reader.close()
             self.cache.close()
-            self.model = None
+            self._forget()
+            self.model = self._kept = None
 
     def __enter__(self) -> Engine:
         with self._turn():
@@ -206,11 +208,20 @@ class Engine:
         return self._run
 
     def _keys(self) -> Any:
-        """Return an empty cache of keys and values; None: the model makes its own."""
+        """Return an empty cache of keys and values; None: the model makes its own.
+
+        There is room for one: a stream that has ended may still be held by somebody, with its own.
+        """
         from poise_edgemoe.kv import kept_cache
 
+        self._forget()
         config = self.model.config
-        return None if config.is_encoder_decoder else kept_cache(config, self.budget.context)
+        self._kept = None if config.is_encoder_decoder else kept_cache(config, self.budget.context)
+        return self._kept
+
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept.reset()
 
     def _layer_done(self, *_: Any) -> None:
         if self._done < self._parts:

@@ -39,6 +39,12 @@ class KeptLayer(DynamicLayer):
         return self.keys, self.values
 
 
+    def reset(self) -> None:
+        """Give the memory back."""
+        self._places = ()
+        super().reset()
+
+
 def kept_cache(config: Any, context: int) -> Any:
     """Return an empty cache for a causal model; layers that slide over a window stay transformers' own."""
     cache = DynamicCache(config=config)
