@@ -178,11 +178,16 @@ def _matrices(index: Index, config: Any, dtype: torch.dtype) -> int:
     return expert + again + 16 * config.vocab_size
 
 
+def share_kept(index: Index, budget: Budget) -> float:
+    """Return the share of the experts' bytes that there is room for; 1: all stay in memory."""
+    return min(1.0, (budget.experts - budget.staging) / sum(size_of(m) for _, _, m in index.blobs()))
+
+
 def explain(path: Path | str, budget: Budget) -> str:
     """Return every term in words, and in which way the engine will run."""
     index = read_index(path)
     every = sum(size_of(m) for _, _, m in index.blobs())
-    kept = min(1.0, (budget.experts - budget.staging) / every)
+    kept = share_kept(index, budget)
     terms = {
         "hot weights": budget.hot,
         f"keys and values, {budget.batch} x {budget.context} tokens": budget.kv,

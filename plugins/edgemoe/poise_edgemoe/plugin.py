@@ -21,6 +21,6 @@ def register(registry) -> None:
     registry.add(
         "command", "moe", {
             "convert": f"{commands}:Convert", "inspect": f"{commands}:Inspect", "plan": f"{commands}:Plan",
-            "generate": f"{commands}:Generate"},
+            "generate": f"{commands}:Generate", "bench": f"{commands}:Bench"},
         "mixture-of-experts models on disk, under a memory limit",
     )

@@ -222,7 +222,9 @@ def make_policy(name: str = DEFAULT_POLICY, *, layers: int, experts: int, **opti
     known = options_of(POLICIES[name])
     if bad := [o for o in options if o not in known]:
         has = f"has {', '.join(known)}" if known else "has no options"
-        raise ConfigError(f"policy {name!r} has no option {bad[0]!r}: it {has}")
+        others = [n for n in names if bad[0] in options_of(POLICIES[n])]
+        more = f"; leave it out, or take {' or '.join(others)}" if others else ""
+        raise ConfigError(f"policy {name!r} has no option {bad[0]!r}: it {has}{more}")
     return POLICIES[name](layers, experts, **options)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import DataError
+from poise_edgemoe.cache.policies import Expected
 from poise_edgemoe.cache.policy import Key
 
 _COLUMNS = ("turn", "phase", "step", "layer", "expert")
@@ -44,6 +45,18 @@ class RoutingTrace:
     def expert_bytes(self) -> int:
         """Return the bytes of a slot that holds any expert: those of the largest."""
         return max(self.layer_bytes)
+
+
+class Recorder(Expected):
+    """The default policy, which also keeps all that it is told of: what an engine asks for, use by use."""
+
+    def __init__(self, layers: int, experts: int, encoder: Collection[int] = ()):
+        super().__init__(layers, experts, encoder)
+        self.uses: list[Key] = []
+
+    def used(self, key: Key) -> None:
+        super().used(key)
+        self.uses.append(key)
 
 
 def read_trace(path: Path | str) -> RoutingTrace:
