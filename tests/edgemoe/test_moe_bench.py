@@ -126,6 +126,12 @@ def test_the_table_of_a_recording(moe, tmp_path):
     assert "of 5 uses of 2 x 8 experts" in said.out and "3 of 16 experts kept" in said.out
 
 
+def test_a_recording_that_fits_leaves_nothing_to_choose(capsys, tmp_path):
+    path = write(tmp_path / "t.route.csv.gz", HEAD + COLUMNS + ROWS)
+    assert main(["moe", "bench", str(path), "--simulate", "--memory", "320B"]) == 2
+    assert "--memory 320B has no effect, as all experts stay in memory" in capsys.readouterr().err
+
+
 def test_layers_of_an_encoder_leave_first():
     """Layer 0 is an encoder's: `expected` that knows it never evicts a decoder's expert for it."""
     decode = [(1, token % 2) for token in range(12)]

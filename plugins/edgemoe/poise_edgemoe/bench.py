@@ -57,10 +57,11 @@ def bench(
     else:
         _check_recording({"prompt": prompt, "max-new-tokens": max_new_tokens, "context": context})
         trace, encoder = read_trace(source), []
-        sizes = [Size(m, parse_bytes(m) // trace.expert_bytes) for m in memory]
+        sizes = [_recorded(trace, m) for m in memory]
     sizes = sizes or [Size(f"{s} %", slots_at(trace, s / 100)) for s in SHARES]
     known = None if frequencies is None else read_frequencies(frequencies)
     policies = len(POLICIES) + (known is not None)  # with Belady's; static needs frequencies
+    print(f"poise: simulating {policies} policies at {len(sizes)} sizes", file=sys.stderr, flush=True)
     with progress(policies * len(sizes), "simulations") as bar:
         hits = hits_of_all(trace, [s.slots for s in sizes], known, encoder, bar.advance)
     if frequencies_out is not None:
@@ -112,12 +113,24 @@ def _prompt(engine: Engine, store: str, prompt: str | None, room: int) -> Any:
     return torch.tensor([tokenizer.encode(speech)[: max(1, min(PROMPT, room))]])
 
 
+def _recorded(trace: RoutingTrace, memory: str) -> Size:
+    """Return the slots of a recorded model for some bytes of experts."""
+    slots = parse_bytes(memory) // trace.expert_bytes
+    if slots >= trace.layers * trace.experts:
+        raise _all_stay(memory)
+    return Size(memory, slots)
+
+
+def _all_stay(memory: str) -> ConfigError:
+    return ConfigError(f"--memory {memory} has no effect, as all experts stay in memory: leave it out, or "
+                       f"give a lower limit")
+
+
 def _limited(store: str, index: Index, memory: str, context: int | None) -> Size:
     """Return the slots under a limit: places for the largest of the experts."""
     budget = plan_memory(store, memory=memory, context=context)
     if share_kept(index, budget) == 1:
-        raise ConfigError(f"--memory {memory} has no effect, as all experts stay in memory: leave it out, "
-                          f"or give a lower limit")
+        raise _all_stay(memory)
     largest = max(size_of(m) for _, _, m in index.blobs())
     return Size(memory, (budget.experts - budget.staging) // largest)
 

@@ -47,9 +47,9 @@ def run(
                 rows += [{"prompt": n, **row} for row in calls(engine, prompt_length, len(made))]
                 texts.append((tokens.decode(ids.tolist()), tokens.decode(made)))
         peak = peak_bytes() if watched else None
-        loss = per_byte * mean_loss(engine.logits, batch, rows=1)
+        loss = per_byte * held_out(engine.logits, batch, context)
         metrics = figures(rows) | {"loss": loss} | memory(engine, peak)
-    metrics |= _compared(model, engine, batch, per_byte, loss) if compare else {}
+    metrics |= _compared(model, engine, batch, per_byte, loss, context) if compare else {}
     context.note("what it took", [{"what": name, "value": value} for name, value in metrics.items()])
     _write(context.directory, rows, texts)
     token_time([r for r in rows if r["prompt"] == 0], _title(metrics),
@@ -119,7 +119,7 @@ def peak_bytes() -> int:
 
 
 def _compared(
-    model: Any, engine: Engine, batch: Tensor, per_byte: float, loss: float
+    model: Any, engine: Engine, batch: Tensor, per_byte: float, loss: float, context: Any
 ) -> dict[str, float]:
     """Return the held-out loss of the model in memory, prompts cut into the same pieces."""
     plain = model.reference()
@@ -129,8 +129,19 @@ def _compared(
         size = sum(p.nbytes for p in plain.model.parameters())
         chunk = engine.budget.chunk
         same = plain.logits if batch.shape[1] - 1 <= chunk else in_pieces(plain.model, chunk)
-        other = per_byte * mean_loss(same, batch, rows=1)
+        other = per_byte * held_out(same, batch, context)
     return {"loss_in_memory": other, "loss_difference": loss - other, "in_memory_bytes": float(size)}
+
+
+def held_out(logits_of: Callable[[Tensor], Tensor], batch: Tensor, context: Any) -> float:
+    """Return the mean loss of windows (nats a token), one after the other, with progress."""
+    with context.progress(len(batch), "held-out loss") as bar:
+
+        def one(ids: Tensor) -> Tensor:
+            bar.advance()
+            return logits_of(ids)
+
+        return mean_loss(one, batch, rows=1)
 
 
 def in_pieces(model: Any, chunk: int) -> Callable[[Tensor], Tensor]:
