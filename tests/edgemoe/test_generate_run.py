@@ -158,6 +158,9 @@ def test_policies_and_their_options_reach_the_engine(cache):
     ({"scheme": "sym_channel", "group": 8}, "group=8 has no effect: scheme sym_channel does not take it"),
     ({"bits": 32, "hot": "bf16"}, "hot=bf16 has no effect"),
     ({"memory": "1GB", "total": "2GB"}, "memory and total are both given"),
+    ({"policy": "lur"}, "policy='lur' is none of .*did you mean 'lru'"),
+    ({"policy": "lru", "frequencies": "f.json"}, "policy 'lru' has no option 'frequencies'"),
+    ({"freq_source": "online"}, "policy 'expected' has no option 'freq_source'"),
 ])
 def test_options_that_change_nothing_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):

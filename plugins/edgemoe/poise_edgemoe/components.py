@@ -144,6 +144,7 @@ class EdgeMoEStore:
 
             check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot)
         self._byte_moe()
+        self._check_policy()
 
     def build(self, spec: Mapping[str, Any] | None = None) -> Any:
         """Return the `Engine`, open; whoever builds it closes it."""
@@ -193,6 +194,13 @@ class EdgeMoEStore:
 
         stored = read_index(self.folder()).dtype
         return stored if self.bits == 32 and stored in DTYPES else "float32"
+
+    def _check_policy(self) -> None:
+        names = ("frequencies", "freq_source")
+        if given := [n for n in ("policy", *names) if getattr(self, n) is not None]:
+            from poise_edgemoe.cache.policies import DEFAULT_POLICY, check_policy
+
+            check_policy(self.policy or DEFAULT_POLICY, [n for n in given if n in names])
 
     def _byte_moe(self) -> ByteMoE:
         return make(ByteMoE, self.byte_moe, "byte_moe")
