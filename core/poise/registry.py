@@ -39,7 +39,7 @@ class Entry:
     summary : str
         One line for `poise list`.
     tasks : tuple of str
-        What it can be used for ("classification", "causal_lm", "quantile"); empty: anything.
+        What it can be used for ("classification", "causal_lm", "quantile", "serving"); empty: anything.
     example : dict
         Options with which the contract kits build it in about a second.
     paper : str

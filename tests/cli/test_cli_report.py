@@ -221,6 +221,8 @@ def test_a_run_that_is_repeated_counts_once():
     assert cells([*runs, *again], "Runs", "step_seconds")[0] == ["4", "3.5 ± 1.3"]
     nan = [run_of(Path(n), 0, loss=float("nan")) for n in "xy"]
     assert cells(nan, "Runs") == [["1", "nan"]]
+    peaks = [run_of(Path(str(n)), 0, **{"machine/peak_bytes": n}) for n in (4, 6, 11)]
+    assert cells(peaks, "Runs", "machine/peak_bytes") == [["1", "6"]]
 
 
 @pytest.mark.parametrize("other", [{"loss": 1.5}, {}], ids=["another value", "none"])

@@ -14,6 +14,8 @@ from torch import nn
 from poise.errors import ConfigError
 from poise.interfaces import Arrays, Example, Splits
 from poise.models.components import MLP, CausalLM
+from poise.models.serving import InMemory
+from poise.models.tokenizers import ByteTokenizer
 from poise.quantizers import AbsMax
 from poise.testing import (
     ContractError,
@@ -970,6 +972,38 @@ def test_the_quantile_model_without_fault_passes():
 def test_a_faulty_quantile_model_is_refused(fault, words):
     with pytest.raises(ContractError, match=words):
         check_model(SimpleNamespace(build=fault, form="quantile"), "quantile")
+
+
+class ServedModel:
+    """A served language model in memory, as a component."""
+
+    form = "served"
+
+    def build(self, spec=None):
+        torch.manual_seed(0)
+        return InMemory(LLAMA.build(), ByteTokenizer())
+
+    def tokenizer(self):
+        return ByteTokenizer()
+
+
+class Wanders(ServedModel):
+    builds = 0
+
+    def build(self, spec=None):
+        self.builds += 1
+        served = super().build()
+        served.model.lm_head.weight.data.mul_(self.builds)
+        return served
+
+
+def test_a_served_model_is_held_against_a_second_one():
+    found = check_model(ServedModel(), "serving")
+    assert found[:2] == ["tokenizer", "logits"] and found[-1] == "closes"
+    with pytest.raises(ContractError, match="logits are not those of the model in memory"):
+        check_model(Wanders(), "serving")
+    with pytest.raises(ContractError, match="form is 'neural', and the task serving takes 'served'"):
+        check_model(LLAMA, "serving")
 
 
 def test_a_task_without_a_kit_is_named():

@@ -29,7 +29,7 @@ def test_from_a_directory_to_text(source, tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({"*.down": 8}))
     code, out, err = moe(capsys, "convert", source, store, "--bits", 2, "--group", 8, "--plan",
                          tmp_path / "plan.json", "--hot", "raw")
-    assert code == 0 and out.strip() == str(store) and "2 of 2 layers are written" in err
+    assert code == 0 and out.strip() == str(store)
     assert {q["bits"] for q in read_index(store).quantizers} == {2, 8}
     code, out, _ = moe(capsys, "inspect", store)
     assert code == 0 and "olmoe, 2 layers of 4 to 4 experts, computed in float32" in out

@@ -83,8 +83,8 @@ def _agree(metric: str, a: Run, b: Run) -> bool:
 
 
 def is_time(metric: str) -> bool:
-    """Tell whether a metric is a time, which no two runs have in common."""
-    return metric.endswith("seconds")
+    """Tell whether a metric measures the machine (times, speeds, peaks): no two runs have it in common."""
+    return metric.endswith("seconds") or metric.startswith("machine/")
 
 
 def varied_keys(runs: Sequence[Run]) -> list[str]:

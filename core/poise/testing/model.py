@@ -16,7 +16,7 @@ def check_model(component: Any, task: str) -> list[str]:
     Parameters
     ----------
     component : Model
-    task : classification, causal_lm or quantile
+    task : classification, causal_lm, quantile or serving
 
     Returns
     -------
@@ -29,9 +29,10 @@ def check_model(component: Any, task: str) -> list[str]:
         Naming the first fault.
     """
     expect_methods(component, ("build",), "the model component")
-    kits = {"classification": _classifier, "causal_lm": _causal_lm, "quantile": _quantile}
+    kits = {"classification": _classifier, "causal_lm": _causal_lm, "quantile": _quantile,
+            "serving": _serving}
     expect(task in kits, f"there is no kit for the task {task!r}")
-    form = "quantile" if task == "quantile" else "neural"
+    form = {"quantile": "quantile", "serving": "served"}.get(task, "neural")
     expect(form_of(component) == form, f"form is {form_of(component)!r}, and the task {task} takes "
                                        f"{form!r}: a class attribute says it")
     return kits[task](component)
@@ -87,6 +88,19 @@ def _causal_lm(component: Any) -> list[str]:
     _trains(model, logits.float().logsumexp(-1).sum())
     _walk_is_whole(model)
     return ["two builds alike", "tokenizer", "logits", "causal", "trains", "the walk is whole"]
+
+
+def _serving(component: Any) -> list[str]:
+    """Hold a served model against a second one: what it says is a function of its options."""
+    from poise.testing.served import check_served
+
+    expect_methods(component, ("tokenizer",), "a component for served models")
+    text = "Weights on a balance, 3 + 4 = 7."
+    tokenizer = component.tokenizer()
+    expect(tokenizer.decode(tokenizer.encode(text)) == text,
+           "the tokenizer does not decode what it encodes")
+    with component.build() as other:
+        return ["tokenizer", *check_served(component.build, other)]
 
 
 def _built_twice(component: Any) -> Any:

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
-    from poise_edgemoe.components import ByteMoE, EdgeMoEBits
+    from poise_edgemoe.components import ByteMoE, EdgeMoEBits, EdgeMoEGenerate, EdgeMoEStore
     from poise_edgemoe.engine import Engine
     from poise_edgemoe.store.writer import convert
 
 _HOMES = {
-    "ByteMoE": "components", "EdgeMoEBits": "components", "expert_errors": "allocate",
+    "ByteMoE": "components", "EdgeMoEBits": "components", "EdgeMoEGenerate": "components",
+    "EdgeMoEStore": "components", "expert_errors": "allocate",
     "half_plan": "allocate", "random_plan": "allocate", "uniform_plan": "allocate",
     "Engine": "engine", "convert": "store.writer",
 }
-__all__ = ["ByteMoE", "EdgeMoEBits", "Engine", "convert", "expert_errors", "half_plan", "random_plan",
-           "uniform_plan"]
+__all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "convert",
+           "expert_errors", "half_plan", "random_plan", "uniform_plan"]
 
 
 def __getattr__(name: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,12 +74,17 @@ def measure(
     }
 
 
-@torch.no_grad()
 def loss_of(model: nn.Module, batch: Tensor) -> float:
     """Return the mean next-token loss over windows (n, length + 1)."""
+    return mean_loss(lambda ids: model(input_ids=ids, use_cache=False).logits, batch)
+
+
+@torch.no_grad()
+def mean_loss(logits_of: Callable[[Tensor], Tensor], batch: Tensor, rows: int = 16) -> float:
+    """Return the mean next-token loss (nats) over windows (n, length + 1), some rows at a time."""
     losses = []
-    for part in batch.split(16):
-        logits = model(input_ids=part[:, :-1], use_cache=False).logits
+    for part in batch.split(rows):
+        logits = logits_of(part[:, :-1]).float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
     return float(sum(losses)) / (batch.shape[0] * (batch.shape[1] - 1))
 

@@ -217,15 +217,20 @@ def _matrices(index: Index, config: Any, dtype: torch.dtype) -> int:
     return expert + again + 16 * config.vocab_size
 
 
+def share_kept(index: Index, budget: Budget) -> float:
+    """Return the share of the experts' bytes that there is room for; 1: all stay in memory."""
+    return min(1.0, (budget.experts - budget.staging) / sum(size_of(m) for _, _, m in index.blobs()))
+
+
 def explain(path: Path | str, budget: Budget) -> str:
     """Return every term in words, and in which way the engine will run."""
     index = read_index(path)
     every = sum(size_of(m) for _, _, m in index.blobs())
-    kept = min(1.0, (budget.experts - budget.staging) / every)
+    kept = share_kept(index, budget)
     terms = {
         "hot weights": budget.hot,
         f"keys and values, {budget.batch} x {budget.context} tokens": budget.kv,
-        f"workspace, {budget.chunk} tokens at a time": budget.workspace,
+        f"workspace, {budget.tokens} tokens": budget.workspace,
         "index and tables": budget.index,
         "experts being read": budget.staging,
         f"experts kept, {kept:.0%} of {every / 1e6:.1f} MB": budget.experts - budget.staging,
@@ -233,4 +238,7 @@ def explain(path: Path | str, budget: Budget) -> str:
     }
     lines = [f"  {what:<44} {size / 1e6:>10.2f} MB" for what, size in terms.items()]
     how = "all experts stay in memory" if kept == 1 else "experts are read when a router asks for them"
-    return "\n".join([*lines, f"  {how}; the process holds {resident_bytes() / 1e6:.0f} MB besides"])
+    lent = budget.lent(budget.chunk * budget.batch)
+    more = f", which experts lend {lent / 1e6:.2f} MB meanwhile" if lent else ""
+    return "\n".join([*lines, f"  {how}; the process holds {resident_bytes() / 1e6:.0f} MB besides",
+                      f"  a prompt is computed {budget.chunk} tokens at a time{more}"])

@@ -1,18 +1,23 @@
-"""`poise moe convert | inspect | plan | generate`: stores and engines from the command line."""
+"""`poise moe convert | inspect | plan | generate | bench`: stores and engines from the command line.
+
+A flag that changes nothing in the case at hand is refused, where it was given: hence None for what was not.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from poise.errors import ConfigError
-from poise.options import check_options, option
+from poise.options import check_options, option, options_of
 
 MEMORY = "most bytes that the engine holds, 900MB or 4GB; without: room for all experts"
 TOTAL = "most bytes of the whole process, in place of --memory"
 CONTEXT = "most tokens of prompt and continuation; without: the model's, at most 4096"
+FREQUENCIES = 'JSON file, {"layer,expert": uses per token}, for static and the paper\'s policies'
 
 
 @dataclass(frozen=True)
@@ -21,31 +26,42 @@ class Convert:
 
     model: str = option(help="a transformers directory")
     store: str = option(help="the folder to make")
-    bits: int = option(4, "of experts; 16 and 32 are not quantized", choices=(2, 3, 4, 8, 16, 32))
-    scheme: str = option("asym_group", "sym_channel, asym_channel, sym_group, asym_group, or a quantizer")
-    group: int = option(64, "columns that share a scale", low=1)
-    hot: str | None = option(None, "the rest: bf16, raw, 8 or 4; without: raw at 32 bits, otherwise bf16",
-                             choices=("bf16", "raw", "8", "4"))
+    bits: int | None = option(None, "of experts, 4 without; 16 and 32 are not quantized",
+                              choices=(2, 3, 4, 8, 16, 32))
+    scheme: str | None = option(None, "asym_group (without), asym_channel, sym_group, sym_channel, or a "
+                                      "quantizer")
+    group: int | None = option(None, "columns that share a scale, 64 without", low=1)
+    hot: str | None = option(None, "the rest: bf16 (without); raw, the model's own type, which 32 bits "
+                                   "imply; 8 or 4 bits", choices=("bf16", "raw", "8", "4"))
     plan: str | None = option(None, "JSON file: names or patterns of experts' matrices to bits")
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def run(self) -> int:
-        """Convert, with a line for every layer."""
-        from poise.files import read_json
+        """Convert, with progress."""
+        from poise.runs.progress import parts
+        from poise_edgemoe.flags import check_bits, check_convert
         from poise_edgemoe.store.writer import convert
 
+        plan = self._plan()
+        check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot, plan=plan)
+        check_bits(self.bits, self.model, plan)
         hot: Any = int(self.hot) if self.hot in ("8", "4") else self.hot
-
-        def tell(done: int, of: int) -> None:
-            print(f"poise: {done} of {of} layers are written", file=sys.stderr, flush=True)
-
-        plan = None if self.plan is None else read_json(self.plan)
-        path = convert(self.model, self.store, bits=self.bits, plan=plan, scheme=self.scheme,
-                       group=self.group, hot=hot, progress=tell)
-        print(path)
+        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot, "plan": plan}
+        with parts("layers written") as tell:
+            print(convert(self.model, self.store, progress=tell,
+                          **{k: v for k, v in given.items() if v is not None}))
         return 0
+
+    def _plan(self) -> Mapping[str, Any] | None:
+        from poise.files import read_json
+
+        if self.plan is None:
+            return None
+        if not isinstance(plan := read_json(self.plan), Mapping):
+            raise ConfigError(f"{self.plan} holds no plan: it is to map names or patterns to bits")
+        return plan
 
 
 @dataclass(frozen=True)
@@ -64,24 +80,28 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what a memory limit would be spent on, before anything is loaded."""
+    """Say what a memory limit would be spent on, and which hits to expect, before anything is loaded."""
 
     store: str = option(help="as convert made it")
     memory: str | None = option(None, MEMORY)
     total: str | None = option(None, TOTAL)
     context: int | None = option(None, CONTEXT, low=1, unit="tokens")
     batch: int = option(1, "rows at a time", low=1)
+    trace: str | None = option(None, "recorded routing (.route.csv.gz) to simulate; without: a range")
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def run(self) -> int:
-        """Print every term of the budget."""
+        """Print every term of the budget, and the hits to expect."""
         from poise_edgemoe.budget import explain, plan_memory
+        from poise_edgemoe.forecast import forecast
 
         budget = plan_memory(self.store, memory=self.memory, total=self.total, context=self.context,
                              batch=self.batch)
+        hits = forecast(self.store, budget, self.trace)
         print(explain(self.store, budget))
+        print(f"  {hits}")
         return 0
 
 
@@ -94,10 +114,13 @@ class Generate:
     memory: str | None = option(None, MEMORY)
     total: str | None = option(None, TOTAL)
     context: int | None = option(None, CONTEXT, low=1, unit="tokens")
-    policy: str = option("expected", "which experts leave")
+    policy: str | None = option(None, "which experts leave; expected without")
+    frequencies: str | None = option(None, FREQUENCIES)
+    freq_source: str | None = option(None, "of the paper's policies; mixed without",
+                                     choices=("offline", "online", "mixed"))
     max_new_tokens: int = option(128, "most tokens that are made", low=1)
     do_sample: bool = option(False, "draw tokens; otherwise the likeliest are taken")
-    temperature: float = option(1.0, "what logits are divided by before a draw", above=0)
+    temperature: float | None = option(None, "what logits are divided by before a draw, 1 without", above=0)
     top_k: int | None = option(None, "draw from that many likeliest tokens", low=1)
     top_p: float | None = option(None, "draw from the likeliest tokens of this share", above=0, high=1)
     seed: int | None = option(None, "of the draws", low=0)
@@ -107,19 +130,59 @@ class Generate:
         check_options(self)
         if not self.prompt:
             raise ConfigError("moe generate needs --prompt TEXT: the text to continue")
+        given = [n for n in ("temperature", "top_k", "top_p", "seed") if getattr(self, n) is not None]
+        if given and not self.do_sample:
+            name, value = given[0].replace("_", "-"), getattr(self, given[0])
+            raise ConfigError(f"--{name} {value} has no effect without --do-sample: give it, or leave "
+                              f"--{name} out")
 
     def run(self) -> int:
         """Print the text as it is made, and what it took on stderr."""
+        from poise.runs.progress import parts
+        from poise_edgemoe.cache.choosing import chosen_policy
         from poise_edgemoe.engine import Engine
+        from poise_edgemoe.store.index import read_index
 
-        names = ("do_sample", "temperature", "top_k", "top_p", "seed")
-        sampling: dict[str, Any] = {n: getattr(self, n) for n in names} | {"stop": self.stop or None}
+        names = ("do_sample", "temperature", "top_k", "top_p", "seed", "stop")
+        sampling = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, [])}
+        policy = chosen_policy(read_index(self.store), self.policy, self.frequencies, self.freq_source)
         with Engine.open(self.store, memory=self.memory, total=self.total, context=self.context,
-                         policy=self.policy) as engine:
+                         policy=policy) as engine:
             print(engine.opening(), file=sys.stderr, flush=True)
             print(self.prompt, end="", flush=True)
-            for piece in engine.stream(self.prompt, self.max_new_tokens, **sampling):
-                print(piece, end="", flush=True)
+            with parts("prompt") as engine.progress:
+                for piece in engine.stream(self.prompt, self.max_new_tokens, **sampling):
+                    print(piece, end="", flush=True)
             print()
             print(engine.summary(), file=sys.stderr)
+        return 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Simulate every eviction policy on a store's routing, or on a recorded one."""
+
+    source: str = option(help="a store, or recorded routing (.route.csv.gz)")
+    simulate: bool = option(False, "replay the routing under every policy, and Belady's optimum")
+    memory: list[str] = option([], "a limit to simulate, as for generate (of a recording: bytes of "
+                                   "experts); may be given several times; without: 10 to 90 % of experts")
+    prompt: str | None = option(None, "what a store continues; without: the packaged speeches")
+    max_new_tokens: int | None = option(None, "tokens that a store draws, 128 without", low=1)
+    context: int | None = option(None, CONTEXT, low=1, unit="tokens")
+    frequencies: str | None = option(None, FREQUENCIES)
+    frequencies_out: str | None = option(None, "a file to write the uses per token to")
+    out: str | None = option(None, "a picture to write, FILE.png")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.simulate:
+            raise ConfigError("nothing is measured yet, only simulated: add --simulate")
+        if self.out is not None and not self.out.endswith(".png"):
+            raise ConfigError(f"--out {self.out} is no picture: give FILE.png")
+
+    def run(self) -> int:
+        """Print one table, and which policy to take."""
+        from poise_edgemoe.bench import bench
+
+        print(bench(**{k: v for k, v in options_of(self).items() if k != "simulate"}))
         return 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from poise.errors import ConfigError
+from poise.hooks import Input
 from poise.interfaces import Parts
-from poise.options import check_options, option, options_of
+from poise.models.components import DTYPES, CausalLM
+from poise.options import check_options, make, option, options_of
 
 
 @dataclass(frozen=True)
@@ -92,5 +95,159 @@ class EdgeMoEBits:
     def run(self, parts: Parts, context: Any) -> dict[str, float]:
         """Measure every plan; return loss and bytes by plan."""
         from poise_edgemoe.bits import run
+
+        return run(parts, context, **options_of(self))
+
+
+@dataclass(frozen=True)
+class EdgeMoEStore:
+    """A mixture-of-experts model served from disk, under a memory limit.
+
+    Of a transformers directory (`path`), or of the small byte model, a store is made once and kept in the
+    cache; `store` names one that is there.
+    """
+
+    path: str | None = option(None, "a transformers directory; null: the byte model")
+    byte_moe: dict[str, Any] = option({}, "options of the byte model, as model=byte_moe has them")
+    store: str | None = option(None, "a store that is there already, in place of a model")
+    bits: int | None = option(None, "of experts; null: 4; 16 and 32 are not quantized",
+                              choices=(2, 3, 4, 8, 16, 32))
+    scheme: str | None = option(None, "how experts are quantized; null: asym_group")
+    group: int | None = option(None, "columns that share a scale; null: 64", low=1)
+    hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type",
+                             choices=("bf16", "raw", "8", "4"))
+    memory: str | None = option(None, "most bytes that the engine holds; null: room for all experts")
+    total: str | None = option(None, "most bytes of the whole process, in place of memory")
+    context: int | None = option(None, "longest prompt and continuation; null: the model's, at most 4096",
+                                 low=1, unit="tokens")
+    batch: int = option(1, "rows at a time", low=1)
+    policy: str | None = option(None, "which experts leave; null: expected")
+    frequencies: str | None = option(None, 'JSON file, {"layer,expert": uses per token}')
+    freq_source: str | None = option(None, "of the paper's policies; null: mixed",
+                                     choices=("offline", "online", "mixed"))
+
+    trained: ClassVar[bool] = True
+    form: ClassVar[str] = "served"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.memory is not None and self.total is not None:
+            raise ConfigError("memory and total are both given: give one of them")
+        of_model = ("path", "byte_moe", "bits", "scheme", "group", "hot")
+        if self.store is not None and (bad := [n for n in of_model if getattr(self, n)]):
+            raise ConfigError(f"{bad[0]}={getattr(self, bad[0])} has no effect beside store={self.store}, "
+                              f"which is converted already: leave one of them out")
+        if self.path is not None and self.byte_moe:
+            raise ConfigError(f"byte_moe has no effect beside path={self.path}: leave one of them out")
+        if self.store is None:
+            from poise_edgemoe.flags import check_convert
+
+            check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot)
+        self._byte_moe()
+        self._check_policy()
+
+    def build(self, spec: Mapping[str, Any] | None = None) -> Any:
+        """Return the `Engine`, open; whoever builds it closes it."""
+        from poise_edgemoe.stores import open_store
+
+        names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source")
+        return open_store(self.folder(), **{n: getattr(self, n) for n in names})
+
+    def folder(self) -> Path:
+        """Return the store; convert the model the first time."""
+        from poise_edgemoe.stores import store_of_byte_moe, store_of_directory
+
+        if self.store is not None:
+            return Path(self.store)
+        hot = int(self.hot) if self.hot in ("8", "4") else self.hot
+        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot}
+        how = {k: v for k, v in given.items() if v is not None}
+        if self.path is not None:
+            return store_of_directory(Path(self.path), how)
+        return store_of_byte_moe(options_of(self._byte_moe()), how)
+
+    def reference(self) -> Any:
+        """Return the same model in memory (`InMemory`), before it was quantized; None for a store alone."""
+        from poise_edgemoe.stores import in_memory
+
+        if self.store is not None:
+            return None
+        model = CausalLM(path=self.path, dtype=self._dtype()) if self.path else self._byte_moe()
+        return in_memory(model.build(), model.tokenizer(), self.context)
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the directory or store, or the byte model's."""
+        from poise.models.tokenizers import load_tokenizer
+
+        where = self.path or self.store
+        return load_tokenizer(where) if where else self._byte_moe().tokenizer()
+
+    def inputs(self) -> dict[str, Input]:
+        """Return the files that it reads: of a directory or store, and frequencies."""
+        found = {n: Input(Path(where), ("*.json", "*.safetensors", "*.bin"))
+                 for n in ("path", "store") if (where := getattr(self, n))}
+        return found | ({"frequencies": Input(Path(self.frequencies))} if self.frequencies else {})
+
+    def _dtype(self) -> str:
+        """Return what the model in memory is of: what is stored, where that is all of it; else float32."""
+        from poise_edgemoe.store.index import read_index
+
+        stored = read_index(self.folder()).dtype
+        return stored if self.bits == 32 and stored in DTYPES else "float32"
+
+    def _check_policy(self) -> None:
+        names = ("frequencies", "freq_source")
+        if given := [n for n in ("policy", *names) if getattr(self, n) is not None]:
+            from poise_edgemoe.cache.policies import DEFAULT_POLICY, check_policy
+
+            check_policy(self.policy or DEFAULT_POLICY, [n for n in given if n in names])
+
+    def _byte_moe(self) -> ByteMoE:
+        return make(ByteMoE, self.byte_moe, "byte_moe")
+
+
+@dataclass(frozen=True)
+class EdgeMoEGenerate:
+    """Continue held-out text under a memory limit, and say what every token took.
+
+    It writes `text.txt`, `steps.csv` (a line for every call of the model) and the picture of a token's
+    time; metrics that begin with `machine/` are measurements of this machine. The held-out loss is taken
+    through the engine, and through the same model in memory where there is one: they differ by nothing when
+    experts are stored as they are, and by what quantizing costs otherwise.
+    """
+
+    prompts: int = option(2, "pieces of held-out text that are continued", low=1)
+    prompt_length: int = option(64, "of each prompt", low=1, high=512, unit="tokens")
+    max_new_tokens: int = option(128, "of each continuation", low=2, high=512, unit="tokens")
+    temperature: float | None = option(0.8, "of the draws; null: the likeliest token is taken", above=0)
+    length: int = option(64, "evaluation context", low=1, unit="tokens")
+    windows: int = option(32, "evaluation windows", low=1)
+    compare: bool = option(True, "load the model in memory too, for its held-out loss, where it is at hand")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check(self, parts: Parts) -> None:
+        """Refuse parts that do not fit, before anything is loaded."""
+        for kind in ("data", "model"):
+            if getattr(parts, kind) is None:
+                raise ConfigError(f"{kind}=none: recipe=edgemoe_generate needs a {kind}")
+        for kind in ("quantizer", "adapter", "aggregator"):
+            if getattr(parts, kind) is not None:
+                raise ConfigError(f"{kind}={parts.names.get(kind)} has no effect: recipe=edgemoe_generate "
+                                  f"serves a store as it is; write {kind}=none (bits: model.bits)")
+        if not isinstance(parts.model, EdgeMoEStore):
+            raise ConfigError(f"model={parts.names.get('model')} is not served from disk: write "
+                              f"model=edgemoe_store")
+        context = parts.model.context
+        needed = max(self.prompt_length + self.max_new_tokens, self.length)
+        if context is not None and context < needed:
+            raise ConfigError(f"model.context={context} is too short: recipe.prompt_length="
+                              f"{self.prompt_length} and max_new_tokens={self.max_new_tokens}, or length="
+                              f"{self.length}, need {needed}")
+
+    def run(self, parts: Parts, context: Any) -> dict[str, float]:
+        """Generate, measure, compare; return the metrics."""
+        from poise_edgemoe.generation import run
 
         return run(parts, context, **options_of(self))

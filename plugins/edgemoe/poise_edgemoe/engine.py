@@ -17,13 +17,14 @@ from poise.errors import ConfigError, DataError, RunError
 from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
-from poise_edgemoe.budget import Budget, plan_memory, resident_bytes
-from poise_edgemoe.cache import make_policy
+from poise_edgemoe.budget import Budget, plan_memory, resident_bytes, share_kept
+from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import load_hot, prepare
 from poise_edgemoe.statistics import Statistics
+from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
 
 KERNELS = ("reference",)
@@ -44,15 +45,16 @@ class Engine:
         Set it to be told how far a prompt is: called with parts that are done, and all.
     """
 
-    def __init__(self, folder: Path, budget: Budget, policy: str, *, direct: bool = True) -> None:
+    def __init__(
+        self, folder: Path, budget: Budget, policy: str | Policy, *, direct: bool = True
+    ) -> None:
         self.index = prepare(folder)
         self.folder, self.budget, self.base = folder, budget, resident_bytes()
         self.model: Any = load_hot(folder, self.index)
         config = self.model.config
         self.source = Source(self._start, config.vocab_size, budget.context, ends_of(self.model),
                              _tokenizer(folder))
-        layers, experts = len(self.index.layers), max(len(one.experts) for one in self.index.layers)
-        rule = make_policy(policy, layers=layers, experts=experts, **self._encoder(policy))
+        rule = policy_for(self.index, policy)
         self.reader = Reader(folder, direct=direct)
         try:
             self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
@@ -71,8 +73,8 @@ class Engine:
     @classmethod
     def open(
         cls, path: Path | str, memory: str | int | None = None, total: str | int | None = None,
-        context: int | None = None, batch: int = 1, policy: str = "expected", kernel: str = "reference",
-        direct: bool = True,
+        context: int | None = None, batch: int = 1, policy: str | Policy = DEFAULT_POLICY,
+        kernel: str = "reference", direct: bool = True,
     ) -> Engine:
         """Open a store.
 
@@ -89,8 +91,9 @@ class Engine:
             Most tokens of prompt and continuation; the smaller of the configuration's and 4,096.
         batch : int
             Most rows at a time.
-        policy : str
-            Which experts leave; see `poise_edgemoe.cache.POLICIES`.
+        policy : str or Policy
+            Which experts leave: a name of `poise_edgemoe.cache.POLICIES`, or one that was made, for options
+            (`policy_for(read_index(path), "static", frequencies=...)`).
         kernel : "reference"
             What makes products.
         direct : bool
@@ -99,15 +102,21 @@ class Engine:
         Raises
         ------
         ConfigError
-            For an option that is not allowed; a limit that is too small, with the smallest that is not.
+            For an option that is not allowed; a limit that is too small, with the smallest that is not; a
+            policy other than the default where all experts stay in memory.
         FileError
             For a store that is torn, altered, or of a newer version.
         """
         if kernel not in KERNELS:
             raise ConfigError(f"kernel={kernel!r} is not allowed: it must be one of {', '.join(KERNELS)}")
         budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
-        engine = cls(Path(path), budget, policy, direct=direct)
-        if not (memory is total is None or bound_kernels(getattr(torch, engine.index.dtype))):
+        index = read_index(path)
+        rule = policy_for(index, policy)
+        if policy != DEFAULT_POLICY and share_kept(index, budget) == 1:
+            raise ConfigError(f"policy={rule.name} has no effect, as all experts stay in memory: leave it "
+                              "out, or give a lower limit")
+        engine = cls(Path(path), budget, rule, direct=direct)
+        if not (memory is total is None or bound_kernels(getattr(torch, index.dtype))):
             warnings.warn(UNBOUNDED, stacklevel=2)
         return engine
 
@@ -141,10 +150,11 @@ class Engine:
 
     def opening(self) -> str:
         """Return in one line what the limit is spent on."""
-        b = self.budget
+        b, kept = self.budget, share_kept(self.index, self.budget)
+        which = "all" if kept == 1 else f"{kept:.0%}"
         return (f"poise: {b.total / 1e6:.0f} MB: hot weights {b.hot / 1e6:.0f}, keys and values "
-                f"{b.kv / 1e6:.0f}, workspace {b.workspace / 1e6:.0f}, experts {b.experts / 1e6:.0f}; the "
-                f"process held {self.base / 1e6:.0f} MB before")
+                f"{b.kv / 1e6:.0f}, workspace {b.workspace / 1e6:.0f}, experts {b.experts / 1e6:.0f} "
+                f"({which} kept); the process held {self.base / 1e6:.0f} MB before")
 
     def summary(self) -> str:
         """Return in one line what was measured."""
@@ -174,13 +184,6 @@ class Engine:
         self.close()
 
     # ------------------------------------------------------------ within
-
-    def _encoder(self, policy: str) -> dict[str, Any]:
-        from poise_edgemoe.cache.policies import POLICIES, options_of
-
-        encoder = [n for n, layer in enumerate(self.index.layers) if layer.encoder]
-        known = policy in POLICIES and "encoder" in options_of(POLICIES[policy])
-        return {"encoder": encoder} if encoder and known else {}
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

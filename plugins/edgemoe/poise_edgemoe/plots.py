@@ -1,11 +1,13 @@
-"""The picture of a bits experiment."""
+"""Pictures: loss against bytes, hits over size, the time of a token."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from poise.errors import require
+from poise.files import write_bytes
 
 
 def loss_against_bytes(rows: list[dict[str, Any]], target: Path) -> None:
@@ -24,8 +26,63 @@ def loss_against_bytes(rows: list[dict[str, Any]], target: Path) -> None:
                           textcoords="offset points", xytext=(6, 5), fontsize=8)
     axes.set(xlabel="bytes of all experts (kB, scales included)", ylabel="held-out loss (nats per byte)",
              xscale="log")
+    _finish(figure, axes, target)
+
+
+def hits_over_share(shares: list[float], hits: dict[str, list[float | None]], target: Path) -> None:
+    """Draw decode hits over the share of experts that is kept, a line per policy, Belady's dashed."""
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=["#d1495b", "#edae49", "#7a9e7e", "#8d6a9f", "#b08968", "#66a182", "#c77dff",
+                               "#9a9a9a", "#e07a5f"])
+    for name, found in hits.items():
+        points = sorted((100 * s, 100 * rate) for s, rate in zip(shares, found) if rate is not None)
+        style = {"expected": {"lw": 2.4, "color": "#0b6e99", "zorder": 5},
+                 "belady": {"color": "#222222", "ls": "--"}}.get(name, {"lw": 1.1})
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", ms=3, label=name, **style)
+    axes.set(xlabel="experts that are kept (%)", ylabel="decode hits (%)", xlim=(0, 100), ylim=(0, 100),
+             title="Which experts stay: hits of every policy after the prompt")
+    _finish(figure, axes, target)
+
+
+def _finish(figure: Any, axes: Any, target: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(frameon=False, fontsize=8)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
+    _save(figure, target)
+
+
+def _save(figure: Any, target: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    write_bytes(target, drawn.getvalue())
+
+
+def token_time(rows: list[dict[str, Any]], title: str, target: Path) -> None:
+    """Draw what each call of the model took, computing and waiting stacked, and its hits below.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of one prompt: `part` ("prompt" or "token"), `seconds`, `stall_seconds`, `hits`, `misses`.
+    """
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(7, 4.4), layout="constrained")
+    time, hits = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    pieces = sum(r["part"] == "prompt" for r in rows)
+    at = [n - pieces + 1 for n in range(len(rows))]  # the first token that is fed back is 1
+    waited = [1e3 * r["stall_seconds"] for r in rows]
+    computed = [1e3 * r["seconds"] - w for r, w in zip(rows, waited)]
+    time.bar(at, computed, 1.0, color="#0b6e99", label="computing")
+    time.bar(at, waited, 1.0, bottom=computed, color="#d1495b", label="waiting for experts")
+    most = max(a + b for a, b, r in zip(computed, waited, rows) if r["part"] == "token")
+    hits.bar(at, [100 * r["hits"] / max(1, r["hits"] + r["misses"]) for r in rows], 1.0, color="#7a9e7e")
+    for axes in (time, hits):
+        axes.axvspan(at[0] - 0.5, 0.5, color="#f0e6c8", zorder=-1)
+    prompt = sum(r["seconds"] for r in rows if r["part"] == "prompt")
+    time.text(at[0], 1.15 * most, f" prompt: {1e3 * prompt:.0f} ms", fontsize=8, va="top",
+              backgroundcolor="#f0e6c8")
+    time.set(ylabel="ms a call", ylim=(0, 1.2 * most), title=title)
+    time.title.set_fontsize(9)
+    hits.set(xlabel="token", ylabel="hits (%)", ylim=(0, 100))
+    hits.spines[["top", "right"]].set_visible(False)
+    _finish(figure, time, target)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 
 def register(registry) -> None:
-    """Add the small mixture-of-experts model, the bitwidth experiment, and `poise moe`."""
+    """Add the small mixture-of-experts model, stores, two experiments, and `poise moe`."""
     components = "poise_edgemoe.components"
     registry.add(
         "model", "byte_moe", f"{components}:ByteMoE",
         "byte-level Mixtral, trained on speeches in about a minute, then cached",
         tasks=("causal_lm",),
         example={"layers": 2, "experts": 4, "hidden": 32, "steps": 2, "length": 32},
+    )
+    registry.add(
+        "model", "edgemoe_store", f"{components}:EdgeMoEStore",
+        "a mixture-of-experts model whose experts are read from disk, under a memory limit",
+        tasks=("serving",), paper="arXiv 2308.14352 section III",
+        example={"byte_moe": {"layers": 2, "experts": 4, "hidden": 32, "steps": 2, "length": 32},
+                 "bits": 32, "context": 64, "batch": 2},
+    )
+    registry.add(
+        "recipe", "edgemoe_generate", f"{components}:EdgeMoEGenerate",
+        "text under a memory limit: the time of every token, hits, bytes, memory, held-out loss",
+        tasks=("serving", "causal_lm"), paper="arXiv 2308.14352 section III",
     )
     registry.add(
         "recipe", "edgemoe_bits", f"{components}:EdgeMoEBits",
@@ -21,6 +33,6 @@ def register(registry) -> None:
     registry.add(
         "command", "moe", {
             "convert": f"{commands}:Convert", "inspect": f"{commands}:Inspect", "plan": f"{commands}:Plan",
-            "generate": f"{commands}:Generate"},
+            "generate": f"{commands}:Generate", "bench": f"{commands}:Bench"},
         "mixture-of-experts models on disk, under a memory limit",
     )

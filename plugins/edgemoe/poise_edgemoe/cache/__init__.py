@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from poise_edgemoe.cache.belady import Belady
+    from poise_edgemoe.cache.choosing import policy_for, read_frequencies, write_frequencies
     from poise_edgemoe.cache.policies import DEFAULT_POLICY, POLICIES, make_policy
     from poise_edgemoe.cache.policy import Policy
     from poise_edgemoe.cache.simulator import Simulation, simulate
@@ -20,10 +21,11 @@ _HOMES = {
     "DEFAULT_POLICY": "policies", "POLICIES": "policies", "make_policy": "policies", "Policy": "policy",
     "Belady": "belady", "Simulation": "simulator", "simulate": "simulator",
     "RoutingTrace": "traces", "read_trace": "traces",
+    "policy_for": "choosing", "read_frequencies": "choosing", "write_frequencies": "choosing",
 }
 __all__ = [
     "DEFAULT_POLICY", "POLICIES", "Belady", "Policy", "RoutingTrace", "Simulation", "make_policy",
-    "read_trace", "simulate",
+    "policy_for", "read_frequencies", "read_trace", "simulate", "write_frequencies",
 ]
 
 

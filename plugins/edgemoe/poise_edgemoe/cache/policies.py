@@ -6,7 +6,7 @@ An engine and the simulator use the same objects; see `Policy` for how they are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -217,13 +217,25 @@ def make_policy(name: str = DEFAULT_POLICY, *, layers: int, experts: int, **opti
     ConfigError
         For an unknown name, an option that the policy does not have, or a value it does not allow.
     """
+    check_policy(name, options)
+    return POLICIES[name](layers, experts, **options)
+
+
+def check_policy(name: str, options: Iterable[str] = ()) -> None:
+    """Refuse an unknown name, or an option that the policy does not have, before there are any layers.
+
+    Raises
+    ------
+    ConfigError
+    """
     if name not in (names := list(POLICIES)):
         raise ConfigError(f"policy={name!r} is none of {', '.join(names)}{nearest(name, names)}")
     known = options_of(POLICIES[name])
     if bad := [o for o in options if o not in known]:
         has = f"has {', '.join(known)}" if known else "has no options"
-        raise ConfigError(f"policy {name!r} has no option {bad[0]!r}: it {has}")
-    return POLICIES[name](layers, experts, **options)
+        others = [n for n in names if bad[0] in options_of(POLICIES[n])]
+        more = f"; leave it out, or take {' or '.join(others)}" if others else ""
+        raise ConfigError(f"policy {name!r} has no option {bad[0]!r}: it {has}{more}")
 
 
 def options_of(policy: type[Policy]) -> list[str]:

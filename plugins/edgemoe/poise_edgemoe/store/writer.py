@@ -56,7 +56,7 @@ Progress = Callable[[int, int], None]
 
 def convert(
     model: Any, path: Path | str, bits: int = 4, plan: Mapping[str, Any] | None = None,
-    scheme: str = "asym_group", group: int = 64, hot: str | int | None = None,
+    scheme: str = "asym_group", group: int = 64, hot: str | int = "bf16",
     progress: Progress | None = None,
 ) -> Path:
     """Write a mixture-of-experts model as a store.
@@ -77,10 +77,11 @@ def convert(
     group : int
         Columns that share a scale, in the schemes with groups.
     hot : "bf16", "raw", 8 or 4
-        How the rest is stored; None: "raw", the model's own type, where experts are 32 bits, otherwise
-        "bf16".
+        How the rest is stored, and what is computed in: "bf16", 16 bits (float16 for a model that is);
+        "raw", the model's own type; 8 or 4 bits for its linears, the others as with "bf16". With `bits=32`
+        "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
     progress : callable, optional
-        Called with layers that are written, and all.
+        Called with layers that are written, from 0 on, and all.
 
     Returns
     -------
@@ -98,9 +99,9 @@ def convert(
         converting to the same place.
     """
     path = Path(path)
-    hot = ("raw" if bits == 32 else "bf16") if hot is None else hot
     if hot not in ("bf16", "raw", 8, 4):
         raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4")
+    hot = "raw" if bits == 32 and hot == "bf16" else hot
     if path.exists():
         raise ConfigError(f"{path} exists: remove it first, or name another store")
     source = open_source(model)
@@ -159,6 +160,14 @@ def _forms(
     return forms
 
 
+def unnamed(model: Any, plan: Mapping[str, Any]) -> list[str]:
+    """Return the experts' matrices that a plan does not name; what it names may be of any bits."""
+    found = [w for layer in open_source(model).layers for one in layer.experts for w in one.values()]
+    default = scheme_quantizer("asym_group", 4, 64)
+    named = {w.name for w, _ in resolve(found, default, dict.fromkeys(plan, 4))}
+    return [w.name for w in found if w.name not in named]
+
+
 def _quantizer(scheme: str, bits: int, group: int, like: Weight) -> Any:
     if bits == 16 and like.dtype == torch.float16:
         return Raw("float16")
@@ -178,6 +187,7 @@ def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, prog
     with open(folder / EXPERTS, "r+b" if layers else "wb") as f:
         f.truncate(_end(layers))
         f.seek(0, os.SEEK_END)
+        progress(0, len(source.layers))
         for n, layer in enumerate(source.layers):
             if n >= len(layers):
                 layers.append(_write_layer(f, layer, forms, biases.get(layer.path, {}), quantizers, dtype))

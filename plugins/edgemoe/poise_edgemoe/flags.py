@@ -1,0 +1,52 @@
+"""An option of a conversion that would change nothing is refused: what was given, why, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from poise.errors import ConfigError
+from poise_edgemoe.store.schemes import RAW, SCHEMES
+
+
+def check_convert(
+    *, bits: int | None, scheme: str | None, group: int | None, hot: str | None,
+    plan: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse options without effect, of those that were given (not None).
+
+    Raises
+    ------
+    ConfigError
+    """
+    if plan is not None and not plan:
+        raise ConfigError("plan has no effect: it names nothing; leave it out, or give lines to it")
+    widths = [4 if bits is None else bits, *(plan or {}).values()]
+    if all(isinstance(w, int) and w in RAW for w in widths):
+        for name, value in (("scheme", scheme), ("group", group)):
+            _refuse(name, value, "16 and 32 bits are not quantized: leave it out, or take 8 bits or fewer")
+    grouped = [name for name, (_, has) in SCHEMES.items() if has]
+    if scheme is not None and scheme not in grouped:
+        _refuse("group", group, f"scheme {scheme} does not take it: leave it out, or take "
+                                f"{' or '.join(grouped)}")
+    if bits == 32 and hot == "bf16":
+        _refuse("hot", hot, "with 32 bits the rest keeps the model's own type: leave it out, or take 16 "
+                            "bits")
+
+
+def check_bits(bits: int | None, model: str, plan: Mapping[str, Any] | None) -> None:
+    """Refuse `bits` beside a plan that names every matrix of an expert; 32 says more than that.
+
+    Raises
+    ------
+    ConfigError
+    """
+    from poise_edgemoe.store.writer import unnamed
+
+    if bits not in (None, 32) and plan is not None and not unnamed(model, plan):
+        _refuse("bits", bits, "the plan names every expert's matrices: leave it out, or name fewer")
+
+
+def _refuse(name: str, value: Any, why: str) -> None:
+    if value is not None:
+        raise ConfigError(f"{name}={value} has no effect: {why}")
