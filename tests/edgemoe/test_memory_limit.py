@@ -110,7 +110,7 @@ LATENT = {"moe_intermediate_size": 512, "n_routed_experts": 16, "kv_lora_rank": 
     ("family", "own"), [("gpt_oss", SIXTEEN), ("granitemoe", SIXTEEN), ("deepseek_v3", LATENT)])
 def test_the_smallest_limit_is_kept(family, own, dtype, bits, context, batch, tmp_path):
     """Scores in full, heads that share keys, latent keys: each is counted in another way."""
-    model = tiny(family, **WIDE, intermediate_size=512, **own).to(dtype)
+    model = tiny(family, **{**WIDE, "intermediate_size": 512, **own}).to(dtype)
     store = convert(model, tmp_path / "store", bits=bits)
     with pytest.raises(ConfigError, match="smallest workable value") as told:
         plan_memory(store, memory="1kB", context=context, batch=batch)

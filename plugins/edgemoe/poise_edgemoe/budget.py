@@ -18,7 +18,9 @@ from poise_edgemoe.store.index import Index, read_index
 
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MOST_CHUNK, LEAST_CHUNK = 512, 8  # tokens of a prompt that are computed at a time
-KEPT = 16 << 20  # most that MKL, oneDNN and the allocator keep for themselves
+KEPT = 16 << 20  # most that MKL, oneDNN and the allocator keep for themselves; less for small models
+LIBRARIES = 4 << 20  # of their code that is read in when it first runs, with `total`
+LEAST_KEPT = {2: 8 << 20, 4: 0}  # by bytes of a number: oneDNN's kernels are not small
 EAGER, MASK = 16, 8  # bytes of an attention score, and of its place in a mask, of all intermediate ones
 
 
@@ -124,7 +126,7 @@ def plan_memory(
 def _refuse(least: Budget, memory: str | int | None, total: str | int | None) -> None:
     largest = least.staging // STAGES
     given = f"memory={memory}" if total is None else f"total={total}"
-    smallest = least.total + largest + (0 if total is None else resident_bytes())
+    smallest = least.total + largest + (0 if total is None else resident_bytes() + LIBRARIES)
     raise ConfigError(f"{given} is too small: the smallest workable value is {-(-smallest // 10**6)}MB "
                       f"(hot weights {least.hot / 1e6:.0f}, keys and values {least.kv / 1e6:.0f}, "
                       f"workspace {least.workspace / 1e6:.0f}, one expert {largest / 1e6:.1f}, two "
@@ -135,12 +137,18 @@ def _limit(memory: str | int | None, total: str | int | None) -> int:
     if total is None:
         assert memory is not None
         return parse_bytes(memory)
-    return parse_bytes(total) - resident_bytes()
+    return parse_bytes(total) - resident_bytes() - LIBRARIES
 
 
 def resident_bytes() -> int:
     """Return what the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return status_bytes("VmRSS")
+
+
+def status_bytes(name: str) -> int:
+    """Return what the system says of this process: VmRSS, VmHWM (its peak), RssFile (of files: code)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def _context(context: int | None, config: Any) -> int:
@@ -162,8 +170,8 @@ def _least(index: Index, config: Any, folder: Path, context: int, batch: int) ->
     tables = 2048 * sum(len(layer.experts) for layer in index.layers)
     chunk = context if config.is_encoder_decoder else min(context, LEAST_CHUNK)  # an encoder sees all of it
     each = _activations(index, config, dtype, context)
-    workspace = (_matrices(index, config, dtype) + _keys_again(config, kv) + min(KEPT, 2 * hot)
-                 + chunk * batch * each)
+    kept = max(min(KEPT, 2 * hot), LEAST_KEPT[dtype.itemsize])
+    workspace = _matrices(index, config, dtype) + _keys_again(config, kv) + kept + chunk * batch * each
     return Budget(hot, kv, workspace, tables, staging, staging, context, batch, chunk, chunk * batch, each)
 
 

@@ -17,7 +17,7 @@ from poise.errors import ConfigError, DataError, RunError
 from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
-from poise_edgemoe.budget import Budget, plan_memory, resident_bytes, share_kept
+from poise_edgemoe.budget import Budget, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
@@ -49,7 +49,8 @@ class Engine:
         self, folder: Path, budget: Budget, policy: str | Policy, *, direct: bool = True
     ) -> None:
         self.index = prepare(folder)
-        self.folder, self.budget, self.base = folder, budget, resident_bytes()
+        self.folder, self.budget = folder, budget
+        self._base = resident_bytes() - status_bytes("RssFile")
         self.model: Any = load_hot(folder, self.index)
         config = self.model.config
         self.source = Source(self._start, config.vocab_size, budget.context, ends_of(self.model),
@@ -120,6 +121,14 @@ class Engine:
             warnings.warn(UNBOUNDED, stacklevel=2)
         return engine
 
+    @property
+    def base(self) -> int:
+        """What the process holds besides, in bytes: what it held at the start, and the code of libraries.
+
+        Code is read in when it first runs; nothing of an engine is mapped from files.
+        """
+        return self._base + status_bytes("RssFile")
+
     # ------------------------------------------------------------ the contract
 
     @torch.no_grad()
@@ -154,7 +163,7 @@ class Engine:
         which = "all" if kept == 1 else f"{kept:.0%}"
         return (f"poise: {b.total / 1e6:.0f} MB: hot weights {b.hot / 1e6:.0f}, keys and values "
                 f"{b.kv / 1e6:.0f}, workspace {b.workspace / 1e6:.0f}, experts {b.experts / 1e6:.0f} "
-                f"({which} kept); the process held {self.base / 1e6:.0f} MB before")
+                f"({which} kept); the process holds {self.base / 1e6:.0f} MB besides")
 
     def summary(self) -> str:
         """Return in one line what was measured."""

@@ -6,7 +6,6 @@ read first (the order is that of transformers' `eager` implementation).
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -14,16 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise_edgemoe.cache.slots import ExpertCache, Get
+from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix
 
 FEW = 4  # tokens that leave too little behind to be worth a call
-_LIBC = ctypes.CDLL(None)
-
-
-def give_back() -> None:
-    """Return memory that is free to the system: what a prompt took would stay with the process."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 class StoredExperts(nn.Module):

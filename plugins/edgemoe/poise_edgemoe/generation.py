@@ -15,6 +15,7 @@ from torch import Tensor
 from poise.files import write_text
 from poise.interfaces import Parts
 from poise_edgemoe.bits import mean_loss, text_windows
+from poise_edgemoe.budget import status_bytes
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.plots import token_time
 
@@ -34,8 +35,6 @@ def run(
     batch = text_windows(splits.test, tokens, length, windows)
     per_byte = _tokens_per_byte(splits.test, tokens)
     how = {} if temperature is None else {"do_sample": True, "temperature": temperature}
-    with model.build(splits.spec) as first:  # libraries set themselves up: what that takes is no model's
-        first.generate(asked[:1], 2)
     with model.build(splits.spec) as engine:
         print(engine.opening(), file=sys.stderr, flush=True)
         watched = forget_peak()
@@ -114,8 +113,7 @@ def forget_peak() -> bool:
 
 def peak_bytes() -> int:
     """Return the most that the process held since `forget_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return status_bytes("VmHWM")
 
 
 def _compared(

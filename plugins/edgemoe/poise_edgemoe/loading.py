@@ -6,6 +6,8 @@ file that is mapped would come and go at the kernel's will.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import json
 import math
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import FileError, require
+from poise.models.serving import steps
 from poise.quantizers import PackedLinear
+from poise.registry import build
 from poise.walk import weights
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.models import empty_model, model_class
@@ -26,6 +30,7 @@ from poise_edgemoe.store.schemes import read_quantizer
 
 HEAD_ROWS = 4096
 _CHUNK = 1 << 22
+_LIBC = ctypes.CDLL(None)
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -46,6 +51,8 @@ def prepare(folder: Path) -> Index:
     dtype = getattr(torch, index.dtype)
     bound_kernels(dtype)  # before the first product
     warm(dtype)
+    gc.collect()
+    give_back()
     return index
 
 
@@ -114,17 +121,26 @@ def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> N
 
 @torch.no_grad()
 def warm(dtype: torch.dtype) -> None:
-    """Run every kernel once."""
-    x, w = torch.zeros(8, 256, dtype=dtype), torch.zeros(256, 256, dtype=dtype)
-    for rows in (1, 2, 8):
-        nn.functional.linear(x[:rows], w)
-        nn.functional.linear(x[:rows].float(), w.float())
-    q = x.view(1, 4, 8, 64)
-    nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-    nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(8, 8, dtype=torch.bool))
-    nn.functional.silu(x).float().softmax(-1).topk(2)
-    x.index_add_(0, torch.unique(torch.arange(4)), x[:4].clone())
-    x.float().sort(-1)
+    """Run a small model once, prompt and token: what libraries set up and read in is not a model's."""
+    transformers = require("transformers", "edgemoe")
+    from poise_edgemoe.kv import kept_cache
+
+    config = transformers.MixtralConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.MixtralForCausalLM(config).to(dtype).eval()
+        model.set_experts_implementation("eager")
+        prompt, step = steps(model, torch.arange(48)[None], chunk=32, cache=kept_cache(config, 64))
+        for ids in (prompt, prompt[:, :1], prompt[:, :1]):
+            step(ids).float().softmax(-1).sort(-1).values.multinomial(1)
+        build("quantizer", "affine", bits=4, group=64).quantize(model.lm_head.weight).dequantize()
+
+
+def give_back() -> None:
+    """Return memory that is free to the system: what a prompt took would stay with the process."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
 
 
 def hot_files(folder: Path, index: Index) -> list[Path]:
