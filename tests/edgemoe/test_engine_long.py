@@ -50,3 +50,15 @@ def test_two_engines_on_one_store_at_once(tokens, tmp_path):
     for t in threads:
         t.join()
     assert all(torch.equal(got[seed], want[seed]) for seed in range(2))
+
+
+def test_a_text_ends_where_the_generation_configuration_says(tmp_path):
+    import json
+
+    source = saved(tmp_path / "model", "olmoe", eos_token_id=None)
+    said = source / "generation_config.json"
+    end = reference(source).generate(ids(), 12)[0, 9 + 3]
+    said.write_text(json.dumps({**json.loads(said.read_text()), "eos_token_id": [int(end), 256]}))
+    want = reference(source).generate(ids(), 12)
+    with opened(convert(source, tmp_path / "store", bits=32), None) as engine:
+        assert want.shape[1] < 9 + 12 and torch.equal(engine.generate(ids(), 12), want)
