@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +225,23 @@ def test_rows_are_the_rows_of_all(bits, rows, columns, group, start, stop):
     stored = Affine(bits, group).quantize(matrix(rows, columns))
     assert torch.equal(stored.dequantize(slice(start, stop)), stored.dequantize()[start:stop])
     assert torch.equal(stored.dequantize(slice(None, None, 2)), stored.dequantize()[::2])
+
+
+@pytest.mark.parametrize("quantizer", [AbsMax(4, 64), Affine(2, 32), Affine(8, 0)])
+def test_a_matrix_is_unpacked_in_little_more_memory_than_it_takes(quantizer):
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("this system does not say what a process holds")
+
+    def held(key):
+        return int(next(x for x in status.read_text().splitlines() if x.startswith(key)).split()[1]) * 1024
+
+    packed = quantizer.quantize(torch.randn(4096, 8192).to(torch.bfloat16))
+    packed.dequantize()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    dense = packed.dequantize()
+    assert held("VmHWM") - before <= dense.nbytes + 2**24
 
 
 def test_a_tensor_without_numbers_is_refused():

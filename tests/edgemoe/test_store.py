@@ -293,7 +293,8 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return convert(tiny("mixtral"), tmp_path_factory.mktemp("stores") / "store", bits=4, group=8)
+    folder = tmp_path_factory.mktemp("stores")
+    return convert(saved(folder / "model"), folder / "store", bits=4, group=8)
 
 
 @pytest.fixture
@@ -331,17 +332,34 @@ def test_an_index_that_says_what_cannot_be_is_refused(change, words, copy):
         read_index(copy)
 
 
-def test_files_that_are_no_files_are_refused(copy, store):
-    for name in (EXPERTS, "hot.safetensors", "config.json"):
-        shutil.rmtree(copy)
-        shutil.copytree(store, copy)
+def gone(path, real):
+    """Leave nothing in the place of a file."""
+
+
+def pipe(path, real):
+    os.mkfifo(path)
+
+
+def folder(path, real):
+    path.mkdir()
+
+
+def link(path, real):
+    path.symlink_to(real)
+
+
+@pytest.mark.parametrize("put", [gone, pipe, folder, link])
+def test_files_that_are_no_files_are_refused(put, copy, store):
+    names = sorted(p.name for p in store.iterdir())
+    assert {EXPERTS, INDEX, "hot.safetensors", "config.json", "poise_tokenizer.json"} <= {*names}
+    for name in names:
         (copy / name).unlink()
-        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
+        put(copy / name, store / name)
+        words = f"has no {INDEX}" if name == INDEX else f"{name} is missing, or no regular file"
+        with pytest.raises(FileError, match=words):
             read_index(copy)
-        os.mkfifo(copy / name)
-        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
-            read_index(copy)
-        (copy / name).unlink()
-        (copy / name).symlink_to(store / name)
-        with pytest.raises(FileError, match=f"{name} is missing, or no regular file"):
-            read_index(copy)
+        if put is folder:
+            (copy / name).rmdir()
+        else:
+            (copy / name).unlink(missing_ok=True)
+        shutil.copyfile(store / name, copy / name)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from poise.errors import DataError, FileError
 
+PIECE = 1 << 16  # weights unpacked at a time: larger pieces are left scattered by the allocator
 SLICE_WEIGHTS = 1 << 18  # weights dequantized at a time: 1 MiB of fp32 stays in cache
 
 
@@ -119,13 +120,23 @@ class PackedMatrix:
         return cls(tensors["codes"], tensors["scale"], tensors.get("minimum"), bits, group, shape, dtype)
 
     def dequantize(self, rows: slice | None = None) -> Tensor:
-        """Return rows (all without it) as a dense tensor, shape (len(rows), in)."""
-        rows = rows or slice(None)
+        """Return rows (all without it) as a dense tensor, shape (len(rows), in).
+
+        Made some rows at a time: beside the result no more than a few MiB are taken.
+        """
+        wanted, step = range(self.shape[0])[rows or slice(None)], max(1, PIECE // self.shape[1])
+        dense = self.codes.new_empty((len(wanted), self.shape[1]), dtype=self.dtype)
+        for at in range(0, len(wanted), step):
+            part = wanted[at: at + step]
+            dense[at: at + step] = self._some(slice(part.start, part.stop, part.step))
+        return dense
+
+    def _some(self, rows: slice) -> Tensor:
         codes = unpack(self.codes[rows], self.bits, self.shape[1])
         blocks = self._blocks(self.values(codes)).mul_(self._per_block(self.scale, rows))
         if self.minimum is not None:
             blocks.add_(self._per_block(self.minimum, rows))
-        return blocks.flatten(1)[:, : self.shape[1]].to(self.dtype)
+        return blocks.flatten(1)[:, : self.shape[1]]
 
     def values(self, codes: Tensor) -> Tensor:
         """Return what codes (uint8) stand for before scaling, fp32, the same shape; a fresh tensor."""

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
     from poise_edgemoe.components import ByteMoE, EdgeMoEBits, EdgeMoEGenerate, EdgeMoEStore
     from poise_edgemoe.engine import Engine
+    from poise_edgemoe.split import split_feed_forward
     from poise_edgemoe.store.writer import convert
 
 _HOMES = {
     "ByteMoE": "components", "EdgeMoEBits": "components", "EdgeMoEGenerate": "components",
     "EdgeMoEStore": "components", "expert_errors": "allocate",
     "half_plan": "allocate", "random_plan": "allocate", "uniform_plan": "allocate",
-    "Engine": "engine", "convert": "store.writer",
+    "Engine": "engine", "convert": "store.writer", "split_feed_forward": "split",
 }
 __all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "convert",
-           "expert_errors", "half_plan", "random_plan", "uniform_plan"]
+           "expert_errors", "half_plan", "random_plan", "split_feed_forward", "uniform_plan"]
 
 
 def __getattr__(name: str):

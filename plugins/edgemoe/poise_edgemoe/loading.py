@@ -77,6 +77,9 @@ def load_hot(folder: Path, index: Index) -> Any:
         raise FileError(f"{folder}: {what} (hot weights of another model?)")
     _fill_buffers(model)
     _put_head(model)
+    if (folder / "generation_config.json").is_file():  # it may name other end tokens than config.json
+        transformers = require("transformers", "edgemoe")
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from poise.errors import ConfigError, FileError
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.store.index import Index, Matrix, padded, payload, places
-from poise_edgemoe.store.reader import Reader, Request
+from poise_edgemoe.store.reader import Reader, Request, mapped
 from poise_edgemoe.store.schemes import read_quantizer
 
 Get = Callable[[int, str], tuple[Any, Tensor | None]]
@@ -96,7 +96,7 @@ class ExpertCache:
         self.index, self.reader, self.policy = index, reader, policy
         self.forms = Forms(index)
         largest = max(size_of(m) for _, _, m in index.blobs())
-        self._stages = [mmap.mmap(-1, largest) for _ in range(STAGES)]
+        self._stages = [mapped(largest) for _ in range(STAGES)]
         self.budget, self.mapped = budget - STAGES * largest, 0
         self.resident: dict[Key, Resident] = {}
         self._taken = dict.fromkeys(range(policy.layers), 0)  # by layer, or all of it in the first place
@@ -202,7 +202,7 @@ class ExpertCache:
             return self._free[size].pop()
         self._make_room(size)
         self.mapped += size
-        return mmap.mmap(-1, size)
+        return mapped(size)
 
     def _resize(self, budget: int) -> None:
         """Keep to another budget: experts leave as they would for new ones, and free places go."""

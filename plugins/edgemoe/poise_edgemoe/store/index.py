@@ -150,7 +150,7 @@ def read_index(folder: Path | str) -> Index:
         For a store that is none, torn, altered, of a newer version, or whose blobs overlap or lie outside.
     """
     path = Path(folder) / INDEX
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise FileError(f"{folder} is no store: it has no {INDEX} (a conversion that did not end leaves "
                         f"none)")
     said = read_json(path)

@@ -5,9 +5,12 @@ Source: EdgeMoE section III-C1 (a thread of its own reads); what it reads goes i
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import mmap
 import os
+import stat
 import threading
 import zlib
 from collections import deque
@@ -18,6 +21,8 @@ from poise.errors import FileError, RunError
 from poise_edgemoe.store.index import EXPERTS, Matrix, padded
 
 RETRIES = 3  # of a read that the device fails
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)  # said where there are no direct reads
+HUGE = 1 << 21  # bytes of a huge page
 
 
 @dataclass
@@ -166,8 +171,9 @@ class Reader:
             try:
                 return os.preadv(self._file, [request.buffer[got:length]], offset)
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:  # a short read left an odd offset
-                    self._file, self.direct = _reopened(self._file, self.path)
+                if error.errno in REFUSED and self.direct:  # a short read left an odd offset
+                    _set_direct(self._file, False)
+                    self.direct = False
                     continue
                 if error.errno != errno.EIO or not left:
                     raise FileError(f"cannot read {request.what} at {offset} of {self.path}: "
@@ -175,26 +181,57 @@ class Reader:
         raise AssertionError("the last try returns or raises")
 
 
+def mapped(size: int) -> mmap.mmap:
+    """Return zeroed memory that begins at a page, in huge pages where it is large and the system has them.
+
+    A read then hands the device a few long pieces and not a thousand pages (specification, 3.5). It is
+    private to the process: what is shared, Python's default, has no huge pages on most systems.
+
+    Parameters
+    ----------
+    size : int
+        In bytes; no more than that becomes resident.
+    """
+    place = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            place.madvise(mmap.MADV_HUGEPAGE)
+    return place
+
+
 def _opened(path: Path, direct: bool) -> tuple[int, bool]:
-    """Open a regular file, past the page cache where the file system allows it."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    if direct and hasattr(os, "O_DIRECT"):
-        try:
-            handle = os.open(path, flags | os.O_DIRECT)
-            with mmap.mmap(-1, 4096) as page:
-                os.preadv(handle, [page], 0)
-            return handle, True
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
-                raise FileError(f"cannot read {path}: {error.strerror}") from None
+    """Open a regular file, past the page cache where that is wanted and the file system allows it."""
     try:
-        handle = os.open(path, flags)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
-    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-    return handle, False
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise FileError(f"cannot read {path}: it is no regular file")
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead into the page cache
+        return handle, direct and _made_direct(handle, path)
+    except BaseException:
+        os.close(handle)
+        raise
 
 
-def _reopened(handle: int, path: Path) -> tuple[int, bool]:
-    os.close(handle)
-    return _opened(path, direct=False)
+def _made_direct(handle: int, path: Path) -> bool:
+    """Let an open file be read past the page cache; False: its file system does not allow it."""
+    try:
+        _set_direct(handle, True)
+        with mmap.mmap(-1, 4096) as page:
+            os.preadv(handle, [page], 0)
+        return True
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise FileError(f"cannot read {path}: {error.strerror}") from None
+    _set_direct(handle, False)
+    return False
+
+
+def _set_direct(handle: int, direct: bool) -> None:
+    """Change the way in which an open file is read: by its name another file might be found by now."""
+    flags, wanted = fcntl.fcntl(handle, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+    if direct and not wanted:
+        raise OSError(errno.EINVAL, "no O_DIRECT on this system")
+    fcntl.fcntl(handle, fcntl.F_SETFL, flags | wanted if direct else flags & ~wanted)
