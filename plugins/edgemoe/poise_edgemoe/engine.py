@@ -22,7 +22,7 @@ from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.kernels import bound_kernels
-from poise_edgemoe.loading import load_hot, prepare
+from poise_edgemoe.loading import give_back, load_hot, prepare
 from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
@@ -184,6 +184,7 @@ class Engine:
             self.cache.close()
             self._forget()
             self.model = self._kept = None
+            give_back()
 
     def __enter__(self) -> Engine:
         with self._turn():
@@ -249,6 +250,7 @@ class Engine:
                 return module(**inputs)
         finally:
             self.cache.next_token()
+            give_back()
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""

@@ -35,7 +35,7 @@ def bound_kernels(dtype: torch.dtype) -> bool:
     F.linear(*(torch.ones(SIDE, SIDE, dtype=dtype) for _ in range(2)))
     for name in ours:  # it has been read, and is not meant for processes that this one starts
         del os.environ[name]
-    return _few_are_kept(dtype)
+    return any(_few_are_kept(dtype) for _ in range(3))  # on a busy machine a measurement may fail
 
 
 def _few_are_kept(dtype: torch.dtype) -> bool:
