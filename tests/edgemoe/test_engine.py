@@ -16,7 +16,7 @@ import torch
 from moe_models import FAMILIES, RAW, ids, reference, saved
 
 from poise.errors import ConfigError, DataError, FileError, PoiseError, RunError
-from poise.quantizers import Affine
+from poise.quantizers import AbsMax, Affine
 from poise.testing import check_served
 from poise.testing.families import tiny
 from poise.walk import weights
@@ -98,6 +98,20 @@ def test_hot_weights_may_be_packed_too(family, hot, tmp_path):
         assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().mean()
         assert sum(w.stored is not None for w in weights(engine.model)) == len(packed) > 0
     assert sizes[0] < sizes[1] or hot == 8  # rows of 16 have as many scales as those of 64
+
+
+@pytest.mark.parametrize("quantizer", [AbsMax(4, group=16), Affine(3, group=8)])
+def test_hot_weights_are_packed_by_any_registered_quantizer(quantizer, tmp_path):
+    source = saved(tmp_path / "model", "qwen2_moe")
+    store = convert(source, tmp_path / "store", bits=16, hot=quantizer)
+    index = read_index(store)
+    assert index.hot["quantizer"]["bits"] == quantizer.bits and index.hot["packed"]
+    with opened(store, 2) as engine:
+        found = [w for w in weights(engine.model) if w.name in index.hot["packed"]]
+        plain = {w.name: w for w in weights(reference(source, torch.bfloat16).model)}
+        for w in found:
+            assert torch.equal(w.read(), quantizer.quantize(plain[w.name].read()).dequantize())
+        assert len(found) == len(index.hot["packed"]) and engine.logits(ids(2)).isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])

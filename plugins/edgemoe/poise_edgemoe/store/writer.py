@@ -24,6 +24,7 @@ from torch import Tensor
 
 from poise.errors import ConfigError, DataError, FileError
 from poise.files import checksum, make_folder, sync_folder, write_json, write_shards
+from poise.interfaces import Quantizer
 from poise.quantizers.whole import resolve
 from poise.registry import build
 from poise.walk import Weight, weights
@@ -56,7 +57,7 @@ Progress = Callable[[int, int], None]
 
 def convert(
     model: Any, path: Path | str, bits: int = 4, plan: Mapping[str, Any] | None = None,
-    scheme: str = "asym_group", group: int = 64, hot: str | int = "bf16",
+    scheme: str = "asym_group", group: int = 64, hot: Any = "bf16",
     progress: Progress | None = None,
 ) -> Path:
     """Write a mixture-of-experts model as a store.
@@ -76,7 +77,7 @@ def convert(
         sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer.
     group : int
         Columns that share a scale, in the schemes with groups.
-    hot : "bf16", "raw", 8 or 4
+    hot : "bf16", "raw", 8, 4 or a registered quantizer
         How the rest is stored, and what is computed in: "bf16", 16 bits (float16 for a model that is);
         "raw", the model's own type; 8 or 4 bits for its linears, the others as with "bf16". With `bits=32`
         "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
@@ -99,9 +100,7 @@ def convert(
         converting to the same place.
     """
     path = Path(path)
-    if hot not in ("bf16", "raw", 8, 4):
-        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4")
-    hot = "raw" if bits == 32 and hot == "bf16" else hot
+    hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
     if path.exists():
         raise ConfigError(f"{path} exists: remove it first, or name another store")
     source = open_source(model)
@@ -116,6 +115,18 @@ def convert(
             os.rename(partial, path)
             sync_folder(path.parent)
     return path
+
+
+def _hot_form(hot: Any) -> Any:
+    """Return "bf16", "raw" or the quantizer of hot matrices, or refuse it."""
+    if isinstance(hot, Quantizer):
+        written(hot)  # the index must be able to name it
+        return hot
+    if hot in (8, 4) and type(hot) is int:
+        return build("quantizer", "affine", bits=hot, group=64)
+    if hot not in ("bf16", "raw"):
+        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4, or a quantizer")
+    return hot
 
 
 @contextmanager
@@ -219,7 +230,8 @@ def _end(layers: list[Layer]) -> int:
 
 def _request(source: Source, forms: dict[str, Any], hot: Any) -> str:
     """Return what two conversions to the same bytes have in common, as a hash."""
-    facts: list[Any] = [VERSION, source.config.to_dict(), hot, [(k, written(q)) for k, q in forms.items()]]
+    rest = hot if isinstance(hot, str) else written(hot)
+    facts: list[Any] = [VERSION, source.config.to_dict(), rest, [(k, written(q)) for k, q in forms.items()]]
     if source.directory is None:
         facts.append(os.urandom(8).hex())  # nobody knows whether a live model is still the same
     else:
@@ -306,7 +318,7 @@ def _write_matrix(
 
 def _write_hot(source: Source, folder: Path, dtype: torch.dtype, hot: Any) -> dict[str, Any]:
     """Write hot weights as safetensors; return what the index says of those that are packed."""
-    quantizer = build("quantizer", "affine", bits=hot, group=64) if hot in (8, 4) else None
+    quantizer = None if isinstance(hot, str) else hot
     packed = _packable(source, dtype) if quantizer is not None else {}
     tensors = _hot_tensors(source, dtype, packed, quantizer)
     write_shards(tensors, folder, stem=HOT, shard_bytes=SHARD)  # two copies of a shard are in memory
