@@ -32,6 +32,11 @@ _OPTIONS = {
                                "num_local_experts": 4}),
     "phimoe": ("Phimoe", {"intermediate_size": 24, "num_local_experts": 4}),
 }
+_SWITCH = {
+    "vocab_size": 257, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_experts": 3,
+    "num_layers": 4, "num_sparse_encoder_layers": 2, "num_decoder_layers": 2,
+    "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0,
+}
 _CONFIGS = {"Llama4": "Llama4TextConfig"}
 FAMILIES = (*_OPTIONS, "switch_transformers")
 MOE_BLOCKS = {  # running numbers of the blocks that route, encoder before decoder
@@ -45,10 +50,7 @@ def tiny(family, seed=0, **options):
     torch.manual_seed(seed)
     if family == "switch_transformers":
         return transformers.SwitchTransformersForConditionalGeneration(
-            transformers.SwitchTransformersConfig(
-                vocab_size=257, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_experts=3, num_layers=4,
-                num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=1,
-                **{"decoder_start_token_id": 0, **options})).eval()
+            transformers.SwitchTransformersConfig(**{**_SWITCH, **options})).eval()
     name, own = _OPTIONS[family]
     config = getattr(transformers, _CONFIGS.get(name, f"{name}Config"))(**{**_SIZES, **own, **options})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
