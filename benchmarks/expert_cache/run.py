@@ -49,7 +49,7 @@ def decision(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    if "POISE_DATA" not in os.environ:
+    if not os.environ.get("POISE_DATA"):
         print("skipped: POISE_DATA is not set; it names the folder that holds traces/*.route.csv.gz")
         return
     figures = {}

@@ -237,7 +237,7 @@ def writable_by_others(path, foreign):
 
 
 @pytest.mark.parametrize("plant", [
-    pytest.param(lambda path, foreign: path.symlink_to(foreign), id="link"),
+    slow(lambda path, foreign: path.symlink_to(foreign), "link"),
     slow(owned_by_another, "owned by another"), slow(writable_by_others, "writable by others"),
     slow(lambda path, foreign: os.mkfifo(path), "fifo"),
 ])

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poise.errors import ConfigError, DataError
-from poise.models.decoding import Sampling, Source, _pieces, _until, generate, narrowed, stream, tokens
+from poise.models.decoding import (
+    Sampling,
+    Source,
+    _pieces,
+    _until,
+    generate,
+    narrowed,
+    next_tokens,
+    stream,
+    tokens,
+)
 from poise.models.serving import InMemory, context_of, ends_of
 from poise.models.tokenizers import ByteTokenizer
 from poise.testing.families import tiny
@@ -167,3 +177,11 @@ def test_the_context_is_the_configurations_up_to_4096():
     assert context_of(transformers.LlamaConfig(max_position_embeddings=100)) == 100
     assert context_of(transformers.LlamaConfig(max_position_embeddings=10**6)) == 4096
     assert context_of(transformers.T5Config()) == 4096
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-3])
+@pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
+def test_a_temperature_near_zero_draws_the_likeliest(temperature, shift):
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) + shift
+    how = Sampling(1, do_sample=True, temperature=temperature, seed=1)
+    assert torch.equal(next_tokens(logits, how, torch.Generator().manual_seed(1)), logits.argmax(-1))

@@ -21,7 +21,7 @@ from poise.testing import check_served
 from poise.testing.families import tiny
 from poise.walk import weights
 from poise_edgemoe.budget import parse_bytes, plan_memory, resident_bytes
-from poise_edgemoe.cache import simulate
+from poise_edgemoe.cache import make_policy, simulate
 from poise_edgemoe.cache.policies import POLICIES
 from poise_edgemoe.cache.slots import size_of
 from poise_edgemoe.engine import Engine
@@ -253,6 +253,61 @@ def test_a_stream_that_has_ended_holds_no_keys(tmp_path):
             next(held)
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "switch_transformers"])
+def test_logits_of_every_decoded_token_are_exact(family, tmp_path):
+    store, source = store_of(tmp_path, family, RAW[torch.bfloat16], torch.bfloat16)
+    plain = reference(source, torch.bfloat16)
+    with opened(store, 3) as engine:
+        for rows in (1, 3):
+            prompt = ids(rows)
+            (_, ours), (_, theirs) = engine.source.start(prompt), plain.source.start(prompt)
+            for _ in range(6):
+                got, want = ours(prompt), theirs(prompt)
+                assert torch.equal(got, want)
+                prompt = want.argmax(-1, keepdim=True)
+
+
+def test_logits_of_a_long_prompt_are_there_once(tmp_path, monkeypatch):
+    store, source = store_of(tmp_path, "qwen3_moe", max_position_embeddings=256)
+    budget = dataclasses.replace(plan_memory(store, context=256, batch=2), chunk=32, tokens=64)
+    monkeypatch.setattr("poise_edgemoe.budget.LEAST_CHUNK", 4)
+    room = budget.experts - budget.staging
+    assert budget.piece(1) == 32 and dataclasses.replace(budget, logits_bytes=room // 9).piece(1) == 8
+    with Engine(store, budget, "lru") as engine:
+        got, want = engine.logits(ids(2, 100)), reference(source, context=256).logits(ids(2, 100))
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_policy_serves_one_engine(tmp_path):
+    store, _ = store_of(tmp_path, "olmoe")
+    rule = make_policy("lru", layers=2, experts=4)
+    with opened(store, 2, policy=rule) as engine:
+        engine.generate(ids(), 4)
+        with pytest.raises(ConfigError, match="another engine's: make a new one"):
+            opened(store, 2, policy=rule)
+
+
+def test_an_engine_that_nobody_closes_ends_with_its_last_name(tmp_path):
+    store, _ = store_of(tmp_path, "olmoe")
+    opened(store, 2).close()
+    gc.collect()
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        opened(store, 2).generate(ids(), 3)
+    gc.collect()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_progress_makes_no_calls(tmp_path):
+    store, source = store_of(tmp_path, "olmoe")
+    with opened(store, 2) as engine:
+        engine.progress = lambda done, of: engine.logits(ids())
+        with pytest.raises(RunError, match="within a call of the engine"):
+            engine.generate(ids(), 3)
+        engine.progress = None
+        assert torch.equal(engine.generate(ids(), 3), reference(source).generate(ids(), 3))
+
+
 def test_a_prompt_says_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("poise_edgemoe.budget.MOST_CHUNK", 4)
     store, _ = store_of(tmp_path, "qwen3_moe")
@@ -401,12 +456,13 @@ def test_a_limit_that_is_too_small_names_the_smallest_that_is_not(tmp_path):
 
 
 @pytest.mark.parametrize(("said", "meant"), [
-    ("900MB", 900 * 10**6), ("4 GB", 4 * 10**9), ("1.5GiB", 3 * 2**29), ("12kB", 12000), (77, 77)])
+    ("900MB", 900 * 10**6), ("4 GB", 4 * 10**9), ("1.5GiB", 3 * 2**29), ("12kB", 12000), (77, 77),
+    ("900M", 900 * 10**6), (" 900 mb ", 900 * 10**6), ("4g", 4 * 10**9), ("2mib", 2**21), ("5b", 5)])
 def test_bytes_are_written_as_people_write_them(said, meant):
     assert parse_bytes(said) == meant
 
 
-@pytest.mark.parametrize("said", ["much", "-3MB", "1TB", "", "MB", True, "1e3MB"])
+@pytest.mark.parametrize("said", ["much", "-3MB", "1TB", "", "MB", True, "1e3MB", "1.5", 1.5, "4X", "3 i"])
 def test_what_is_no_number_of_bytes_is_refused(said):
     with pytest.raises(ConfigError, match="no number of bytes: write 900MB"):
         parse_bytes(said)

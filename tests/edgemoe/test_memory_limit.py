@@ -119,3 +119,19 @@ def test_the_smallest_limit_is_kept(family, own, dtype, bits, context, batch, tm
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["grown"] <= int(memory[:-2]) * 10**6, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_smallest_limit_is_kept_by_an_encoder(heads, tmp_path):
+    """Relative positions are a table of all tokens by all tokens, however many heads there are."""
+    model = tiny("switch_transformers", d_model=64, d_kv=16, d_ff=128, num_heads=heads, num_experts=8)
+    store = convert(model, tmp_path / "store", bits=32)
+    with pytest.raises(ConfigError, match="smallest workable value") as told:
+        plan_memory(store, memory="1kB", context=1500)
+    memory = re.search(r"value is (\d+MB)", str(told.value))[1]
+    worker = WORKER.replace("8000", "250")
+    done = subprocess.run([sys.executable, "-c", worker, str(store), memory, "1500", "1"],
+                          capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["grown"] <= int(memory[:-2]) * 10**6, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from poise.cli.main import main
 from poise.models.tokenizers import ByteTokenizer
 from poise_edgemoe import Engine, convert
 from poise_edgemoe.bench import record
-from poise_edgemoe.cache import make_policy, read_frequencies, read_trace, simulate
+from poise_edgemoe.cache import RoutingTrace, make_policy, read_frequencies, read_trace, simulate
 from poise_edgemoe.cache.hits import RECORDED, SHARES, hits_of, hits_of_all, likely_hits, slots_at
 from poise_edgemoe.store.index import read_index
 
@@ -175,3 +176,14 @@ def test_the_recorded_hits_are_those_of_the_traces(model, name, every):
     for n in range(0, len(SHARES), every):
         found = 100 * hits_of(trace, slots_at(trace, SHARES[n] / 100))
         assert found == pytest.approx(RECORDED[model][n], abs=0.051), SHARES[n]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_policy_is_above_the_optimum_at_any_size(seed):
+    """Policies pin and let pass; those that share by layer leave room unused: the optimum bounds all."""
+    draw = random.Random(seed)
+    uses = tuple((n, e) for _ in range(60) for n in range(3) for e in sorted(draw.sample(range(6), 2)))
+    trace = RoutingTrace(3, 6, (1, 1, 1), uses[:12], uses[12:])
+    found = hits_of_all(trace, range(1, 19))
+    for n, most in enumerate(found["belady"]):
+        assert all((rates[n] or 0) <= most + 1e-12 for rates in found.values())

@@ -154,7 +154,7 @@ def test_a_policy_that_was_made_serves_one_engine(place):
     with Engine.open(place / "store", **given) as engine:
         assert torch.equal(engine.generate(ids(), 12), reference(place / "model").generate(ids(), 12))
         assert {(0, 1), (1, 3)} & set(engine.cache.resident) and engine.cache.policy is rule
-    with pytest.raises(ConfigError, match="'static' has experts in its cache already: make a new one"):
+    with pytest.raises(ConfigError, match="'static' is, or was, another engine's: make a new one"):
         Engine.open(place / "store", **given)
     with pytest.raises(ConfigError, match="the policy is for 3 layers of 4 experts, the store has 2 of 4"):
         Engine.open(place / "store", policy=make_policy("lru", layers=3, experts=4))

@@ -30,7 +30,7 @@ class Sampling:
     temperature: float = option(1.0, "what logits are divided by before a draw", above=0)
     top_k: int | None = option(None, "draw from that many likeliest tokens", low=1)
     top_p: float | None = option(None, "draw from the likeliest tokens of this share", above=0, high=1)
-    seed: int | None = option(None, "of the draws; null: of torch's own generator", low=0)
+    seed: int | None = option(None, "of the draws; null: of torch's own generator", low=0, high=2**63 - 1)
     stop: list[str] | None = option(None, "texts that end generation; they are left out of text")
 
     def __post_init__(self) -> None:
@@ -75,7 +75,11 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator |
     """Return one token for each row of logits (b, vocab), shape (b,)."""
     if not sampling.do_sample:
         return logits.argmax(-1)
-    kept = narrowed(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+    scaled = logits.float() / sampling.temperature
+    if not scaled.amax(-1).isfinite().all():  # a temperature near 0: the likeliest is drawn
+        exact = logits.double()
+        scaled = ((exact - exact.amax(-1, keepdim=True)) / sampling.temperature).float()
+    kept = narrowed(scaled, sampling.top_k, sampling.top_p)
     return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
@@ -154,7 +158,10 @@ def stream(source: Source, prompt: Tensor | str, sampling: Sampling) -> Iterator
         return tokens(ids, step, sampling, source.end, _stops(source, sampling, len(ids)))
     if source.tokenizer is None:
         raise ConfigError("the model has no tokenizer: give token ids")
-    words = source.tokenizer.encode(prompt)
+    try:
+        words = source.tokenizer.encode(prompt)
+    except UnicodeError:
+        raise DataError("the prompt holds bytes that are no text: give it in UTF-8") from None
     if not words:
         raise DataError("the prompt is empty: give at least one token")
     ids, step = source.start(check_prompt(source, torch.tensor([words]), sampling))

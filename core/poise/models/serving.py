@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poise.errors import RunError
+from poise.errors import ConfigError, RunError
 from poise.interfaces import Tokenizer
 from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 
@@ -133,4 +133,7 @@ def ends_of(model: Any) -> tuple[int, ...]:
     """Return the tokens that end a text: the generation configuration's, or the model's."""
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     end = model.config.eos_token_id if end is None else end
-    return tuple(end) if isinstance(end, (list, tuple)) else () if end is None else (int(end),)
+    ends = list(end) if isinstance(end, (list, tuple)) else [] if end is None else [end]
+    if bad := [e for e in ends if isinstance(e, bool) or not isinstance(e, int)]:
+        raise ConfigError(f"eos_token_id={bad[0]!r} is no token: mend generation_config.json")
+    return tuple(ends)

@@ -16,12 +16,12 @@ from poise_edgemoe.loading import HEAD_ROWS, hot_files, prepare, read_config
 from poise_edgemoe.models import model_class
 from poise_edgemoe.store.index import Index, read_index
 
-UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MOST_CHUNK, LEAST_CHUNK = 512, 8  # tokens of a prompt that are computed at a time
 KEPT = 16 << 20  # most that MKL, oneDNN and the allocator keep for themselves; less for small models
-LIBRARIES = 4 << 20  # of their code that is read in when it first runs, with `total`
+LIBRARIES = 8 << 20  # of their code that is read in when it first runs, with `total`
 LEAST_KEPT = {2: 8 << 20, 4: 0}  # by bytes of a number: oneDNN's kernels are not small
-EAGER, MASK = 16, 8  # bytes of an attention score, and of its place in a mask, of all intermediate ones
+# bytes of an attention score, its place in a mask, its relative position, all intermediate ones included
+EAGER, MASK, RELATIVE = 16, 8, 80
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Budget:
         Of all rows, that the workspace holds.
     token_bytes : int
         Activations of one.
+    logits_bytes : int
+        Of one token: those of a prompt in pieces, `logits` excepted, are never there at once.
     """
 
     hot: int
@@ -62,6 +64,7 @@ class Budget:
     chunk: int
     tokens: int
     token_bytes: int
+    logits_bytes: int
 
     @property
     def total(self) -> int:
@@ -72,6 +75,13 @@ class Budget:
         """Return the bytes that experts lend to that many tokens."""
         return max(0, tokens - self.tokens) * self.token_bytes
 
+    def piece(self, rows: int) -> int:
+        """Return of how many tokens of each row logits are computed at a time; experts lend them room."""
+        n, room = self.chunk, self.experts - self.staging
+        while n > LEAST_CHUNK and self.lent(n * rows) + n * rows * self.logits_bytes > room:
+            n = max(LEAST_CHUNK, n // 2)
+        return n
+
     def terms(self) -> dict[str, int]:
         """Return every term in bytes, and the sum."""
         return {**asdict(self), "total": self.total}
@@ -79,11 +89,11 @@ class Budget:
 
 def parse_bytes(said: str | int) -> int:
     """Return the bytes of "900MB", "4 GB", "1.5GiB" or a number."""
-    hit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?i?B?)\s*", str(said))
-    unit = {"KB": "kB"}.get(hit[2], hit[2]) if hit else ""
-    if hit is None or unit not in UNITS or isinstance(said, bool):
+    hit = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b?|b)?\s*", str(said), re.IGNORECASE)
+    if hit is None or isinstance(said, bool) or ("." in hit[1] and not hit[2]):
         raise ConfigError(f"{said!r} is no number of bytes: write 900MB, 4GB or 1.5GiB")
-    return int(float(hit[1]) * UNITS[unit])
+    power = " kmg".index((hit[2] or " ").lower())
+    return int(float(hit[1]) * (1024 if hit[3] else 1000) ** power)
 
 
 def plan_memory(
@@ -111,7 +121,7 @@ def plan_memory(
     given = memory is not None or total is not None
     limit = _limit(memory, total) if given else least.total + every + whole
     largest = least.staging // STAGES
-    if limit < least.total + largest:
+    if limit < least.total + largest or (total is not None and parse_bytes(total) < status_bytes("VmHWM")):
         _refuse(least, memory, total)
     kept = min(limit - least.total, every)
     spare = min(limit - least.total - kept, whole) // least.token_bytes
@@ -126,11 +136,16 @@ def plan_memory(
 def _refuse(least: Budget, memory: str | int | None, total: str | int | None) -> None:
     largest = least.staging // STAGES
     given = f"memory={memory}" if total is None else f"total={total}"
-    smallest = least.total + largest + (0 if total is None else resident_bytes() + LIBRARIES)
-    raise ConfigError(f"{given} is too small: the smallest workable value is {-(-smallest // 10**6)}MB "
-                      f"(hot weights {least.hot / 1e6:.0f}, keys and values {least.kv / 1e6:.0f}, "
-                      f"workspace {least.workspace / 1e6:.0f}, one expert {largest / 1e6:.1f}, two "
-                      f"being read {least.staging / 1e6:.1f})")
+    smallest, besides = least.total + largest, ""
+    if total is not None:  # a process that has held more than `total` cannot stay below it
+        held = status_bytes("VmHWM")
+        smallest = max(smallest + resident_bytes() + LIBRARIES, held)
+        besides = f"the process has held {held / 1e6:.1f} already; "
+    raise ConfigError(f"{given} is too small: the smallest workable value is "
+                      f"{-(-smallest // 10**6)}MB ({besides}hot weights {least.hot / 1e6:.1f}, "
+                      f"keys and values {least.kv / 1e6:.1f}, workspace {least.workspace / 1e6:.1f}, index "
+                      f"{least.index / 1e6:.1f}, one expert {largest / 1e6:.1f}, two being read "
+                      f"{least.staging / 1e6:.1f})")
 
 
 def _limit(memory: str | int | None, total: str | int | None) -> int:
@@ -171,8 +186,11 @@ def _least(index: Index, config: Any, folder: Path, context: int, batch: int) ->
     chunk = context if config.is_encoder_decoder else min(context, LEAST_CHUNK)  # an encoder sees all of it
     each = _activations(index, config, dtype, context)
     kept = max(min(KEPT, 2 * hot), LEAST_KEPT[dtype.itemsize])
-    workspace = _matrices(index, config, dtype) + _keys_again(config, kv) + kept + chunk * batch * each
-    return Budget(hot, kv, workspace, tables, staging, staging, context, batch, chunk, chunk * batch, each)
+    logits = (16 + LEAST_CHUNK * dtype.itemsize) * config.vocab_size * batch
+    workspace = (_matrices(index, config, dtype) + logits + _keys_again(config, kv) + kept
+                 + chunk * batch * each)
+    return Budget(hot, kv, workspace, tables, staging, staging, context, batch, chunk, chunk * batch, each,
+                  config.vocab_size * dtype.itemsize)
 
 
 def _keys_again(config: Any, kv: int) -> int:
@@ -205,6 +223,8 @@ def _activations(index: Index, config: Any, dtype: torch.dtype, context: int) ->
     top = getattr(config, "num_experts_per_tok", 1) or 1
     hidden = (20 * config.hidden_size + 3 * widest * top) * max(4, dtype.itemsize)
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    if config.is_encoder_decoder:  # relative positions are tables of int64, of all tokens by all tokens
+        return hidden + context * (EAGER * heads + RELATIVE)
     return hidden + context * (EAGER * heads if _in_full(config) else MASK)
 
 
@@ -214,7 +234,7 @@ def _in_full(config: Any) -> bool:
 
 
 def _matrices(index: Index, config: Any, dtype: torch.dtype) -> int:
-    """Return what is taken for a while whatever the tokens: an expert's matrix in full, logits.
+    """Return what is taken for a while whatever the tokens: an expert's matrix in full.
 
     A part of the head counts once more: oneDNN may lay it out anew for a product of half precision.
     """
@@ -222,7 +242,7 @@ def _matrices(index: Index, config: Any, dtype: torch.dtype) -> int:
     expert = (4 if raw else 16) * max(s[0] * s[1] for layer in index.layers for s in layer.shapes.values())
     rows = min(config.vocab_size, HEAD_ROWS) if dtype.itemsize < 4 else 0
     again = rows * config.hidden_size * dtype.itemsize
-    return expert + again + 16 * config.vocab_size
+    return expert + again
 
 
 def share_kept(index: Index, budget: Budget) -> float:
@@ -230,18 +250,24 @@ def share_kept(index: Index, budget: Budget) -> float:
     return min(1.0, (budget.experts - budget.staging) / sum(size_of(m) for _, _, m in index.blobs()))
 
 
+def percent(share: float) -> str:
+    """Return a share in whole percent; 100 % is all of it."""
+    return f"{100 if share == 1 else min(99, round(100 * share))}%"
+
+
 def explain(path: Path | str, budget: Budget) -> str:
     """Return every term in words, and in which way the engine will run."""
     index = read_index(path)
     every = sum(size_of(m) for _, _, m in index.blobs())
     kept = share_kept(index, budget)
+    shown = percent(kept)
     terms = {
         "hot weights": budget.hot,
         f"keys and values, {budget.batch} x {budget.context} tokens": budget.kv,
         f"workspace, {budget.tokens} tokens": budget.workspace,
         "index and tables": budget.index,
         "experts being read": budget.staging,
-        f"experts kept, {kept:.0%} of {every / 1e6:.1f} MB": budget.experts - budget.staging,
+        f"experts kept, {shown} of {every / 1e6:.1f} MB": budget.experts - budget.staging,
         "in all": budget.total,
     }
     lines = [f"  {what:<44} {size / 1e6:>10.2f} MB" for what, size in terms.items()]

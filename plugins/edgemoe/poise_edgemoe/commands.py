@@ -110,7 +110,7 @@ class Generate:
     """Continue a text under a memory limit."""
 
     store: str = option(help="as convert made it")
-    prompt: str = option("", "the text to continue")
+    prompt: str | None = option(None, "the text to continue; needed")
     memory: str | None = option(None, MEMORY)
     total: str | None = option(None, TOTAL)
     context: int | None = option(None, CONTEXT, low=1, unit="tokens")
@@ -123,7 +123,7 @@ class Generate:
     temperature: float | None = option(None, "what logits are divided by before a draw, 1 without", above=0)
     top_k: int | None = option(None, "draw from that many likeliest tokens", low=1)
     top_p: float | None = option(None, "draw from the likeliest tokens of this share", above=0, high=1)
-    seed: int | None = option(None, "of the draws", low=0)
+    seed: int | None = option(None, "of the draws", low=0, high=2**63 - 1)
     stop: list[str] = option([], "a text that ends generation; may be given several times")
 
     def __post_init__(self) -> None:
@@ -149,9 +149,12 @@ class Generate:
         with Engine.open(self.store, memory=self.memory, total=self.total, context=self.context,
                          policy=policy) as engine:
             print(engine.opening(), file=sys.stderr, flush=True)
-            print(self.prompt, end="", flush=True)
             with parts("prompt") as engine.progress:
-                for piece in engine.stream(self.prompt, self.max_new_tokens, **sampling):
+                # what is wrong is refused before anything is printed
+                prompt = self.prompt or ""
+                pieces = engine.stream(prompt, self.max_new_tokens, **sampling)
+                print(prompt, end="", flush=True)
+                for piece in pieces:
                     print(piece, end="", flush=True)
             print()
             print(engine.summary(), file=sys.stderr)
@@ -179,6 +182,8 @@ class Bench:
             raise ConfigError("nothing is measured yet, only simulated: add --simulate")
         if self.out is not None and not self.out.endswith(".png"):
             raise ConfigError(f"--out {self.out} is no picture: give FILE.png")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise ConfigError(f"--out {self.out}: there is no folder {Path(self.out).absolute().parent}")
 
     def run(self) -> int:
         """Print one table, and which policy to take."""

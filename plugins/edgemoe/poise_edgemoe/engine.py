@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from poise.errors import ConfigError, DataError, RunError
 from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
-from poise_edgemoe.budget import Budget, plan_memory, resident_bytes, share_kept, status_bytes
+from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
@@ -64,9 +65,12 @@ class Engine:
             self.reader.close()
             raise
         self.statistics = Statistics(self.cache)
+        # thread and file of an engine that nobody closes end with it
+        self._end = weakref.finalize(self, _close, self.reader, os.getpid())
         self._kept: Any = None
         self.progress: Callable[[int, int], None] | None = None
         self._done = self._parts = 0
+        self._telling = False
         for module in self.experts:
             module.register_forward_hook(self._layer_done)
         self._lock, self._pid, self._run, self._closed = threading.RLock(), os.getpid(), 0, False
@@ -108,6 +112,8 @@ class Engine:
         FileError
             For a store that is torn, altered, or of a newer version.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"{path!r} is no store: give the folder that convert has made")
         if kernel not in KERNELS:
             raise ConfigError(f"kernel={kernel!r} is not allowed: it must be one of {', '.join(KERNELS)}")
         budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
@@ -137,8 +143,9 @@ class Engine:
         with self._turn():
             ids = self._checked(input_ids)
             more = check_decoder(self.source, decoder_input_ids, self.model.config.is_encoder_decoder)
-            self._begin(ids.shape[1])
-            if more or ids.shape[1] <= self.budget.chunk:
+            whole = more or ids.shape[1] <= self.budget.chunk
+            self._begin(ids.shape[1], ids.shape[1] if whole else self.budget.piece(len(ids)))
+            if whole:
                 return self._forward(self.model, input_ids=ids, use_cache=False, **more).logits
             return self._logits_in_chunks(ids)
 
@@ -160,10 +167,10 @@ class Engine:
     def opening(self) -> str:
         """Return in one line what the limit is spent on."""
         b, kept = self.budget, share_kept(self.index, self.budget)
-        which = "all" if kept == 1 else f"{kept:.0%}"
-        return (f"poise: {b.total / 1e6:.0f} MB: hot weights {b.hot / 1e6:.0f}, keys and values "
-                f"{b.kv / 1e6:.0f}, workspace {b.workspace / 1e6:.0f}, experts {b.experts / 1e6:.0f} "
-                f"({which} kept); the process holds {self.base / 1e6:.0f} MB besides")
+        which = "all" if kept == 1 else percent(kept)
+        return (f"poise: {b.total / 1e6:.1f} MB: hot weights {b.hot / 1e6:.1f}, keys and values "
+                f"{b.kv / 1e6:.1f}, workspace {b.workspace / 1e6:.1f}, index {b.index / 1e6:.1f}, experts "
+                f"{b.experts / 1e6:.1f} ({which} kept); the process holds {self.base / 1e6:.0f} MB besides")
 
     def summary(self) -> str:
         """Return in one line what was measured."""
@@ -180,7 +187,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            self.reader.close()
+            self._end()
             self.cache.close()
             self._forget()
             self.model = self._kept = None
@@ -203,6 +210,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise RunError("the engine is closed: open it again")
+            if self._telling:
+                raise RunError("progress is told within a call of the engine: it cannot make another one")
             yield
 
     def _checked(self, ids: Tensor) -> Tensor:
@@ -212,12 +221,11 @@ class Engine:
                             f"batch={self.budget.batch}")
         return ids
 
-    def _begin(self, length: int) -> int:
+    def _begin(self, length: int, chunk: int) -> int:
         """Begin a prompt of that many tokens; what ran before has ended. Return its number."""
         self._run += 1
-        self._done, self._parts = 0, len(self.index.layers) * -(-length // self.budget.chunk)
-        if self.progress is not None:
-            self.progress(0, self._parts)
+        self._done, self._parts = 0, len(self.index.layers) * -(-length // chunk)
+        self._tell()
         return self._run
 
     def _keys(self) -> Any:
@@ -239,14 +247,22 @@ class Engine:
     def _layer_done(self, *_: Any) -> None:
         if self._done < self._parts:
             self._done += 1
-            if self.progress is not None:
-                self.progress(self._done, self._parts)
+            self._tell()
 
-    def _forward(self, module: Any, **inputs: Any) -> Any:
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self._telling = True
+            try:
+                self.progress(self._done, self._parts)
+            finally:
+                self._telling = False
+
+    def _forward(self, module: Any, more: int = 0, /, **inputs: Any) -> Any:
+        """Call a module; experts lend room to its tokens, and some bytes more."""
         ids = next(iter(inputs.values()))
         self.cache.length = ids.shape[1]
         try:
-            with self.cache.lent(self.budget.lent(ids.numel())), self.statistics.step(ids.numel()):
+            with self.cache.lent(self.budget.lent(ids.numel()) + more), self.statistics.step(ids.numel()):
                 return module(**inputs)
         finally:
             self.cache.next_token()
@@ -254,16 +270,22 @@ class Engine:
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""
-        found, kept = [], self._keys()
-        for part in ids.split(self.budget.chunk, 1):
-            out = self._forward(self.model, input_ids=part, use_cache=True, past_key_values=kept)
-            found.append(out.logits)
-        return torch.cat(found, 1)
+        kept, found, at = self._keys(), None, 0
+        for part in ids.split(self.budget.piece(len(ids)), 1):
+            room = part.numel() * self.budget.logits_bytes
+            inputs = {"input_ids": part, "use_cache": True, "past_key_values": kept}
+            out = self._forward(self.model, room, **inputs).logits
+            if found is None:
+                found = out.new_empty(*ids.shape, out.shape[-1])
+            found[:, at: at + part.shape[1]] = out
+            at += part.shape[1]
+        assert found is not None
+        return found
 
     def _start(self, prompt: Tensor) -> tuple[Tensor, Step]:
         """Return the tokens that a generation begins with, and its step."""
         self._checked(prompt)
-        run = self._begin(prompt.shape[1])
+        run = self._begin(prompt.shape[1], self.budget.chunk)
         first, step = steps(self.model, prompt, self._forward, self.budget.chunk, self._keys())
 
         def mine(ids: Tensor) -> Tensor:
@@ -273,6 +295,11 @@ class Engine:
                 return step(ids)
 
         return first, mine
+
+
+def _close(reader: Reader, pid: int) -> None:
+    if pid == os.getpid():
+        reader.close()
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,16 @@ def prepare(folder: Path) -> Index:
     """Read the index, and let libraries set themselves up: what they take is the process's, no model's."""
     index = read_index(folder)
     model_class(read_config(folder))
-    dtype = getattr(torch, index.dtype)
+    _settle(getattr(torch, index.dtype))
+    give_back()
+    return index
+
+
+@cache
+def _settle(dtype: torch.dtype) -> None:
     bound_kernels(dtype)  # before the first product
     warm(dtype)
     gc.collect()
-    give_back()
-    return index
 
 
 def load_hot(folder: Path, index: Index) -> Any:

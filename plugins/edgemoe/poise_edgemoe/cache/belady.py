@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,16 +12,18 @@ NEVER = np.iinfo(np.int64).max
 
 
 class Belady(Policy):
-    """The one whose next use is farthest goes first; every expert that is asked for is kept (no bypass).
+    """The one whose next use is farthest goes first.
 
     `future` is the whole sequence of uses, which must come in this order. Optimal for experts of one size
-    when nothing is pinned.
+    when nothing is pinned: among policies that keep every expert that is asked for, or with `bypass` among
+    all, those that let some pass through included.
     """
 
     name = "belady"
 
-    def __init__(self, layers: int, experts: int, future: Sequence[Key]):
+    def __init__(self, layers: int, experts: int, future: Sequence[Key], bypass: bool = False):
         super().__init__(layers, experts)
+        self.bypass = bypass
         following, self._after = {}, np.empty(len(future), dtype=np.int64)
         for at in range(len(future) - 1, -1, -1):
             self._after[at] = following.get(future[at], NEVER)
@@ -33,6 +35,13 @@ class Belady(Policy):
         super().used(key)
         self._next[key] = self._after[self._at]
         self._at += 1
+
+    def victim(self, key: Key, pinned: Iterable[Key] = ()) -> Key | None:
+        """Return who should leave; with `bypass` nobody where all others are used before `key` is."""
+        gone = super().victim(key, pinned)
+        if self.bypass and gone is not None and self._next[gone] <= self._next[key]:
+            return None
+        return gone
 
     def scores(self) -> np.ndarray:
         return self._next

@@ -39,6 +39,8 @@ def policy_for(index: Index, policy: str | Policy, **options: Any) -> Policy:
         if (policy.layers, policy.experts) != (layers, experts):
             raise ConfigError(f"the policy is for {policy.layers} layers of {policy.experts} experts, the "
                               f"store has {layers} of {experts}: make it for those")
+        if policy.served:
+            raise ConfigError(f"policy {policy.name!r} is, or was, another engine's: make a new one")
         if policy.resident():
             raise ConfigError(f"policy {policy.name!r} has experts in its cache already: make a new one")
         return policy

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
+from poise_edgemoe.cache.belady import Belady
 from poise_edgemoe.cache.policies import POLICIES, make_policy, options_of
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.cache.simulator import simulate
@@ -49,6 +50,9 @@ def hits_of_all(
 ) -> dict[str, list[float | None]]:
     """Return the share of decode hits by policy and size; Belady's optimum is the last.
 
+    Policies pin a layer's experts, and let pass what there is no room for; the optimum pins none, and lets
+    pass what is not worth its room: no policy is above it.
+
     Parameters
     ----------
     sizes : list of int
@@ -72,8 +76,10 @@ def hits_of_all(
         found[name] = []
         for slots in sizes:
             short = name in POLICIES and POLICIES[name].per_layer and slots < trace.layers
-            policy = name if name == "belady" else _made(name, trace, frequencies, encoder)
-            rate = None if short else simulate(uses, slots, policy, len(trace.prompt), pins=True).hit_rate
+            rate = None
+            if not short:
+                policy = _made(name, trace, frequencies, encoder)
+                rate = simulate(uses, slots, policy, len(trace.prompt), pins=name != "belady").hit_rate
             found[name].append(rate)
             advance()
     return found
@@ -82,6 +88,8 @@ def hits_of_all(
 def _made(
     name: str, trace: RoutingTrace, frequencies: Mapping[Key, float] | None, encoder: Collection[int]
 ) -> Policy:
+    if name == Belady.name:
+        return Belady(trace.layers, trace.experts, trace.prompt + trace.decode, bypass=True)
     given = {"frequencies": frequencies, "encoder": encoder or None}
     options = {k: v for k, v in given.items() if v is not None and k in options_of(POLICIES[name])}
     return make_policy(name, layers=trace.layers, experts=trace.experts, **options)

@@ -53,6 +53,7 @@ class Policy:
                 f"layers={layers}, experts={experts}: from 1, at most {MOST_EXPERTS} experts in all"
             )
         self.layers, self.experts = layers, experts
+        self.served = False  # whether an engine has it: it is told of one cache only
         self.layer = 0  # the one that runs: of the last use
         self._resident = np.zeros((layers, experts), dtype=bool)
         self._last = np.zeros((layers, experts), dtype=np.int64)  # time of the last use

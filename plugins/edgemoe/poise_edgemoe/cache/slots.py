@@ -94,6 +94,7 @@ class ExpertCache:
 
     def __init__(self, index: Index, reader: Reader, budget: int, policy: Policy) -> None:
         self.index, self.reader, self.policy = index, reader, policy
+        policy.served = True
         self.forms = Forms(index)
         largest = max(size_of(m) for _, _, m in index.blobs())
         self._stages = [mapped(largest) for _ in range(STAGES)]
