@@ -6,6 +6,7 @@ compiler, one that fails, no folder to write to), the caller computes in another
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -128,3 +129,17 @@ def _compile(
                 raise RuntimeError(f"{' '.join(compiler)} failed: {last}")
         data = library.read_bytes()
         write_bytes(target, data + hashlib.sha256(data).digest())  # what follows a library is not looked at
+
+
+def team() -> ctypes.c_void_p | None:
+    """Return the call that runs a function on torch's own OpenMP threads, or None where there is none.
+
+    Those threads wait for work by spinning: other threads would have to share their cores with them.
+    """
+    import torch
+
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.native import FAILURES, built
+from poise.native import FAILURES, built, team
 from poise_compander.functions import Function
 from poise_compander.names import FUNCTION_NAMES
 from poise_compander.update import Step, Work
@@ -56,7 +56,7 @@ class Kernel:
         self._steps.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
         self._sums.argtypes = [*self._steps.argtypes, ctypes.c_void_p]
         self._block = int(library.poise_block())
-        self._team = _team()
+        self._team = team()
 
     def takes(self, function: Function, w: Tensor) -> bool:
         """Whether it knows the function, and the weight's place and type."""
@@ -91,18 +91,6 @@ class Kernel:
             layer.__init__(one.w.numel(), *pointers, ctypes.addressof(numbers[id(one.step)]), number,
                            _flags(one.step, one.moments), one.w.dtype == torch.float64)
         return layers, max(1, min(torch.get_num_threads(), total // GRAIN)), numbers
-
-
-def _team() -> ctypes.c_void_p | None:
-    """Return the call that runs a function on torch's own OpenMP threads, or None where there is none.
-
-    Those threads wait for work by spinning: other threads would have to share their cores with them.
-    """
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError):
-        return None
 
 
 def _numbers(step: Step) -> _Numbers:
