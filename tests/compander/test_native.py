@@ -16,6 +16,7 @@ import torch
 from networks import randn, steady, train
 
 from poise.errors import ConfigError, RunError
+from poise.native import compiler_at_hand, is_whole
 from poise_compander import WeightCompander, native, update
 from poise_compander.functions import FUNCTIONS
 from poise_compander.names import FUNCTION_NAMES
@@ -177,7 +178,7 @@ def test_without_a_compiler_steps_are_taken_in_torch_and_it_is_said_once(fresh, 
 def test_a_compiler_may_come_with_arguments(fresh, monkeypatch):
     plain = still_trains()[0]
     native._found.clear()
-    compiler = native._compiler_at_hand()[0]
+    compiler = compiler_at_hand()[0]
     monkeypatch.setenv("CC", f"env {compiler} -DNOTHING='a b'")
     w, said = still_trains()
     assert torch.equal(w, plain) and not said
@@ -220,7 +221,7 @@ def test_a_torn_or_altered_library_is_found_and_built_again(fresh, change):
     path.unlink()  # not written in place: this process has it loaded
     path.write_bytes(change(whole))
     assert loaded_afresh().returncode == 0
-    assert native._is_whole(path.read_bytes())
+    assert is_whole(path.read_bytes())
 
 
 def owned_by_another(path, foreign):
@@ -276,7 +277,7 @@ def test_a_folder_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(native, "cache_folder", refuse)
+    monkeypatch.setattr("poise.native.cache_folder", refuse)
     _, said = still_trains()
     assert len(said) == 1 and "read-only" in said[0]
 

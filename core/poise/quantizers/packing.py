@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import DataError, FileError
+from poise.quantizers.kernel import LARGE, kernel, takes
 
 PIECE = 1 << 16  # weights unpacked at a time: larger pieces are left scattered by the allocator
 SLICE_WEIGHTS = 1 << 18  # weights dequantized at a time: 1 MiB of fp32 stays in cache
@@ -126,6 +127,10 @@ class PackedMatrix:
         """
         wanted, step = range(self.shape[0])[rows or slice(None)], max(1, PIECE // self.shape[1])
         dense = self.codes.new_empty((len(wanted), self.shape[1]), dtype=self.dtype)
+        large = self.shape[0] * self.shape[1] >= LARGE and wanted.step == 1
+        if large and takes(self) and (native := kernel()) is not None:
+            native.rows(self, slice(wanted.start, wanted.stop), dense)
+            return dense
         for at in range(0, len(wanted), step):
             part = wanted[at: at + step]
             dense[at: at + step] = self._some(slice(part.start, part.stop, part.step))

@@ -1,0 +1,123 @@
+/* Rows of a packed matrix in full, read as they lie: bit for bit what torch makes of them.
+ *
+ * A code of `bits` bits stands for scale * (code - offset) + low, with scale and low of its group of columns. In a
+ * row codes follow each other from the lowest bit of the first byte.
+ */
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef _Float16 half;
+
+typedef struct {
+    const uint8_t *codes;
+    const void *scale, *low;           /* low: NULL in the symmetric scheme, whose offset is 2^(bits - 1) */
+    size_t rows, columns, width;       /* width: bytes of a row */
+    size_t group, groups, stride;      /* columns of a group, groups of a row, numbers from row to row */
+    int bits, wide;                    /* wide: scale and low are float, not half */
+} matrix;
+
+static inline float number(const void *p, size_t i, int wide) {
+    return wide ? ((const float *)p)[i] : (float)((const half *)p)[i];
+}
+
+static void unpack(const uint8_t *from, uint8_t *to, size_t columns, int bits) {
+    if (bits == 8) memcpy(to, from, columns);
+    else if (bits == 4)
+        for (size_t c = 0; c < columns / 2; c++) to[2 * c] = from[c] & 15, to[2 * c + 1] = from[c] >> 4;
+    else if (bits == 2)
+        for (size_t c = 0; c < columns / 4; c++)
+            for (int k = 0; k < 4; k++) to[4 * c + k] = (from[c] >> 2 * k) & 3;
+    size_t done = bits == 8 ? columns : bits == 4 ? columns / 2 * 2 : bits == 2 ? columns / 4 * 4 : 0;
+    for (; done < columns; done++) {
+        size_t at = done * bits, byte = at / 8, shift = at % 8;
+        unsigned word = from[byte];
+        if (shift + bits > 8) word |= (unsigned)from[byte + 1] << 8;
+        to[done] = (word >> shift) & ((1u << bits) - 1);
+    }
+}
+
+/* The sum must be rounded after the product, as torch does it: no fused operation here. */
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+static void row_in_full(const matrix *m, size_t r, uint8_t *codes, float *out) {
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+    const int offset = m->low ? 0 : 1 << (m->bits - 1);
+    unpack(m->codes + r * m->width, codes, m->columns, m->bits);
+    for (size_t g = 0; g < m->groups; g++) {
+        size_t from = g * m->group, to = from + m->group < m->columns ? from + m->group : m->columns;
+        float s = number(m->scale, r * m->stride + g, m->wide);
+        if (m->low) {
+            float l = number(m->low, r * m->stride + g, m->wide);
+            for (size_t c = from; c < to; c++) out[c] = (float)codes[c] * s + l;
+        } else
+            for (size_t c = from; c < to; c++) out[c] = (float)(codes[c] - offset) * s;
+    }
+}
+#pragma GCC pop_options
+
+static void as_bfloat(const float *from, uint16_t *to, size_t n) { /* to nearest, ties to even */
+    for (size_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, from + i, 4);
+        to[i] = (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    }
+}
+
+enum { ROWS = 32, MOST_THREADS = 64 };
+
+typedef struct {
+    const matrix *m;
+    void *out; /* (rows, columns) of the kind */
+    size_t next;
+    int kind, failed; /* 0 float, 1 bfloat16, 2 half */
+} work;
+
+/* Threads take rows until none is left. */
+static void take(void *shared) {
+    work *w = shared;
+    const matrix *m = w->m;
+    uint8_t *codes = malloc(m->columns);
+    float *row = malloc(m->columns * sizeof(float));
+    if (!codes || !row) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+    while (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) {
+        size_t at = __atomic_fetch_add(&w->next, ROWS, __ATOMIC_RELAXED), end = at + ROWS;
+        if (at >= m->rows) break;
+        for (size_t r = at; r < (end < m->rows ? end : m->rows); r++) {
+            row_in_full(m, r, codes, w->kind ? row : (float *)w->out + r * m->columns);
+            if (w->kind == 1) as_bfloat(row, (uint16_t *)w->out + r * m->columns, m->columns);
+            if (w->kind == 2)
+                for (size_t c = 0; c < m->columns; c++) ((half *)w->out)[r * m->columns + c] = (half)row[c];
+        }
+    }
+    free(codes);
+    free(row);
+}
+
+static void *take_in_thread(void *shared) {
+    take(shared);
+    return NULL;
+}
+
+/* Threads of an OpenMP runtime: call a function on so many of them. */
+typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
+
+/* Returns 0, or 1 where there is no memory. Without a team, threads are started for the call. */
+int poise_rows(const matrix *m, void *out, int kind, int threads, team run) {
+    work all = {m, out, 0, kind, 0};
+    pthread_t others[MOST_THREADS];
+    int started = 0;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads > 1 && run) {
+        run(take, &all, (unsigned)threads, 0);
+        return all.failed;
+    }
+    while (started < threads - 1 && !pthread_create(others + started, NULL, take_in_thread, &all)) started++;
+    take(&all);
+    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+    return all.failed;
+}
