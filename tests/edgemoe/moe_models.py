@@ -37,3 +37,13 @@ def reference(folder, dtype=torch.float32, context=64):
 def ids(rows=1, length=9, seed=0):
     """Return token ids (rows, length)."""
     return torch.randint(3, 200, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def contents(store):
+    """Return every file of a store as bytes, by name."""
+    return {p.name: p.read_bytes() for p in sorted(store.iterdir())}
+
+
+def names(folder):
+    """Return what lies in a folder."""
+    return {p.name for p in folder.iterdir()}

@@ -32,7 +32,7 @@ def test_from_a_directory_to_text(source, tmp_path, capsys):
     assert code == 0 and out.strip() == str(store)
     assert {q["bits"] for q in read_index(store).quantizers} == {2, 8}
     code, out, _ = moe(capsys, "inspect", store)
-    assert code == 0 and "olmoe, 2 layers of 4 to 4 experts, computed in float32" in out
+    assert code == 0 and "olmoe, 2 layers of 4 experts, computed in float32" in out
     assert "gate_up, 2 bits, affine, group 8" in out and "down, 8 bits" in out and "hot.safetensors" in out
     code, out, _ = moe(capsys, "plan", store, "--context", 64, "--memory", "20MB")
     assert code == 0 and "in all" in out and "all experts stay in memory" in out

@@ -1,32 +1,22 @@
-"""A store holds what the model holds; it is whole or refused; conversion goes on where it was killed."""
+"""A store holds what the model holds, or the model is refused by name."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from moe_models import FAMILIES, RAW, saved
+from moe_models import FAMILIES, RAW, contents, ids, names, saved
+from safetensors import safe_open
 
 from poise.errors import ConfigError, DataError, FileError
 from poise.testing.families import tiny
 from poise.walk import open_weights
 from poise_edgemoe.cache.slots import Forms
-from poise_edgemoe.store.index import EXPERTS, INDEX, read_index
+from poise_edgemoe.engine import Engine
+from poise_edgemoe.store.index import EXPERTS, read_index
 from poise_edgemoe.store.schemes import SCHEMES, Raw, read_quantizer, scheme_quantizer, written
 from poise_edgemoe.store.writer import convert
-
-
-def contents(store):
-    """Return every file of a store as bytes, by name."""
-    return {p.name: p.read_bytes() for p in sorted(store.iterdir())}
 
 
 def matrices(store):
@@ -168,8 +158,10 @@ def test_what_is_no_mixture_of_experts_is_refused(tmp_path):
     with pytest.raises(FileError, match=r"has no config\.json"):
         convert(tmp_path, tmp_path / "store")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ConfigError, match="taken exists: remove it first"):
-        convert(llama, tmp_path / "taken")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("taken", "nowhere"):
+        with pytest.raises(ConfigError, match=f"{name} exists: remove it first"):
+            convert(llama, tmp_path / name)
 
 
 def test_missing_shards_and_numbers_that_are_none_are_refused(tmp_path):
@@ -191,175 +183,97 @@ def test_missing_shards_and_numbers_that_are_none_are_refused(tmp_path):
         convert(healthy, tmp_path / "store")
 
 
-# ------------------------------------------------------------------ a conversion that is cut short
-
-KILLED = """
-import sys, time
-from poise_edgemoe.store import writer
-real = writer._write_matrix
-def slowly(*given):
-    time.sleep(0.004)
-    return real(*given)
-writer._write_matrix = slowly
-writer.convert(sys.argv[1], sys.argv[2], bits=4, group=8)
-"""
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_biases_of_experts_that_are_no_numbers_are_refused(number, bits, tmp_path):
+    model = tiny("gpt_oss")
+    model.model.layers[1].mlp.experts.gate_up_proj_bias.data[2, 3] = number
+    with pytest.raises(DataError, match=r"weight model.layers.1.mlp.experts.gate_up_proj_bias holds"):
+        convert(model, tmp_path / "store", bits=bits)
+    assert names(tmp_path) == {"store.partial"}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(kills, tmp_path):
-    source = saved(tmp_path / "model", "olmoe", num_hidden_layers=4)
-    want = contents(convert(source, tmp_path / "whole", group=8))
-    draw, ended = random.Random(0), 0
-    for k in range(kills):
-        store = tmp_path / f"store{k}"
-        run = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(store)],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        partial = tmp_path / f"store{k}.partial"
-        while not partial.exists() and run.poll() is None:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.15))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        if store.exists():
-            ended += 1
-        else:
-            with pytest.raises(FileError, match="is no store"):
-                read_index(partial)
-            convert(source, store, bits=4, group=8)
-        assert contents(store) == want and not partial.exists()
-    assert ended < kills
+def test_a_hot_weight_that_cannot_be_packed_is_named(tmp_path):
+    model = tiny("mixtral")
+    model.model.layers[0].self_attn.q_proj.weight.data.mul_(1e38)
+    with pytest.raises(DataError, match=r"weight model.layers.0.self_attn.q_proj.weight "):
+        convert(model, tmp_path / "store", hot=4, bits=32)
 
 
-def test_what_was_begun_for_other_options_is_begun_again(tmp_path, monkeypatch):
-    from poise_edgemoe.store import writer
-
-    source = saved(tmp_path / "model", "mixtral")
-    real = writer._write_layer
-
-    def fails(*given):
-        if given[1].path.startswith("model.layers.1"):
-            raise OSError(28, "No space left on device")
-        return real(*given)
-
-    monkeypatch.setattr(writer, "_write_layer", fails)
-    with pytest.raises(FileError, match="No space left on device: free some room and convert again"):
-        convert(source, tmp_path / "store", bits=4, group=8)
-    monkeypatch.setattr(writer, "_write_layer", real)
-    convert(source, tmp_path / "store", bits=8, group=8)
-    convert(source, tmp_path / "other", bits=8, group=8)
-    assert contents(tmp_path / "store") == contents(tmp_path / "other")
+def shared_part(model):
+    model.model.layers[1].mlp.experts.down_proj = model.model.layers[0].mlp.experts.down_proj
 
 
-def test_a_conversion_that_ended_before_its_last_step_is_finished(tmp_path, monkeypatch):
-    from poise_edgemoe.store import writer
-
-    source = saved(tmp_path / "model", "mixtral")
-    want = contents(convert(source, tmp_path / "whole", group=8))
-    unlink, rename = writer.Path.unlink, os.rename
-
-    def keeps_its_journal(path, **more):
-        if path.name == writer.JOURNAL:
-            raise OSError(5, "Input/output error")
-        unlink(path, **more)
-
-    def stays(old, new):
-        if str(new).endswith("stays"):
-            raise OSError(5, "Input/output error")
-        rename(old, new)
-
-    for name, owner, fails in (("unlink", writer.Path, keeps_its_journal), ("rename", os, stays)):
-        store = tmp_path / f"{name} stays"
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fails)
-            with pytest.raises(FileError, match="Input/output error"):
-                convert(source, store, group=8)
-        convert(source, store, group=8)
-        assert contents(store) == want and read_index(store)
+def shared_module(model):
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
 
 
-def test_two_conversions_to_one_place_do_not_meet(tmp_path):
-    import fcntl
-
-    source = saved(tmp_path / "model", "mixtral")
-    (tmp_path / "store.partial").mkdir()
-    with open(tmp_path / "store.partial" / ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(FileError, match="is being written by another process"):
-            convert(source, tmp_path / "store")
+def shared_memory(model):
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = torch.nn.Parameter(first.down_proj.data[:])
 
 
-# ------------------------------------------------------------------ a store that was changed
+def untied_head(model):
+    model.config.tie_word_embeddings = True
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
-    return convert(saved(folder / "model"), folder / "store", bits=4, group=8)
+def without_norm(model):
+    model.model.norm = torch.nn.Identity()
 
 
-@pytest.fixture
-def copy(store, tmp_path):
-    shutil.copytree(store, tmp_path / "store")
-    return tmp_path / "store"
-
-
-def altered(path, change):
-    """Rewrite an index with another content and the right checksum."""
-    from poise_edgemoe.store.index import _own
-
-    said = json.loads(path.read_text())
-    change(said)
-    said["checksum"] = _own({k: v for k, v in said.items() if k != "checksum"})
-    path.write_text(json.dumps(said))
+def one_more(model):
+    model.model.register_buffer("mine", torch.zeros(3))
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda s: s.update(version=2), "has version 2; this Poise reads 1"),
-    (lambda s: s.update(kind="other"), "is no index of a store"),
-    (lambda s: s["layers"][0]["experts"][1]["down"].update(offset=4097), "does not begin at a page"),
-    (lambda s: s["layers"][0]["experts"][1]["down"].update(offset=0), "overlaps another"),
-    (lambda s: s["layers"][0]["experts"][1]["down"].update(form=7), "in no form that the index knows"),
-    (lambda s: s["layers"][0]["experts"][1].pop("down"), "in no form that the index knows"),
-    (lambda s: s["layers"].pop(), "the experts end at"),
-    (lambda s: s["quantizers"][0].update(entry="gone"), "no quantizer named 'gone'"),
-    (lambda s: s["files"].update({"../x": {"bytes": 1}}), "only files beside it are read"),
-    (lambda s: s.pop("layers"), "is no index of a store: KeyError"),
-    (lambda s: s.update(dtype="int8"), "the type 'int8' is not known"),
+    (shared_part, r"layers.0.mlp.experts.0.down is one weight with model.layers.1.mlp.experts.0.down"),
+    (shared_module, r"layers.0.mlp.experts.0.gate_up is one weight with model.layers.1.mlp.experts.0"),
+    (shared_memory, r"layers.0.mlp.experts.0.down is one weight with model.layers.1.mlp.experts"),
+    (lambda m: m.to(torch.float64), r"layers.0.mlp.experts.0.gate_up is float64, .*cast the model"),
+    (lambda m: m.to("meta"), r"embed_tokens.weight lies on the meta device.*load the model's weights"),
+    (untied_head, r"ties lm_head.weight with model.embed_tokens.weight, and the model's differ"),
+    (without_norm, r"model.norm.weight is missing: a store is opened as the configuration says"),
+    (one_more, r"model.mine is none of MixtralForCausalLM"),
 ])
-def test_an_index_that_says_what_cannot_be_is_refused(change, words, copy):
-    altered(copy / INDEX, change)
-    with pytest.raises(FileError, match=words):
-        read_index(copy)
+def test_a_live_model_that_could_not_be_opened_again_is_refused(change, words, tmp_path):
+    model = tiny("mixtral")
+    change(model)
+    with pytest.raises(ConfigError, match=words):
+        convert(model, tmp_path / "store", bits=32)
+    assert not names(tmp_path)
 
 
-def gone(path, real):
-    """Leave nothing in the place of a file."""
+def tied_norms(model):
+    first, second = model.model.layers
+    first.input_layernorm.weight.data.uniform_(0.5, 1.5)
+    second.input_layernorm.weight = first.input_layernorm.weight
 
 
-def pipe(path, real):
-    os.mkfifo(path)
+def tied_head(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def folder(path, real):
-    path.mkdir()
+def tied_head_as_configured(model):
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
 
 
-def link(path, real):
-    path.symlink_to(real)
+@pytest.mark.parametrize("tie", [tied_norms, tied_head, tied_head_as_configured])
+def test_a_live_model_with_tied_weights_is_served_with_its_own_numbers(tie, tmp_path):
+    model = tiny("mixtral").requires_grad_(False)
+    tie(model)
+    with Engine.open(convert(model, tmp_path / "store", bits=32), batch=2) as engine:
+        assert torch.equal(engine.logits(ids(2)), model(input_ids=ids(2)).logits)
 
 
-@pytest.mark.parametrize("put", [gone, pipe, folder, link])
-def test_files_that_are_no_files_are_refused(put, copy, store):
-    names = sorted(p.name for p in store.iterdir())
-    assert {EXPERTS, INDEX, "hot.safetensors", "config.json", "poise_tokenizer.json"} <= {*names}
-    for name in names:
-        (copy / name).unlink()
-        put(copy / name, store / name)
-        words = f"has no {INDEX}" if name == INDEX else f"{name} is missing, or no regular file"
-        with pytest.raises(FileError, match=words):
-            read_index(copy)
-        if put is folder:
-            (copy / name).rmdir()
-        else:
-            (copy / name).unlink(missing_ok=True)
-        shutil.copyfile(store / name, copy / name)
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hot_weights_hold_no_experts_and_each_tensor_once(family, live, tmp_path):
+    model = tiny(family)
+    source = model if live else saved(tmp_path / "model", family)
+    store = convert(source, tmp_path / "store", bits=32)
+    with safe_open(store / "hot.safetensors", framework="pt") as f:
+        keys = {*f.keys()}
+    tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    tied = tied if family == "switch_transformers" else set()
+    assert keys == {k for k in model.state_dict() if ".experts." not in k} - tied

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from poise.errors import FileError, require
 from poise.models.serving import steps
 from poise.quantizers import PackedLinear
 from poise.registry import build
-from poise.walk import weights
+from poise.walk import FAMILIES, weights
+from poise.walk.families import holds_experts
 from poise_edgemoe.kernels import bound_kernels
-from poise_edgemoe.models import empty_model, model_class
-from poise_edgemoe.store.index import HOT, Index, read_index
+from poise_edgemoe.models import empty_model, in_full, model_class
+from poise_edgemoe.store.index import CONFIG, HOT, Index, read_index
 from poise_edgemoe.store.schemes import read_quantizer
 
 HEAD_ROWS = 4096
+GENERATION = "generation_config.json"
 _CHUNK = 1 << 22
 _LIBC = ctypes.CDLL(None)
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -69,23 +72,80 @@ def load_hot(folder: Path, index: Index) -> Any:
     FileError
         For hot weights that are torn, altered, missing, or not this model's.
     """
-    model = empty_model(read_config(folder), getattr(torch, index.dtype))
+    config = read_config(folder)
+    model = empty_model(config, getattr(torch, index.dtype))
+    _check_experts(model, index, folder)
     tensors = {k: v for path in hot_files(folder, index) for k, v in read_tensors(path, index).items()}
     experts = tuple(f"{layer.path}." for layer in index.layers)
     packed = {k: tensors.pop(k) for k in list(tensors) if ".packed." in k}
-    _, extra = model.load_state_dict(tensors, strict=False, assign=True)
+    _check_dtype(tensors, index, in_full(config), folder)
+    try:
+        _, extra = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # of another shape
+        raise FileError(f"{folder}: {str(error).splitlines()[-1].strip()}") from None
     model.tie_weights()
     _put_packed(model, index, packed)
+    extra += list(packed)
     lost = [n for n, p in model.named_parameters() if p.is_meta and not n.startswith(experts)]
     if extra or lost:
         what = f"{extra[0]} is not of this model" if extra else f"{lost[0]} is missing"
         raise FileError(f"{folder}: {what} (hot weights of another model?)")
     _fill_buffers(model)
     _put_head(model)
-    if (folder / "generation_config.json").is_file():  # it may name other end tokens than config.json
-        transformers = require("transformers", "edgemoe")
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if GENERATION in index.files:  # it may name other end tokens than config.json; unlisted, nobody's
+        model.generation_config = _generation(folder)
     return model.requires_grad_(False)
+
+
+def _generation(folder: Path) -> Any:
+    transformers = require("transformers", "edgemoe")
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{folder}/{GENERATION} is not read by transformers: {error}") from None
+
+
+def _check_experts(model: nn.Module, index: Index, folder: Path) -> None:
+    """Refuse an index whose layers are not the model's, in their order: bytes would be read as others.
+
+    The model's modules are asked, not walked: of many experts the walk would hold too much.
+    """
+    own = {path: module for path, module in model.named_modules() if holds_experts(path)}
+    paths = sorted(own, key=lambda path: not path.startswith("encoder."))
+    if paths != (said := [layer.path for layer in index.layers]):
+        raise FileError(f"{folder}: the index has experts in {', '.join(said)}, the model of {CONFIG} in "
+                        f"{', '.join(paths)}")
+    transposed = FAMILIES[index.family].transposed
+    for layer in index.layers:
+        shapes, biased, experts = _experts(own[layer.path], transposed)
+        facts = {"experts": (len(layer.experts), experts), "shapes": (layer.shapes, shapes),
+                 "biased": (layer.biased, biased), "transposed": (layer.transposed, transposed),
+                 "encoder": (layer.encoder, layer.path.startswith("encoder."))}
+        for name, (here, there) in facts.items():
+            if here != there:
+                raise FileError(f"{folder}: the index says {name}={here} of {layer.path}, the model of "
+                                f"{CONFIG} has {there}")
+
+
+def _experts(module: nn.Module, transposed: bool) -> tuple[dict[str, list[int]], list[str], int]:
+    """Return shapes (out, in) by part, parts with a bias, and how many experts a module holds."""
+    if isinstance(module, nn.ModuleDict):  # of Switch Transformers
+        one = next(iter(module.values()))
+        return {part: list(getattr(one, part).weight.shape) for part in ("wi", "wo")}, [], len(module)
+    held = {name.removesuffix("_proj"): p for name, p in module.named_parameters(recurse=False)}
+    shapes = {part: list(held[part].shape[1:])[:: -1 if transposed else 1] for part in ("gate_up", "down")}
+    biased = sorted(name.removesuffix("_proj_bias") for name in held if name.endswith("_proj_bias"))
+    return shapes, biased, len(held["down"])
+
+
+def _check_dtype(
+    tensors: dict[str, Tensor], index: Index, full: Callable[[str], bool], folder: Path
+) -> None:
+    """Refuse hot weights of another type than the index says; some are kept in float32 whatever it says."""
+    for key, tensor in tensors.items():
+        own = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_floating_point() and own != index.dtype and not full(key):
+            raise FileError(f"{folder}: the index says dtype={index.dtype}, and {key} is {own}")
 
 
 class Head(nn.Linear):
@@ -115,12 +175,17 @@ def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> N
     if not (names := set(index.hot.get("packed", ()))):
         return
     quantizer = read_quantizer(index.hot.get("quantizer"), "the index")
-    for w in [w for w in weights(model) if w.name in names]:
+    found = [w for w in weights(model) if w.name in names]
+    if unknown := sorted(names - {w.name for w in found}):
+        raise FileError(f"{unknown[0]} is not of this model (hot weights of another model?)")
+    for w in found:
         layout = quantizer.layout(w.shape, w.dtype)
         try:
             parts = {name: tensors.pop(f"{w.name}.packed.{name}") for name in layout}
         except KeyError as error:
             raise FileError(f"{error.args[0]} is missing (hot weights of another model?)") from None
+        if {name: (tuple(t.shape), t.dtype) for name, t in parts.items()} != layout:
+            raise FileError(f"{w.name} is not packed as the index says (hot weights of another model?)")
         bias = getattr(w.layer, "bias", None)
         layer = PackedLinear(quantizer.from_tensors(parts, w.shape, w.dtype), quantizer, bias, w.layer)
         for slot in w.slots:

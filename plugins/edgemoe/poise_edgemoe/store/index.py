@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,13 @@ from poise.files import checksum, read_json, write_json
 from poise_edgemoe.store.schemes import read_quantizer
 
 KIND, VERSION = "poise experts", 1
-INDEX, EXPERTS, HOT = "index.json", "experts.bin", "hot"
+INDEX, EXPERTS, HOT, CONFIG = "index.json", "experts.bin", "hot", "config.json"
 PAGE, LINE = 4096, 64  # matrices begin at pages, their tensors at cache lines
 DTYPES = ("float32", "bfloat16", "float16")
+SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe",
+          "gpt_oss", "phimoe", "switch_transformers")
+PARTS = ("gate_up", "wi", "down", "wo")  # of an expert, in the order in which it uses them
+_NAME, _SHA = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -156,38 +161,114 @@ def read_index(folder: Path | str) -> Index:
     said = read_json(path)
     if not isinstance(said, dict) or said.get("kind") != KIND:
         raise FileError(f"{path} is no index of a store")
-    if said.get("version") != VERSION:
-        raise FileError(f"{path} has version {said.get('version')}; this Poise reads {VERSION}: convert "
-                        f"the model again, or update")
+    version = said.get("version")
+    if type(version) is not int or version != VERSION:
+        raise FileError(f"{path} has version {version!r}; this Poise reads {VERSION}: convert the model "
+                        f"again, or update")
     if said.get("checksum") != _own({k: v for k, v in said.items() if k != "checksum"}):
         raise FileError(f"{path} is altered: its checksum does not match")
     try:
         index = _parsed(said)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise FileError(f"{path} is no index of a store: {type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise FileError(f"{path} is no index of a store: {error}") from None
     for form in index.quantizers:
         read_quantizer(form, str(path))
     _check_files(Path(folder), index)
+    _check_family(Path(folder), index)
     _check_blobs(path, index)
     return index
 
 
-def read_layer(said: dict[str, Any]) -> Layer:
-    """Return a layer from plain values."""
-    experts = [{part: Matrix(**m) for part, m in one.items()} for one in said["experts"]]
+# ------------------------------------------------------------------ what it says, field by field
+
+
+def _fields(said: Any, what: str, **kinds: type) -> dict[str, Any]:
+    """Return a mapping that has these fields and no others, each of exactly its type: true is no integer.
+
+    Raises
+    ------
+    ValueError
+        Naming the first field that is missing, unknown, or of another type.
+    """
+    if type(said) is not dict:
+        raise ValueError(f"{what} is {said!r:.40}, not an object")
+    if odd := sorted(said.keys() ^ kinds.keys()):
+        raise ValueError(f"{what} {'lacks' if odd[0] in kinds else 'has an unknown'} {odd[0]!r}")
+    for name, kind in kinds.items():
+        if type(said[name]) is not kind:
+            raise ValueError(f"{name!r} of {what} is {said[name]!r:.40}, not of the type {kind.__name__}")
+    return said
+
+
+def _list(said: list[Any], what: str, kind: type) -> list[Any]:
+    """Return a list whose members are of exactly one type, and are no empty texts."""
+    if odd := [one for one in said if type(one) is not kind or one == ""]:
+        raise ValueError(f"{what} holds {odd[0]!r:.40}, not of the type {kind.__name__}")
+    return said
+
+
+def read_layer(said: Any) -> Layer:
+    """Return a layer from plain values.
+
+    Raises
+    ------
+    ValueError
+        For a value that no layer has.
+    """
+    _fields(said, "a layer", path=str, encoder=bool, shapes=dict, biased=list, transposed=bool,
+            experts=list)
+    what = f"layer {said['path']!r}"
+    if not said["shapes"] or not said["experts"]:
+        raise ValueError(f"{what} has no experts")
+    for part, shape in said["shapes"].items():
+        if part not in PARTS or type(shape) is not list or [type(n) for n in shape] != [int, int]:
+            raise ValueError(f"{what} has a part {part!r} of shape {shape!r:.40}")
+        if min(shape) < 1:
+            raise ValueError(f"{what} has a part {part!r} of shape {shape}")
+    if not {*_list(said["biased"], f"'biased' of {what}", str)} <= said["shapes"].keys():
+        raise ValueError(f"{what} has biases of parts that it does not have")
+    experts = [{part: _matrix(m, f"{part} of expert {e} in {what}") for part, m in one.items()}
+               for e, one in enumerate(_list(said["experts"], f"'experts' of {what}", dict))]
     return Layer(**{**said, "experts": experts})
 
 
+def _matrix(said: Any, what: str) -> Matrix:
+    return Matrix(**_fields(said, what, offset=int, nbytes=int, form=int, crc=int))
+
+
 def _parsed(said: dict[str, Any]) -> Index:
+    _fields(said, "it", kind=str, version=int, family=str, dtype=str, quantizers=list, layers=list,
+            hot=dict, files=dict, checksum=str)
+    if not said["layers"]:
+        raise ValueError("it has no layers")
+    if said["dtype"] not in DTYPES:
+        raise ValueError(f"the type {said['dtype']!r} is not known here ({', '.join(DTYPES)} are)")
+    if hot := said["hot"]:
+        _list(_fields(hot, "'hot'", quantizer=dict, packed=list)["packed"], "'packed' of 'hot'", str)
     layers = [read_layer(one) for one in said["layers"]]
-    return Index(said["family"], said["dtype"], said["quantizers"], layers, said["hot"], said["files"])
+    return Index(said["family"], said["dtype"], _list(said["quantizers"], "'quantizers'", dict), layers,
+                 said["hot"], _parsed_files(said["files"]))
+
+
+def _parsed_files(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    for name, facts in said.items():
+        if not _NAME.fullmatch(name) or name == INDEX:
+            raise ValueError(f"it names {name!r:.60}: only files beside it are read")
+        more = {} if name == EXPERTS else {"sha256": str}
+        _fields(facts, f"file {name}", bytes=int, **more)
+        if more and not _SHA.fullmatch(facts["sha256"]):
+            raise ValueError(f"'sha256' of file {name} is {facts['sha256']!r:.40}, no checksum")
+    if lost := [name for name in (EXPERTS, CONFIG) if name not in said]:
+        raise ValueError(f"'files' lacks {lost[0]!r}")
+    return said
+
+
+# ------------------------------------------------------------------ what it says, against the files
 
 
 def _check_files(folder: Path, index: Index) -> None:
     for name, facts in index.files.items():
         path = folder / name
-        if Path(name).name != name:
-            raise FileError(f"{folder / INDEX} names {name!r}: only files beside it are read")
         if path.is_symlink() or not path.is_file():
             raise FileError(f"{path} is missing, or no regular file")
         if path.stat().st_size != facts["bytes"]:
@@ -197,17 +278,28 @@ def _check_files(folder: Path, index: Index) -> None:
             raise FileError(f"{path} is altered: its checksum does not match")
 
 
+def _check_family(folder: Path, index: Index) -> None:
+    """Refuse a store whose configuration is of another family: its class would have other modules."""
+    config = read_json(folder / CONFIG)
+    own = config.get("model_type") if isinstance(config, dict) else None
+    if index.family not in SERVED or own != index.family:
+        raise FileError(f"{folder / INDEX} is of the family {index.family!r:.40}, {CONFIG} of {own!r:.40}: "
+                        f"both must be one of {', '.join(SERVED)}")
+
+
 def _check_blobs(path: Path, index: Index) -> None:
     end = 0
-    if index.dtype not in DTYPES:
-        raise FileError(f"{path}: the type {index.dtype!r} is not known here")
     for n, e, matrices in index.blobs():
+        where = f"expert {e} in layer {n}"
+        if set(matrices) != set(index.layers[n].shapes):
+            raise FileError(f"{path}: {where} lacks a part, or has one too many: its layer has "
+                            f"{', '.join(index.layers[n].shapes)}")
         for part, m in matrices.items():
-            where = f"{path}: {part} of expert {e} in layer {n}"
-            if set(matrices) != set(index.layers[n].shapes) or not 0 <= m.form < len(index.quantizers):
-                raise FileError(f"{where} is in no form that the index knows")
-            if m.offset % PAGE or m.offset < end or m.nbytes < 1:
-                raise FileError(f"{where} overlaps another, or does not begin at a page")
+            if not 0 <= m.form < len(index.quantizers):
+                raise FileError(f"{path}: {part} of {where} is in no form that the index knows")
+            if m.offset != end or m.nbytes < 1:
+                raise FileError(f"{path}: {part} of {where} does not begin at {end}, where the one "
+                                f"before it ends")
             end = m.offset + padded(m.nbytes)
     if end != index.files[EXPERTS]["bytes"]:
         there = index.files[EXPERTS]["bytes"]

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 from poise.errors import ConfigError, FileError, require
 from poise.walk import FAMILIES, Weight, open_others, open_weights, weights
 from poise_edgemoe.models import in_full
+from poise_edgemoe.store.index import PARTS, SERVED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("gate_up", "wi", "down", "wo")  # in the order in which an expert uses them
-SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe",
-          "gpt_oss", "phimoe", "switch_transformers")
-_BIAS = re.compile(r"(?P<experts>.*\bexperts)\.(?P<part>\w+)_proj_bias")
+BIAS = re.compile(r"(?P<experts>.*\bexperts)\.(?P<part>\w+)_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Source:
     layers : list of MoELayer
         Encoder before decoder.
     others : callable
-        Yields (key, read) of every tensor that is not a routed expert's matrix, keys as in memory.
+        Yields (key, read) of every tensor, keys as in memory; experts' matrices may be left out.
     directory : Path or None
         Where it lies, when in files.
     """
@@ -68,15 +66,16 @@ class Source:
         """transformers' `model_type`."""
         return self.config.model_type
 
-    def hot(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        """Yield (key, read) of all that stays in memory."""
-        return ((key, read) for key, read in self.others() if not _BIAS.fullmatch(key))
+    def rest(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what reads each tensor that is no expert's matrix, by key."""
+        experts = {w.state_key for layer in self.layers for one in layer.experts for w in one.values()}
+        return {key: read for key, read in self.others() if key not in experts}
 
     def biases(self) -> dict[str, dict[str, Tensor]]:
         """Return biases of experts, (experts, out), by path and part; most families have none."""
         found: dict[str, dict[str, Tensor]] = {}
-        for key, read in self.others():
-            if hit := _BIAS.fullmatch(key):
+        for key, read in self.rest().items():
+            if hit := BIAS.fullmatch(key):
                 found.setdefault(hit["experts"], {})[hit["part"]] = read()
         return found
 
@@ -103,14 +102,25 @@ def open_source(model: Any) -> Source:
         raise ConfigError(f"{type(model).__name__} is neither a directory nor a transformers model")
     _check_family(config.model_type, type(model).__name__)
 
-    def others() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        experts, seen = {w.state_key for w in weights(model) if w.role == "expert"}, set()
-        for key, tensor in model.state_dict().items():
-            if key not in experts and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())  # of tied tensors the first name is kept
-                yield key, lambda t=tensor: t
+    found = list(weights(model))
+    _refuse_live(model, found)
 
-    return Source(config, _layers(weights(model), type(model).__name__, config.model_type), others)
+    def others() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        return ((key, lambda t=tensor: t) for key, tensor in model.state_dict().items())
+
+    return Source(config, _layers(iter(found), type(model).__name__, config.model_type), others)
+
+
+def _refuse_live(model: Any, found: list[Weight]) -> None:
+    """Refuse a model whose weights are not there, or whose experts are not each its own."""
+    for key, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ConfigError(f"{key} lies on the meta device, which holds no numbers: load the model's "
+                              f"weights before it is converted")
+    for w in found:
+        if w.role == "expert" and (others := (*w.tied_with, *w.overlaps)):
+            raise ConfigError(f"{w.name} is one weight with {others[0]}, and a store has each expert by "
+                              f"itself: give each its own, nn.Parameter(weight.detach().clone())")
 
 
 def _directory(directory: Path) -> Source:

@@ -2,6 +2,7 @@
 
 What is made lies in `NAME.partial` until it is complete. `progress.jsonl` there says after each layer what
 was written; a conversion that was killed goes on after the last line of it, and ends with the same bytes.
+Whoever converts holds the lock `NAME.lock`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, DataError, FileError
-from poise.files import checksum, make_folder, sync_folder, write_json, write_shards
+from poise.files import checksum, make_folder, sync_folder, write_json
 from poise.interfaces import Quantizer
 from poise.quantizers.whole import resolve
 from poise.registry import build
-from poise.walk import Weight, weights
-from poise_edgemoe.models import empty_model, in_full
+from poise.walk import Weight
+from poise_edgemoe.store.hot import Read, finite, hot_reads, write_hot
 from poise_edgemoe.store.index import (
+    CONFIG,
+    DTYPES,
     EXPERTS,
     HOT,
     INDEX,
@@ -50,8 +53,7 @@ from poise_edgemoe.store.source import MoELayer, Source, open_source
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
           "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
           "poise_tokenizer.json")
-SHARD = 1 << 28  # bytes of a file of hot weights
-JOURNAL, LOCK = "progress.jsonl", ".lock"
+JOURNAL = "progress.jsonl"
 Progress = Callable[[int, int], None]
 
 
@@ -92,7 +94,9 @@ def convert(
     Raises
     ------
     ConfigError
-        For a model without experts, an unknown family, a path that exists, an option out of range.
+        For a model without experts, an unknown family, a path that exists, an option out of range, a type
+        that a store does not compute in; a live model that could not be opened again from its tensors: on
+        the meta device, with experts that share a matrix, or with weights that its class does not have.
     DataError
         Naming a weight that holds NaN or Inf.
     FileError
@@ -101,20 +105,30 @@ def convert(
     """
     path = Path(path)
     hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
-    if path.exists():
-        raise ConfigError(f"{path} exists: remove it first, or name another store")
+    _refuse_taken(path)
     source = open_source(model)
-    forms = _forms(source, bits, plan, scheme, group)
+    forms, dtype = _forms(source, bits, plan, scheme, group), _dtype(source, hot)
     partial = path.with_name(f"{path.name}.partial")
     with _full_disk(partial):
-        make_folder(partial)
-        with _alone(partial):
-            _convert(source, partial, forms, hot, progress or (lambda done, of: None))
+        make_folder(path.parent)
+        with _alone(path):
+            _refuse_taken(path)  # another conversion may have ended since
+            reads = hot_reads(source, dtype)
+            make_folder(partial)
+            _convert(source, partial, forms, reads, hot, dtype, progress or _untold)
             (partial / JOURNAL).unlink()
-            (partial / LOCK).unlink()
             os.rename(partial, path)
             sync_folder(path.parent)
     return path
+
+
+def _untold(done: int, of: int) -> None:
+    """Tell nobody how far a conversion is."""
+
+
+def _refuse_taken(path: Path) -> None:
+    if os.path.lexists(path):  # a link that leads nowhere is in the way too
+        raise ConfigError(f"{path} exists: remove it first, or name another store")
 
 
 def _hot_form(hot: Any) -> Any:
@@ -140,14 +154,28 @@ def _full_disk(partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Hold the folder's lock: two conversions would write over each other."""
-    with open(partial / LOCK, "w") as f:
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock beside a store: two conversions would write over each other.
+
+    Its file is removed while it is held, so whoever gets hold of one that is gone tries again. One that a
+    killed conversion has left is held by nobody.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                break
         except BlockingIOError:
-            raise FileError(f"{partial} is being written by another process: wait for it") from None
+            os.close(handle)
+            raise FileError(f"{path} is being written by another conversion: wait for it") from None
+        os.close(handle)
+    try:
         yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _forms(
@@ -188,13 +216,15 @@ def _quantizer(scheme: str, bits: int, group: int, like: Weight) -> Any:
 # ------------------------------------------------------------------ the folder
 
 
-def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, progress: Progress) -> None:
-    dtype = _dtype(source, hot)
+def _convert(
+    source: Source, folder: Path, forms: dict[str, Any], reads: dict[str, Read], hot: Any,
+    dtype: torch.dtype, progress: Progress,
+) -> None:
     request = _request(source, forms, hot)
     quantizers: list[dict[str, Any]] = []
     layers = _resumed(folder, request, quantizers)
     biases = source.biases()
-    (folder / INDEX).unlink(missing_ok=True)  # of a conversion that ended just before its last step
+    _sweep(folder)
     with open(folder / EXPERTS, "r+b" if layers else "wb") as f:
         f.truncate(_end(layers))
         f.seek(0, os.SEEK_END)
@@ -206,9 +236,9 @@ def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, prog
                 os.fsync(f.fileno())
                 _note(folder, {"layer": asdict(layers[-1]), "quantizers": quantizers})
             progress(n + 1, len(source.layers))
-    packed = _write_hot(source, folder, dtype, hot)
+    packed = write_hot(source, reads, folder, dtype, hot)
     _copy_beside(source, folder)
-    names = sorted(p.name for p in folder.iterdir() if p.name not in (JOURNAL, LOCK))
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != JOURNAL)
     files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in names}
     for name in set(names) - {EXPERTS}:
         files[name]["sha256"] = checksum(folder / name)
@@ -216,10 +246,24 @@ def _convert(source: Source, folder: Path, forms: dict[str, Any], hot: Any, prog
     write_index(folder, Index(source.family, name, quantizers, layers, packed, files))
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what an earlier conversion has left but its experts: all else is written again.
+
+    Names with a dot in front are files that it was just writing when it was killed.
+    """
+    for path in folder.iterdir():
+        if path.name in (INDEX, CONFIG, *BESIDE) or path.name.startswith((".", HOT)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _dtype(source: Source, hot: Any) -> torch.dtype:
     """Return the type that is computed in: the source's, or bfloat16."""
-    own = next(iter(source.layers[0].experts[0].values())).dtype
-    return own if hot == "raw" or own == torch.float16 else torch.bfloat16
+    first = next(iter(source.layers[0].experts[0].values()))
+    dtype = first.dtype if hot == "raw" or first.dtype == torch.float16 else torch.bfloat16
+    if (name := str(dtype).removeprefix("torch.")) not in DTYPES:
+        raise ConfigError(f"{first.name} is {name}, and a store computes in {', '.join(DTYPES)}: cast the "
+                          f"model first, model.to(torch.float32)")
+    return dtype
 
 
 def _end(layers: list[Layer]) -> int:
@@ -278,7 +322,8 @@ def _write_layer(
     for e, one in enumerate(layer.experts):
         where = {}
         for part, w in one.items():
-            bias = biases[part][e].to(dtype) if part in biases else None
+            name = f"{layer.path}.{part}_proj_bias"
+            bias = finite(biases[part][e].to(dtype), name) if part in biases else None
             where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers)
         experts.append(where)
     shapes = {part: list(w.shape) for part, w in layer.experts[0].items()}
@@ -316,41 +361,9 @@ def _write_matrix(
 # ------------------------------------------------------------------ all else
 
 
-def _write_hot(source: Source, folder: Path, dtype: torch.dtype, hot: Any) -> dict[str, Any]:
-    """Write hot weights as safetensors; return what the index says of those that are packed."""
-    quantizer = None if isinstance(hot, str) else hot
-    packed = _packable(source, dtype) if quantizer is not None else {}
-    tensors = _hot_tensors(source, dtype, packed, quantizer)
-    write_shards(tensors, folder, stem=HOT, shard_bytes=SHARD)  # two copies of a shard are in memory
-    return {"quantizer": written(quantizer), "packed": sorted(packed.values())} if packed else {}
-
-
-def _packable(source: Source, dtype: torch.dtype) -> dict[str, str]:
-    """Return the hot linears that a packed layer can stand in for: key to name."""
-    found = [w for w in weights(empty_model(source.config, dtype)) if w.role == "linear"]
-    return {w.state_key: w.name for w in found if w.replaceable and not w.tied_layers}
-
-
-def _hot_tensors(
-    source: Source, dtype: torch.dtype, packed: dict[str, str], quantizer: Any
-) -> Iterator[tuple[str, Tensor]]:
-    full = in_full(source.config)
-    for key, read in source.hot():
-        tensor = read()
-        if tensor.is_floating_point():
-            tensor = tensor if full(key) else tensor.to(dtype)
-            if not tensor.isfinite().all():
-                raise DataError(f"weight {key} holds NaN or Inf: a store holds finite numbers")
-        if key in packed:
-            for name, part in quantizer.quantize(tensor).tensors().items():
-                yield f"{packed[key]}.packed.{name}", part
-        else:
-            yield key, tensor.contiguous()
-
-
 def _copy_beside(source: Source, folder: Path) -> None:
     said = {k: v for k, v in source.config.to_dict().items() if k != "_name_or_path"}  # where it lay
-    write_json(folder / "config.json", said)
+    write_json(folder / CONFIG, said)
     if source.directory is None:
         return
     for name in BESIDE:
