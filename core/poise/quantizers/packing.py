@@ -125,16 +125,25 @@ class PackedMatrix:
 
         Made some rows at a time: beside the result no more than a few MiB are taken.
         """
-        wanted, step = range(self.shape[0])[rows or slice(None)], max(1, PIECE // self.shape[1])
+        wanted = range(self.shape[0])[rows or slice(None)]
         dense = self.codes.new_empty((len(wanted), self.shape[1]), dtype=self.dtype)
+        self._write(wanted, dense)
+        return dense
+
+    def dequantize_into(self, out: Tensor) -> Tensor:
+        """Write all rows into a contiguous tensor of the matrix's shape and type, and return it."""
+        self._write(range(self.shape[0]), out)
+        return out
+
+    def _write(self, wanted: range, dense: Tensor) -> None:
         large = self.shape[0] * self.shape[1] >= LARGE and wanted.step == 1
         if large and takes(self) and (native := kernel()) is not None:
             native.rows(self, slice(wanted.start, wanted.stop), dense)
-            return dense
+            return
+        step = max(1, PIECE // self.shape[1])
         for at in range(0, len(wanted), step):
             part = wanted[at: at + step]
             dense[at: at + step] = self._some(slice(part.start, part.stop, part.step))
-        return dense
 
     def _some(self, rows: slice) -> Tensor:
         codes = unpack(self.codes[rows], self.bits, self.shape[1])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poise.quantizers.packing import PackedMatrix
 from poise_edgemoe.cache.slots import ExpertCache, Get
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix
@@ -91,11 +92,21 @@ class StoredExperts(nn.Module):
 
     def _product(self, x: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
         """Return x W^T + bias, in the expression that transformers uses: another one rounds otherwise."""
-        matrix = stored.dequantize()
+        matrix = self._dense(stored)
         if not self.transposed:
             return F.linear(x, matrix, bias)
-        matrix = matrix if isinstance(stored, RawMatrix) else matrix.T.contiguous()
+        if not isinstance(stored, RawMatrix):
+            matrix = self.cache.scratch("transposed", matrix.T).copy_(matrix.T)
         return x @ matrix if bias is None else x @ matrix + bias
+
+    def _dense(self, stored: Any) -> Tensor:
+        """Return a matrix in full, in memory that the next one is written to as well.
+
+        Matrices that come and go leave an allocator's memory in pieces, hundreds of megabytes of it.
+        """
+        if not isinstance(stored, PackedMatrix):
+            return stored.dequantize()
+        return stored.dequantize_into(self.cache.scratch("dense", stored))
 
 
 def put_experts(model: nn.Module, cache: ExpertCache) -> list[StoredExperts]:

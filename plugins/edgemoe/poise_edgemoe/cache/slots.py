@@ -107,6 +107,7 @@ class ExpertCache:
             raise ConfigError(f"policy={policy.name!r} shares {self.budget / 1e6:.1f} MB among "
                               f"{policy.layers} layers, which leaves no room for an expert of "
                               f"{largest / 1e6:.1f} MB: give more memory, or take another policy")
+        self._scratch: dict[str, Tensor] = {}
         self._checked: set[tuple[Key, str]] = set()
         self.hits = self.misses = 0
         self.stalled = 0.0  # seconds in which computing waited for reading
@@ -154,6 +155,14 @@ class ExpertCache:
         finally:
             self._resize(self.budget + nbytes)
 
+    def scratch(self, name: str, like: Any) -> Tensor:
+        """Return memory of that shape and type, the same for all of one name: it is written to anew."""
+        size = like.shape[0] * like.shape[1]
+        held = self._scratch.get(name)
+        if held is None or held.dtype != like.dtype or len(held) < size:
+            held = self._scratch[name] = torch.empty(size, dtype=like.dtype)
+        return held[:size].view(*like.shape)
+
     def next_token(self) -> None:
         """Say that a token, or the prompt as a whole, is over."""
         self.policy.next_token()
@@ -162,6 +171,7 @@ class ExpertCache:
         """Let go of all memory; the reader must have ended."""
         self.resident.clear()
         self._free.clear()
+        self._scratch.clear()
         self._stages.clear()
 
     def _in_order(self, keys: list[Key]) -> list[Key]:
