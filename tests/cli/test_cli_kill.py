@@ -91,7 +91,7 @@ def test_killed_thirty_times_over_ten_runs_each_ends_with_the_same_bits(here, re
     campaign(here, reference, kills=3, seed=seed)
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(7, marks=pytest.mark.slow), 63])
+@pytest.mark.parametrize("checkpoint", [pytest.param(n, marks=pytest.mark.slow) for n in (7, 63)])
 def test_killed_right_after_a_checkpoint_a_run_ends_with_the_same_bits(here, reference, checkpoint):
     process = start(*go_on(here), cwd=here)
     wait_for((here / f"run/checkpoints/step-{checkpoint:08d}.json").exists, process)

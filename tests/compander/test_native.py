@@ -133,6 +133,7 @@ def test_it_is_built_once_under_a_name_that_holds_its_digest(fresh):
     assert [p.name for p in fresh.iterdir()] == [first.path.name]
 
 
+@pytest.mark.slow
 def test_many_threads_build_it_at_once(fresh):
     needs_compiler()
     native._found.clear()
@@ -207,7 +208,7 @@ def slow(change, name):
 
 
 @pytest.mark.parametrize("change", [
-    pytest.param(lambda d: d[:-1], id="a byte short"),
+    slow(lambda d: d[:-1], "a byte short"),
     slow(lambda d: d[:9000] + bytes([d[9000] ^ 1]) + d[9001:], "a bit of code"),
     slow(lambda d: d[:-40], "no checksum"), slow(lambda d: d[:5000], "torn"),
     slow(lambda d: d[:64], "a header"), slow(lambda d: b"", "empty"),

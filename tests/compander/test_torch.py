@@ -144,5 +144,6 @@ def test_two_processes_train_what_one_does():
                  for learn in ("none", "layer", "network")))
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_train_what_one_does():
     run_worker(*(f"fsdp-{path}-{learn}" for path in ("fast", "reference") for learn in ("none", "layer")))
