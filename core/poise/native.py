@@ -24,6 +24,7 @@ from poise.trust import read_own, refuse_foreign_folder
 
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-std=gnu11")
 LINK = ("-shared",)
+HEADER = Path(__file__).with_name("threads.h")  # that any source may include
 TIMEOUT = 120  # seconds
 FAILURES = (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError, FileError)
 
@@ -38,7 +39,7 @@ def built(source: Path, folder: str, libraries: Sequence[str] = (), flags: Seque
     Parameters
     ----------
     source : Path
-        One file of C.
+        One file of C, which may include `threads.h`.
     folder : str
         Of the cache.
     libraries : list of str
@@ -99,7 +100,7 @@ def _folder(name: str) -> Path:
 
 def _digest(compiler: list[str], source: Path, flags: Sequence[str], libraries: Sequence[str]) -> str:
     asked = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
-    digest = hashlib.sha256(source.read_bytes() + asked.stdout)
+    digest = hashlib.sha256(source.read_bytes() + HEADER.read_bytes() + asked.stdout)
     digest.update(repr((compiler[1:], tuple(flags), LINK, tuple(libraries), platform.machine(),
                         _processor())).encode())
     return digest.hexdigest()[:20]
@@ -120,7 +121,7 @@ def _compile(
     """Compile into a folder of its own, then move the library into place in one go."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         object_file, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        for command in ([*compile_, "-o", str(object_file), str(source)],
+        for command in ([*compile_, f"-I{HEADER.parent}", "-o", str(object_file), str(source)],
                         [*compiler, *LINK, "-o", str(library), str(object_file), *libraries]):
             done = subprocess.run(command, capture_output=True, text=True, errors="replace",
                                   timeout=TIMEOUT, check=False)

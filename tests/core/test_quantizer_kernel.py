@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from poise.quantizers import AbsMax, Affine, kernel
+from poise.quantizers import AbsMax, Affine, PackedMatrix, kernel, quantize_model
 
 SCHEMES, TYPES = (AbsMax, Affine), (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,8 +77,43 @@ def test_without_a_compiler_torch_makes_them(monkeypatch, tmp_path):
     assert kernel.status() == "torch, no C kernel: compiler no-such-compiler is not there"
 
 
+def large():
+    return Affine(4).quantize(torch.randn(1024, 1025, generator=torch.Generator().manual_seed(0)))
+
+
 def test_what_lies_elsewhere_or_is_of_another_type_is_left_to_torch():
     packed = Affine(4).quantize(torch.randn(1024, 1024).double())
-    assert not kernel.takes(packed) and packed.dequantize().dtype == torch.float64
-    whole = Affine(4).quantize(torch.randn(8, 64))
-    assert kernel.takes(whole)
+    assert packed.dequantize().dtype == torch.float64
+    assert not kernel.takes(packed, torch.empty(0).double())
+    packed = large()
+    assert kernel.takes(packed, torch.empty(1)) and not kernel.takes(packed, torch.empty(1).half())
+    assert not kernel.takes(packed, torch.empty(4, 4).T[1:])
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(5, 5), slice(-3, None), slice(0, 100, 3), slice(1023, 2000)], ids=str)
+def test_any_slice_of_a_large_matrix(rows):
+    packed = large()
+    assert torch.equal(packed.dequantize(rows), packed.dequantize()[rows])
+
+
+def test_a_subclass_whose_codes_mean_something_else_is_left_to_torch():
+    """What a code stands for is `values`, which a quantizer may change; C knows the plain ones."""
+
+    class Squared(PackedMatrix):
+        def values(self, codes):
+            return super().values(codes).square_()
+
+    plain = large()
+    odd = Squared(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
+    assert torch.equal(odd.dequantize(), odd._some(slice(0, 1024)))
+    assert torch.equal(odd.dequantize_into(torch.empty(1024, 1025)), odd._some(slice(0, 1024)))
+
+
+def test_a_large_packed_layer_is_traced_and_exported():
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024))
+    quantize_model(model, Affine(4))
+    x = torch.randn(2, 1024)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.randn(2, 1024)).shape == (2, 1024)

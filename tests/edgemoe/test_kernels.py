@@ -12,11 +12,13 @@ from moe_models import ids, reference, saved
 
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.kernels import bound_kernels
+from poise_edgemoe.loading import prepare
 from poise_edgemoe.store.writer import convert
 
 COUNT = """
 import ctypes, json, os, sys, torch, torch.nn.functional as F
 from poise_edgemoe.kernels import bound_kernels
+from poise_edgemoe.loading import prepare
 torch.set_num_threads(1)
 w = torch.randn(2048, 1024).bfloat16()
 if sys.argv[1] == "late":
@@ -83,3 +85,13 @@ except UserWarning as said:
     given = [sys.executable, "-c", code, str(store)]
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     assert "oneDNN keeps kernels without bounds" in done.stdout
+
+
+@pytest.mark.parametrize(("bits", "hot", "built"), [(4, "bf16", True), (16, "bf16", False), (16, 8, True)])
+def test_what_dequantizes_is_built_before_the_limit_begins(bits, hot, built, tmp_path, monkeypatch):
+    source = saved(tmp_path / "model", "olmoe")
+    store = convert(source, tmp_path / "store", bits=bits, hot=hot, group=8)
+    monkeypatch.setattr("poise_edgemoe.loading.LARGE", 1)
+    monkeypatch.setattr("poise.quantizers.kernel._found", found := {})
+    prepare(store)
+    assert ("it" in found) == built

@@ -59,10 +59,18 @@ def findings(directory: Path) -> list[tuple[str, str]]:
         ("memory", memory()),
         ("disk", f"{shutil.disk_usage(directory).free / 2**30:.1f} GiB free at {directory.resolve()}"),
         ("O_DIRECT", o_direct(directory)),
+        ("packed weights", _packed()),
         *_of_plugins(),
         *_extras(),
         *_data(),
     ]
+
+
+def _packed() -> str:
+    """Return what makes rows of large packed matrices."""
+    from poise.quantizers.kernel import status
+
+    return status()
 
 
 def vector_units() -> str:

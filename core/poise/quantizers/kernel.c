@@ -3,11 +3,11 @@
  * A code of `bits` bits stands for scale * (code - offset) + low, with scale and low of its group of columns. In a
  * row codes follow each other from the lowest bit of the first byte.
  */
-#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "threads.h"
 
 typedef _Float16 half;
 
@@ -68,7 +68,7 @@ static void as_bfloat(const float *from, uint16_t *to, size_t n) { /* to nearest
     }
 }
 
-enum { ROWS = 32, MOST_THREADS = 64 };
+enum { ROWS = 32 }; /* that a thread takes at a time */
 
 typedef struct {
     const matrix *m;
@@ -98,26 +98,9 @@ static void take(void *shared) {
     free(row);
 }
 
-static void *take_in_thread(void *shared) {
-    take(shared);
-    return NULL;
-}
-
-/* Threads of an OpenMP runtime: call a function on so many of them. */
-typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
-
-/* Returns 0, or 1 where there is no memory. Without a team, threads are started for the call. */
+/* Returns 0, or 1 where there is no memory. */
 int poise_rows(const matrix *m, void *out, int kind, int threads, team run) {
     work all = {m, out, 0, kind, 0};
-    pthread_t others[MOST_THREADS];
-    int started = 0;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    if (threads > 1 && run) {
-        run(take, &all, (unsigned)threads, 0);
-        return all.failed;
-    }
-    while (started < threads - 1 && !pthread_create(others + started, NULL, take_in_thread, &all)) started++;
-    take(&all);
-    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+    on_threads(take, &all, threads, run);
     return all.failed;
 }

@@ -50,10 +50,15 @@ class Kernel:
         assert not failed, "there is no memory for a row"
 
 
-def takes(packed: Any) -> bool:
-    """Whether a matrix is in memory that C reads, and of a type that it makes."""
-    tensors = packed.tensors().values()
-    return packed.dtype in KINDS and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+def takes(packed: Any, out: Tensor) -> bool:
+    """Whether a matrix and a place for its rows are real memory that C reads and writes, of types it knows.
+
+    While a program is traced or compiled there is none: tensors are then of classes of their own.
+    """
+    if torch.compiler.is_compiling() or out.dtype not in KINDS or out.dtype != packed.dtype:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and t.device.type == "cpu"
+               and t.is_contiguous() for t in (*packed.tensors().values(), out))
 
 
 def kernel() -> Kernel | None:

@@ -136,8 +136,9 @@ class PackedMatrix:
         return out
 
     def _write(self, wanted: range, dense: Tensor) -> None:
-        large = self.shape[0] * self.shape[1] >= LARGE and wanted.step == 1
-        if large and takes(self) and (native := kernel()) is not None:
+        # a subclass may mean something else by a code
+        plain = type(self) is PackedMatrix and self.shape[0] * self.shape[1] >= LARGE and wanted.step == 1
+        if plain and takes(self, dense) and (native := kernel()) is not None:
             native.rows(self, slice(wanted.start, wanted.stop), dense)
             return
         step = max(1, PIECE // self.shape[1])

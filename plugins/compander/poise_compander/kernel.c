@@ -5,8 +5,8 @@
  * whole process rounds. Vector versions of the elementary functions are declared by hand instead.
  */
 #include <math.h>
-#include <pthread.h>
 #include <stddef.h>
+#include "threads.h"
 
 #pragma omp declare simd notinbranch
 extern float atanf(float);
@@ -176,7 +176,7 @@ SUMS(double, d)
 
 /* Threads take blocks of layers until none is left. A block starts at a multiple of any vector's width, so
  * which elements go through the scalar tail does not depend on the number of threads. */
-enum { BLOCK = 1 << 15, MOST_THREADS = 64 };
+enum { BLOCK = 1 << 15 };
 
 typedef struct {
     const layer *layers;
@@ -207,26 +207,9 @@ static void take(void *shared) {
     }
 }
 
-static void *take_in_thread(void *shared) {
-    take(shared);
-    return NULL;
-}
-
-/* Threads of an OpenMP runtime: call a function on so many of them. */
-typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
-
-/* Returns 0, or 1 where a layer has flags without a case. Without a team, threads are started for the call. */
+/* Returns 0, or 1 where a layer has flags without a case. */
 static int in_parallel(work all, int threads, team run) {
-    pthread_t others[MOST_THREADS];
-    int started = 0;
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    if (threads > 1 && run) {
-        run(take, &all, (unsigned)threads, 0);
-        return all.failed;
-    }
-    while (started < threads - 1 && !pthread_create(others + started, NULL, take_in_thread, &all)) started++;
-    take(&all);
-    for (int i = 0; i < started; i++) pthread_join(others[i], NULL);
+    on_threads(take, &all, threads, run);
     return all.failed;
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from poise.errors import FileError, require
 from poise.models.serving import steps
 from poise.quantizers import PackedLinear
+from poise.quantizers.kernel import LARGE, kernel
 from poise.registry import build
 from poise.walk import FAMILIES, weights
 from poise.walk.families import holds_experts
@@ -53,8 +54,14 @@ def prepare(folder: Path) -> Index:
     index = read_index(folder)
     model_class(read_config(folder))
     _settle(getattr(torch, index.dtype))
+    if index.hot or (any(form["entry"] != "raw" for form in index.quantizers) and _widest(index) >= LARGE):
+        kernel()  # a compiler, the first time: not when a limit is half used up
     give_back()
     return index
+
+
+def _widest(index: Index) -> int:
+    return max(out * columns for layer in index.layers for out, columns in layer.shapes.values())
 
 
 @cache
