@@ -49,9 +49,9 @@ EACH = ["small", pytest.param("large", marks=pytest.mark.slow)]
 
 
 @pytest.mark.slow
-def test_a_limit_is_kept_through_a_long_prompt_another_and_a_batch(large):
-    given = {"memory": "1200MB", "context": 4096, "second": 500, "batched": 128}
-    check(run(FREE, store=large, **given), "1200MB", large)
+@pytest.mark.parametrize(("memory", "context"), [("1200MB", 4096), ("900MB", 1024)])
+def test_a_limit_is_kept_through_a_long_prompt_another_and_a_batch(memory, context, large):
+    check(run(FREE, store=large, memory=memory, context=context, second=500, batched=128), memory, large)
 
 
 @pytest.mark.parametrize("size", EACH)
