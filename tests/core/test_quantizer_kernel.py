@@ -95,6 +95,8 @@ def test_what_lies_elsewhere_or_is_of_another_type_is_left_to_torch():
 def test_any_slice_of_a_large_matrix(rows):
     packed = large()
     assert torch.equal(packed.dequantize(rows), packed.dequantize()[rows])
+    place = torch.full((1024, 1025), 7.0)
+    assert packed.dequantize_into(place) is place and torch.equal(place, packed._some(slice(0, 1024)))
 
 
 def test_a_subclass_whose_codes_mean_something_else_is_left_to_torch():

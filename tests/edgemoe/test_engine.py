@@ -80,6 +80,19 @@ def test_a_quantized_store_gives_the_bits_of_the_dequantized_model(family, bits,
         assert torch.equal(engine.generate(ids(2), 12), plain.generate(ids(2), 12))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+def test_matrices_that_c_makes_give_the_bits_of_those_that_torch_makes(family, bits, tmp_path, monkeypatch):
+    """Large ones are made in C, one after the other in one place."""
+    store, _ = store_of(tmp_path, family, bits=bits, dtype=torch.bfloat16)
+    found = []
+    for large in (1, 1 << 40):
+        monkeypatch.setattr("poise.quantizers.packing.LARGE", large)
+        with opened(store, 2) as engine:
+            found.append((engine.logits(ids(2), *decoder(family, 2)), engine.generate(ids(), 12)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("hot", [8, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hot_weights_may_be_packed_too(family, hot, tmp_path):
