@@ -16,22 +16,22 @@ from pathlib import Path
 import torch
 
 from poise.cli.doctor import vector_units
-from poise.quantizers import Affine, kernel, packing
+from poise.quantizers import Affine, kernel, matrix
 
 SIZE, ROWS = 2048, (1, 16, 128)
 DTYPES = (torch.bfloat16, torch.float32)
-LARGE = packing.LARGE
+LARGE = matrix.LARGE
 
 
 def in_torch(work: Callable[[], object]) -> Callable[[], object]:
     """Return the same work without C."""
 
     def without() -> object:
-        packing.LARGE = 1 << 60
+        matrix.LARGE = 1 << 60
         try:
             return work()
         finally:
-            packing.LARGE = LARGE
+            matrix.LARGE = LARGE
 
     return without
 

@@ -94,3 +94,12 @@ class Stops(Protocol):
     def done(self) -> bool:
         """Say so; asked after each evaluation."""
         ...
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A quantized tensor that several kernels multiply."""
+
+    def prepared(self, kernel: str = "auto") -> Any:
+        """Return one of the same values on a kernel; raises `ConfigError` for one that does not take it."""
+        ...

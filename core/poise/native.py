@@ -39,7 +39,7 @@ def built(source: Path, folder: str, libraries: Sequence[str] = (), flags: Seque
     Parameters
     ----------
     source : Path
-        One file of C, which may include `threads.h`.
+        One file of C, which may include headers beside it, and `threads.h`.
     folder : str
         Of the cache.
     libraries : list of str
@@ -100,7 +100,8 @@ def _folder(name: str) -> Path:
 
 def _digest(compiler: list[str], source: Path, flags: Sequence[str], libraries: Sequence[str]) -> str:
     asked = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
-    digest = hashlib.sha256(source.read_bytes() + HEADER.read_bytes() + asked.stdout)
+    headers = [HEADER, *sorted(source.parent.glob("*.h"))]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in (source, *headers)) + asked.stdout)
     digest.update(repr((compiler[1:], tuple(flags), LINK, tuple(libraries), platform.machine(),
                         _processor())).encode())
     return digest.hexdigest()[:20]

@@ -87,7 +87,7 @@ def test_matrices_that_c_makes_give_the_bits_of_those_that_torch_makes(family, b
     store, _ = store_of(tmp_path, family, bits=bits, dtype=torch.bfloat16)
     found = []
     for large in (1, 1 << 40):
-        monkeypatch.setattr("poise.quantizers.packing.LARGE", large)
+        monkeypatch.setattr("poise.quantizers.matrix.LARGE", large)
         with opened(store, 2) as engine:
             found.append((engine.logits(ids(2), *decoder(family, 2)), engine.generate(ids(), 12)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

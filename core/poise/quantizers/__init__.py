@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from poise.quantizers.components import AbsMax, Affine
     from poise.quantizers.layers import PackedLinear
-    from poise.quantizers.packing import PackedMatrix
+    from poise.quantizers.matrix import PackedMatrix
     from poise.quantizers.whole import quantize_model, resolve, stored_bytes
 
 _HOMES = {
-    "AbsMax": "components", "Affine": "components", "PackedMatrix": "packing", "resolve": "whole",
+    "AbsMax": "components", "Affine": "components", "PackedMatrix": "matrix", "resolve": "whole",
     "PackedLinear": "layers",
     "quantize_model": "whole", "stored_bytes": "whole",
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poise.quantizers.packing import PackedMatrix, grouped, pack, stored_scale
+from poise.quantizers.matrix import PackedMatrix
+from poise.quantizers.packing import grouped, pack, stored_scale
 
 
 def quantize(weight: Tensor, bits: int, group: int, scale_dtype: str) -> PackedMatrix:

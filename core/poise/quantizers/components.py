@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from poise.quantizers.packing import PackedMatrix
+    from poise.quantizers.matrix import PackedMatrix
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Grouped:
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> PackedMatrix:
         """Rebuild what `PackedMatrix.tensors` returned, without a copy."""
-        from poise.quantizers.packing import PackedMatrix
+        from poise.quantizers.matrix import PackedMatrix
 
         return PackedMatrix.from_tensors(tensors, self.bits, self.group, shape, dtype, self.scale_dtype,
                                          with_minimum=self.with_minimum)

@@ -1,4 +1,4 @@
-/* Rows of a packed matrix in full, read as they lie: bit for bit what torch makes of them.
+/* Rows of a packed matrix in full, bit for bit what torch makes of them, and its products, without such rows.
  *
  * A code of `bits` bits stands for scale * (code - offset) + low, with scale and low of its group of columns. In a
  * row codes follow each other from the lowest bit of the first byte.
@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include "threads.h"
 
 typedef _Float16 half;
@@ -31,11 +34,28 @@ static void unpack(const uint8_t *from, uint8_t *to, size_t columns, int bits) {
         for (size_t c = 0; c < columns / 4; c++)
             for (int k = 0; k < 4; k++) to[4 * c + k] = (from[c] >> 2 * k) & 3;
     size_t done = bits == 8 ? columns : bits == 4 ? columns / 2 * 2 : bits == 2 ? columns / 4 * 4 : 0;
+#if defined(__AVX512VBMI__) /* eight codes of b bits are b bytes: to each eight bytes theirs, shifted apart */
+    if (done < columns && bits != 4 && bits != 2) {
+        uint8_t from_byte[64], shifts[64];
+        for (int i = 0; i < 64; i++) from_byte[i] = (uint8_t)(i / 8 * bits + i % 8), shifts[i] = (uint8_t)(i % 8 * bits);
+        const __m512i where = _mm512_loadu_si512(from_byte), by = _mm512_loadu_si512(shifts);
+        const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+        for (; done / 8 * bits + 64 <= (columns * bits + 7) / 8; done += 64) {
+            __m512i bytes = _mm512_permutexvar_epi8(where, _mm512_loadu_si512(from + done / 8 * bits));
+            _mm512_storeu_si512(to + done, _mm512_and_si512(_mm512_multishift_epi64_epi8(by, bytes), mask));
+        }
+    }
+#endif
+    for (; done / 8 * bits + 8 <= (columns * bits + 7) / 8 && done + 8 <= columns; done += 8) {
+        uint64_t word;
+        memcpy(&word, from + done / 8 * bits, 8);
+        for (int k = 0; k < 8; k++) to[done + k] = (uint8_t)((word >> k * bits) & ((1u << bits) - 1));
+    }
     for (; done < columns; done++) {
         size_t at = done * bits, byte = at / 8, shift = at % 8;
         unsigned word = from[byte];
         if (shift + bits > 8) word |= (unsigned)from[byte + 1] << 8;
-        to[done] = (word >> shift) & ((1u << bits) - 1);
+        to[done] = (uint8_t)((word >> shift) & ((1u << bits) - 1));
     }
 }
 
@@ -103,4 +123,34 @@ int poise_rows(const matrix *m, void *out, int kind, int threads, team run) {
     work all = {m, out, 0, kind, 0};
     on_threads(take, &all, threads, run);
     return all.failed;
+}
+
+#include "products.h"
+
+const char *poise_units(void) { return UNITS; }
+
+/* Returns whether there are products of a matrix. */
+int poise_multiplies(const matrix *m) {
+    form f;
+    return formed(m, &f);
+}
+
+/* Returns 0, or 1 where there is no memory. */
+int poise_products(const product *products, int count, int threads, team run) {
+    prepared *all = aligned_alloc(64, (count * sizeof(prepared) + 63) / 64 * 64);
+    if (!all) return 1;
+    multiplication w = {all, count, 0, 0, 0};
+    memset(all, 0, count * sizeof(prepared));
+    for (int i = 0; i < count; i++) {
+        all[i].of = products + i;
+        all[i].tiles_before = w.tiles;
+        w.tiles += (products[i].m->rows + TILE - 1) / TILE;
+        formed(products[i].m, &all[i].f);
+        w.failed |= ready(all + i, i ? all + i - 1 : NULL);
+    }
+    on_threads(multiply, &w, threads, run);
+    for (int i = 0; i < count; i++)
+        if (all[i].own) free(all[i].ready);
+    free(all);
+    return w.failed;
 }

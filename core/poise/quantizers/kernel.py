@@ -1,4 +1,4 @@
-"""The C kernel of packed matrices: rows in full, bit for bit those that torch makes, in one pass.
+"""The C kernel of packed matrices: rows in full, bit for bit those of torch, and products.
 
 Built at the first matrix that is large enough to be worth it; where it cannot be had (no compiler, another
 processor's library), `kernel()` is None and torch makes the rows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,57 @@ class _Matrix(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("matrix", "x", "y")), ("rows", ctypes.c_size_t),
+        *((name, ctypes.c_int) for name in ("x_kind", "y_kind")),
+    ]
+
+
+class Told:
+    """What the library is told of a matrix, which it is to multiply many times."""
+
+    def __init__(self, packed: Any) -> None:
+        self.matrix = _described(packed, slice(0, packed.shape[0]))
+        self.address = ctypes.addressof(self.matrix)
+        self.shape = packed.shape
+
+
 class Kernel:
     """The loaded library."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._rows = ctypes.CDLL(str(path)).poise_rows
+        library = ctypes.CDLL(str(path))
+        self._rows, self._multiplies, self._products = (
+            getattr(library, f"poise_{name}") for name in ("rows", "multiplies", "products"))
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._rows.argtypes = [pointer, pointer, number, number, pointer]
+        self._multiplies.argtypes = [pointer]
+        self._products.argtypes = [pointer, number, number, pointer]
+        library.poise_units.restype = ctypes.c_char_p
+        self.units = library.poise_units().decode()  # vector instructions of products
         self._team = team()
+
+    def multiplies(self, packed: Any) -> bool:
+        """Whether there are products of a matrix with these groups."""
+        return bool(self._multiplies(Told(packed).address))
+
+    def products(self, pairs: Sequence[tuple[Told, Tensor]]) -> list[Tensor]:
+        """Return x W^T for each matrix and x (rows, in) of a type in `KINDS`, contiguous."""
+        made, told = [], (_Product * len(pairs))()
+        for one, (w, x) in zip(told, pairs, strict=True):
+            y = x.new_empty((x.shape[0], w.shape[0]))
+            kind = KINDS[x.dtype]
+            one.matrix, one.x, one.y, one.rows = w.address, x.data_ptr(), y.data_ptr(), x.shape[0]
+            one.x_kind = one.y_kind = kind
+            made.append(y)
+        work = sum(x.shape[0] * w.shape[0] * w.shape[1] for w, x in pairs)
+        threads = max(1, min(torch.get_num_threads(), work // GRAIN))
+        failed = self._products(ctypes.addressof(told), len(pairs), threads, self._team)
+        if failed:
+            raise MemoryError("there is no memory for what a product needs")
+        return made
 
     def rows(self, packed: Any, rows: slice, out: Tensor) -> None:
         """Write rows of a `PackedMatrix` in full into `out`, (rows, in), contiguous."""
@@ -57,8 +100,13 @@ def takes(packed: Any, out: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or out.dtype not in KINDS or out.dtype != packed.dtype:
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and t.device.type == "cpu"
-               and t.is_contiguous() for t in (*packed.tensors().values(), out))
+    return all(is_memory(t) for t in (*packed.tensors().values(), out))
+
+
+def is_memory(t: Tensor) -> bool:
+    """Whether a tensor is plain memory that C reads; while a program is compiled there is none."""
+    return (type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and t.device.type == "cpu"
+            and t.is_contiguous() and not torch.compiler.is_compiling())
 
 
 def kernel() -> Kernel | None:

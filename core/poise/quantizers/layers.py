@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.errors import FileError
+from poise.hooks import Preparable
 from poise.quantizers.components import format_of
 from poise.walk import Product, Weight
 
@@ -56,6 +57,8 @@ class Stored(nn.Module):
         text = json.dumps({**format_of(quantizer), "shape": list(stored.shape)}, sort_keys=True)
         self.register_buffer(FORMAT, torch.tensor(list(text.encode()), dtype=torch.uint8))
         self._made: tuple[list[Tensor], Any, Any] = ([], None, None)
+        self.kernel = "auto"  # of products that nothing is differentiated through
+        self._fast: tuple[Any, str, Any] = (None, "", None)
 
     def get(self) -> Any:
         """Return the `QuantizedTensor`, the same one until its tensors or its dtype change."""
@@ -67,6 +70,15 @@ class Stored(nn.Module):
             made = self.quantizer.from_tensors(dict(zip(self.names, tensors)), self.shape, self.dtype)
             self._made = tensors, versions, made
         return made
+
+    def prepared(self) -> Any:
+        """Return it on the kernel that `kernel` names, the same one as long as `get` returns the same."""
+        stored = self.get()
+        made, name, found = self._fast
+        if made is not stored or name != self.kernel:
+            found = stored.prepared(self.kernel) if isinstance(stored, Preparable) else stored
+            self._fast = stored, self.kernel, found
+        return found
 
     def put(self, matrix: Tensor) -> None:
         """Replace the weight by the quantized form of a dense matrix (out, in)."""
@@ -145,7 +157,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, shape (..., out)."""
-        y = packed_matmul(x, self.packed.get())
+        y = packed_matmul(x, self.packed.get() if torch.is_grad_enabled() else self.packed.prepared())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def held_weights(self, path: str) -> Iterator[Weight]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poise.quantizers.packing import PackedMatrix, grouped, pack, stored_scale
+from poise.quantizers.matrix import PackedMatrix
+from poise.quantizers.packing import grouped, pack, stored_scale
 from poise_compander.functions import Function
 
 

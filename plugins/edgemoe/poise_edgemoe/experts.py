@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.quantizers.packing import PackedMatrix
+from poise.quantizers.matrix import PackedMatrix
 from poise_edgemoe.cache.slots import ExpertCache, Get
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix

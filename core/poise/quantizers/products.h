@@ -1,0 +1,324 @@
+/* Rows of x times a packed matrix, its codes read as they lie: no weight is made in full.
+ *
+ * x is rounded to whole numbers of 16 bits, with a scale for each 4 to 16 columns, and taken apart into two bytes; sums
+ * of (code times byte) are whole numbers, exact. So the one error is that of rounding x, 2^-16 of the largest of its
+ * neighbours, beside that of adding floats.
+ *
+ * A vector of W bytes of codes is a block. A byte holds n = 8 / bits codes; those at shift k of all bytes are a vector
+ * of their own, and x lies in the same order. A lane of 4 bytes sums 4 n neighbouring columns.
+ */
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+enum { W = 64 };
+#define UNITS "AVX-512 VNNI"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+enum { W = 32 };
+#if defined(__AVXVNNI__)
+#define UNITS "AVX-VNNI"
+#else
+#define UNITS "AVX2"
+#endif
+#else
+enum { W = 32 };
+#define UNITS "portable"
+#endif
+enum { LANES = W / 4, AT_ONCE = 4 /* rows of x */, LARGEST = 127 * 256 + 127 };
+
+typedef int32_t ints __attribute__((vector_size(W)));
+typedef float floats __attribute__((vector_size(W)));
+
+static inline ints load_ints(const void *p) {
+    ints v;
+    memcpy(&v, p, W);
+    return v;
+}
+
+static inline floats load_floats(const float *p) {
+    floats v;
+    memcpy(&v, p, W);
+    return v;
+}
+
+/* Add to each lane the products of its four codes, bytes without a sign, and four bytes with one. */
+static inline ints dot(ints sum, ints codes, ints x, int bits) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    (void)bits;
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    (void)bits;
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+#elif defined(__AVX2__)
+    /* pairs are summed in 16 bits, which products of 4 bits cannot fill: those of 8 are taken in halves */
+    const __m256i ones = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16), nibble = _mm256_set1_epi8(15);
+    __m256i c = (__m256i)codes, v = (__m256i)x;
+    if (bits <= 4) return sum + (ints)_mm256_madd_epi16(_mm256_maddubs_epi16(c, v), ones);
+    __m256i low = _mm256_and_si256(c, nibble), high = _mm256_and_si256(_mm256_srli_epi16(c, 4), nibble);
+    return sum + (ints)_mm256_madd_epi16(_mm256_maddubs_epi16(low, v), ones)
+               + (ints)_mm256_madd_epi16(_mm256_maddubs_epi16(high, v), sixteen);
+#else
+    (void)bits;
+    uint8_t c[W];
+    int8_t v[W];
+    memcpy(c, &codes, W);
+    memcpy(v, &x, W);
+    for (int i = 0; i < W; i++) sum[i / 4] += c[i] * v[i];
+    return sum;
+#endif
+}
+
+/* Give lane l the number at l / lanes. */
+static inline floats spread(const float *numbers, ints pattern) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    return (floats)_mm512_permutexvar_ps((__m512i)pattern, (__m512)load_floats(numbers));
+#elif defined(__AVX2__)
+    return (floats)_mm256_permutevar8x32_ps((__m256)load_floats(numbers), (__m256i)pattern);
+#else
+    floats v;
+    for (int l = 0; l < LANES; l++) v[l] = numbers[pattern[l]];
+    return v;
+#endif
+}
+
+static inline float total(floats v) {
+    float sums[LANES];
+    memcpy(sums, &v, W);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int l = 0; l < half; l++) sums[l] += sums[l + half];
+    return sums[0];
+}
+
+/* What rows of a matrix, and rows of x made ready for it, have in common. */
+typedef struct {
+    int bits, n;           /* bits: 2, 4 or 8; others are spread to 8 first. n: codes in a byte */
+    size_t blocks, width;  /* width: bytes of codes in a row */
+    size_t groups, record, size; /* record: bytes of x for a block; size: of a row of x */
+    size_t step, over;     /* scales go on by step each block, or by one each `over` blocks */
+    ints pattern;          /* which of a block's scales a lane has */
+} form;
+
+/* Returns 0 where groups do not fall on lanes and blocks. */
+static int formed(const matrix *m, form *f) {
+    f->bits = m->bits == 2 || m->bits == 4 ? m->bits : 8;
+    f->n = 8 / f->bits;
+    f->width = (m->columns * f->bits + 7) / 8;
+    f->blocks = (f->width + W - 1) / W;
+    f->groups = m->groups;
+    f->record = W * (2 * f->n + 1);
+    f->size = f->blocks * f->record + (f->groups * sizeof(float) + W - 1) / W * W;
+    size_t columns = (size_t)W * f->n, of_block = m->groups == 1 ? 1 : m->group < columns ? columns / m->group : 1;
+    f->step = m->groups > 1 && m->group <= columns ? of_block : 0;
+    f->over = m->groups > 1 && m->group > columns ? m->group / columns : f->blocks;
+    for (int l = 0; l < LANES; l++) f->pattern[l] = (int)(l * of_block / LANES);
+    if (m->groups == 1) return 1;
+    return m->group < columns ? of_block <= LANES && LANES % of_block == 0 && columns % m->group == 0
+                              : m->group % columns == 0;
+}
+
+static inline float element(const void *p, size_t i, int kind) { /* 0 float, 1 bfloat16, 2 half */
+    if (kind == 0) return ((const float *)p)[i];
+    if (kind == 2) return (float)((const half *)p)[i];
+    uint32_t u = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+}
+
+/* Make a row of x ready: for each block n vectors of high bytes, n of low ones and scales; then sums over groups. */
+static void make_ready(const matrix *m, const form *f, const float *x, uint8_t *to) {
+    const int n = f->n, lane = 4 * n;
+    float *sums = (float *)(to + f->blocks * f->record);
+    memset(to, 0, f->size);
+    for (size_t at = 0; at < m->columns; at += lane) {
+        uint8_t *record = to + at / lane / LANES * f->record;
+        size_t l = at / lane % LANES, count = m->columns - at < (size_t)lane ? m->columns - at : (size_t)lane;
+        float largest = 0, scale, back;
+        int sum = 0, odd = 0;
+        for (size_t i = 0; i < count; i++) {
+            float size = __builtin_fabsf(x[at + i]);
+            if (size > largest) largest = size;
+            odd |= !(size <= 3.4e38f);
+        }
+        scale = odd ? __builtin_nanf("") : largest < 1e-30f ? 0 : largest / LARGEST;
+        back = odd || largest < 1e-30f ? 0 : LARGEST / largest;
+        for (size_t i = 0; i < count && back; i++) {
+            int v = (int)__builtin_rintf(x[at + i] * back), high = (v + 128) >> 8;
+            size_t place = i % n * W + 4 * l + i / n;
+            record[place] = (uint8_t)high;
+            record[n * W + place] = (uint8_t)(v - high * 256);
+            sum += v;
+        }
+        memcpy(record + 2 * n * W + 4 * l, &scale, 4);
+        sums[m->groups == 1 ? 0 : at / m->group] += scale * (float)sum;
+    }
+}
+
+/* One row of codes times some rows of x, without the minima. */
+static inline __attribute__((always_inline)) void times(
+    const form *f, const uint8_t *codes, const float *scale, const uint8_t *x, float *y, const int bits, const int count
+) {
+    const int n = 8 / bits;
+    const size_t whole = f->width / W;
+    floats sum[AT_ONCE];
+    for (int t = 0; t < count; t++) sum[t] = (floats){0};
+    for (size_t b = 0, left = f->over; b < f->blocks; b++) {
+        ints v = {0}, code[4];
+        if (b < whole) v = load_ints(codes + b * W);
+        else memcpy(&v, codes + b * W, f->width % W);
+        for (int k = 0; k < n; k++) code[k] = bits == 8 ? v : (v >> k * bits) & 0x01010101 * ((1 << bits) - 1);
+        floats of_lane = spread(scale, f->pattern);
+        scale += f->step;
+        if (!--left) scale++, left = f->over;
+        for (int t = 0; t < count; t++) {
+            const uint8_t *at = x + t * f->size + b * f->record;
+            ints high = {0}, low = {0};
+            for (int k = 0; k < n; k++) {
+                high = dot(high, code[k], load_ints(at + k * W), bits);
+                low = dot(low, code[k], load_ints(at + (n + k) * W), bits);
+            }
+            floats both = __builtin_convertvector((high << 8) + low, floats);
+            sum[t] += both * (of_lane * load_floats((const float *)(at + 2 * n * W)));
+        }
+    }
+    for (int t = 0; t < count; t++) y[t] = total(sum[t]);
+}
+
+#define COUNTS(bits) \
+    switch (count) { \
+    case 1: times(f, codes, scale, x, y, bits, 1); break; \
+    case 2: times(f, codes, scale, x, y, bits, 2); break; \
+    case 3: times(f, codes, scale, x, y, bits, 3); break; \
+    default: times(f, codes, scale, x, y, bits, AT_ONCE); \
+    }
+
+static void row_times(const form *f, const uint8_t *codes, const float *scale, const uint8_t *x, float *y, int count) {
+    if (f->bits == 4) { COUNTS(4) }
+    else if (f->bits == 2) { COUNTS(2) }
+    else { COUNTS(8) }
+}
+
+/* Convert the scales, or minima, of a row; `extra` more may be read and are zero. */
+static void widened(const matrix *m, const void *from, size_t r, float *to) {
+    from = (const char *)from + r * m->stride * (m->wide ? 4 : 2);
+    if (m->wide) memcpy(to, from, m->groups * sizeof(float));
+    else {
+        size_t g = 0;
+#if defined(__F16C__)
+        for (; g + 8 <= m->groups; g += 8)
+            _mm256_storeu_ps(to + g, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const half *)from + g))));
+#endif
+        for (; g < m->groups; g++) to[g] = (float)((const half *)from)[g];
+    }
+}
+
+static inline float along(const float *a, const float *b, size_t n) {
+    floats sum = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load_floats(a + i) * load_floats(b + i);
+    float rest = total(sum);
+    for (; i < n; i++) rest += a[i] * b[i];
+    return rest;
+}
+
+/* One matrix, and rows of x that it is multiplied with; what one call takes is spread over threads as a whole. */
+typedef struct {
+    const matrix *m;
+    const void *x; /* (rows, columns) */
+    void *y;       /* (rows, m->rows) */
+    size_t rows;
+    int x_kind, y_kind; /* 0 float, 1 bfloat16, 2 half */
+} product;
+
+typedef struct {
+    const product *of;
+    form f;
+    uint8_t *ready;
+    size_t tiles_before;
+    int own; /* whether `ready` is its own, not that of the product before */
+} prepared;
+
+typedef struct {
+    prepared *all;
+    size_t count, tiles, next;
+    int failed;
+} multiplication;
+
+enum { TILE = 32 }; /* rows of a matrix that a thread takes at a time */
+
+static int same_x(const prepared *a, const prepared *b) {
+    const product *p = a->of, *q = b->of;
+    return p->x == q->x && p->x_kind == q->x_kind && p->rows == q->rows && p->m->columns == q->m->columns
+        && p->m->group == q->m->group && a->f.bits == b->f.bits && a->f.groups == b->f.groups;
+}
+
+/* Returns 0, or 1 where there is no memory. */
+static int ready(prepared *one, const prepared *before) {
+    const product *p = one->of;
+    if (before && same_x(before, one)) {
+        one->ready = before->ready;
+        return 0;
+    }
+    float *row = malloc(p->m->columns * sizeof(float));
+    one->ready = aligned_alloc(64, (p->rows * one->f.size + 63) / 64 * 64);
+    one->own = 1;
+    if (row && one->ready)
+        for (size_t t = 0; t < p->rows; t++) {
+            for (size_t c = 0; c < p->m->columns; c++) row[c] = element(p->x, t * p->m->columns + c, p->x_kind);
+            make_ready(p->m, &one->f, row, one->ready + t * one->f.size);
+        }
+    int failed = !row || !one->ready;
+    free(row);
+    return failed;
+}
+
+static void put(void *y, size_t i, float v, int kind) {
+    if (kind == 0) ((float *)y)[i] = v;
+    else if (kind == 1) as_bfloat(&v, (uint16_t *)y + i, 1);
+    else ((half *)y)[i] = (half)v;
+}
+
+/* Rows of one matrix, from `at` on, times all rows of x. */
+static void tile(const prepared *one, size_t at, float *scale, float *low, uint8_t *spread_codes) {
+    const product *p = one->of;
+    const matrix *m = p->m;
+    const form *f = &one->f;
+    const size_t end = at + TILE < m->rows ? at + TILE : m->rows;
+    const int offset = 1 << (m->bits - 1);
+    memset(scale + m->groups, 0, LANES * sizeof(float)); /* of another matrix before */
+    for (size_t t = 0; t < p->rows; t += AT_ONCE) {
+        const int count = p->rows - t < AT_ONCE ? (int)(p->rows - t) : AT_ONCE;
+        const uint8_t *x = one->ready + t * f->size;
+        for (size_t r = at; r < end; r++) {
+            const uint8_t *codes = m->codes + r * m->width;
+            float y[AT_ONCE];
+            if (f->bits != m->bits) unpack(codes, spread_codes, m->columns, m->bits), codes = spread_codes;
+            widened(m, m->scale, r, scale);
+            if (m->low) widened(m, m->low, r, low);
+            row_times(f, codes, scale, x, y, count);
+            for (int i = 0; i < count; i++) {
+                const float *sums = (const float *)(x + i * f->size + f->blocks * f->record);
+                y[i] += m->low ? along(low, sums, m->groups) : -offset * along(scale, sums, m->groups);
+                put(p->y, (t + i) * m->rows + r, y[i], p->y_kind);
+            }
+        }
+    }
+}
+
+static void multiply(void *shared) {
+    multiplication *w = shared;
+    size_t groups = 0, columns = 0;
+    for (size_t i = 0; i < w->count; i++) {
+        const matrix *m = w->all[i].of->m;
+        if (m->groups > groups) groups = m->groups;
+        if (m->columns > columns) columns = m->columns;
+    }
+    float *scale = calloc(2 * (groups + LANES), sizeof(float));
+    uint8_t *codes = calloc(columns + W, 1);
+    if (!scale || !codes) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+    while (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) {
+        size_t n = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED), i = w->count;
+        if (n >= w->tiles) break;
+        while (w->all[--i].tiles_before > n) {}
+        tile(w->all + i, (n - w->all[i].tiles_before) * TILE, scale, scale + groups + LANES, codes);
+    }
+    free(scale);
+    free(codes);
+}
