@@ -41,11 +41,13 @@ def ways(bits: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     packed = Affine(bits, group=64).quantize(weight)
     assert torch.equal(packed.dequantize(), in_torch(packed.dequantize)())
     found = {"rows, C": packed.dequantize, "rows, torch": in_torch(packed.dequantize)}
-    for rows in ROWS if bits == 4 else ():
+    for rows in ROWS:
         x = torch.randn(rows, SIZE).to(dtype)
-        product = partial(packed.matmul, x)
-        found |= {f"product of {rows}, C": product, f"product of {rows}, torch": in_torch(product),
+        found |= {f"product of {rows}, kernel c": partial(packed.prepared("c").matmul, x),
+                  f"product of {rows}, rows": partial(packed.matmul, x),
                   f"product of {rows}, dense": partial(torch.nn.functional.linear, x, weight)}
+        if bits == 4:
+            found[f"product of {rows}, kernel torch"] = partial(packed.prepared("torch").matmul, x)
     return found
 
 
@@ -65,9 +67,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if kernel.kernel() is None:
+    if (it := kernel.kernel()) is None:
         raise SystemExit(f"skipped: {kernel.status()}")
-    result: dict[str, object] = {"size": SIZE, "threads": 1, "vector_units": vector_units(), "ms": {}}
+    result: dict[str, object] = {"size": SIZE, "threads": 1, "vector_units": vector_units(),
+                                 "kernel_units": it.units, "ms": {}}
     for dtype in DTYPES:
         for bits in (2, 3, 4, 8):
             name = f"{str(dtype).removeprefix('torch.')}, {bits} bits"

@@ -35,13 +35,13 @@ def store_of(folder, family="mixtral", bits=32, dtype=torch.float32, **options):
     return convert(source, folder / "store", bits=bits, group=8), source
 
 
-def opened(store, experts=None, policy="expected", direct=True, **options):
-    """Open a store with room for that many of its largest experts; None: for all."""
+def opened(store, experts=None, policy="expected", direct=True, kernel="reference", **options):
+    """Open a store with room for that many of its largest experts; None: for all. Exact, if not said."""
     budget = plan_memory(store, **{"batch": 3, "context": 64} | options)
     if experts is not None:
         largest = max(size_of(m) for _, _, m in read_index(store).blobs())
         budget = dataclasses.replace(budget, experts=budget.staging + experts * largest)
-    return Engine(store, budget, policy, direct=direct)
+    return Engine(store, budget, policy, kernel=kernel, direct=direct)
 
 
 def decoder(family, rows):
@@ -551,7 +551,7 @@ def test_an_exception_within_a_forward_leaves_the_engine_usable(tmp_path, monkey
     want = reference(source).generate(ids(), 8)
     from poise_edgemoe.experts import StoredExperts
 
-    real, calls = StoredExperts._expert, [0]
+    real, calls = StoredExperts._experts, [0]
 
     def interrupted(self, *given):
         calls[0] += 1
@@ -560,7 +560,7 @@ def test_an_exception_within_a_forward_leaves_the_engine_usable(tmp_path, monkey
         return real(self, *given)
 
     with opened(store, 2) as engine:
-        monkeypatch.setattr(StoredExperts, "_expert", interrupted)
+        monkeypatch.setattr(StoredExperts, "_experts", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(ids(), 8)
         assert torch.equal(engine.generate(ids(), 8), want)

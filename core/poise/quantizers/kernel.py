@@ -67,7 +67,8 @@ class Kernel:
 
     def multiplies(self, packed: Any) -> bool:
         """Whether there are products of a matrix with these groups."""
-        return bool(self._multiplies(Told(packed).address))
+        told = Told(packed)  # held for as long as C looks at it
+        return bool(self._multiplies(told.address))
 
     def products(self, pairs: Sequence[tuple[Told, Tensor]]) -> list[Tensor]:
         """Return x W^T for each matrix and x (rows, in) of a type in `KINDS`, contiguous."""

@@ -155,6 +155,10 @@ class PackedMatrix:
         """Return a matrix of the same values, its tensors shared, on a kernel; see `prepared`."""
         return prepared(self, kernel)
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether a kernel multiplies it with x, of which it may have too many rows."""
+        return False
+
     def slices(self) -> Iterator[slice]:
         """Yield slices of output rows, each at most half of the matrix."""
         out, columns = self.shape
@@ -192,22 +196,21 @@ def prepared(packed: PackedMatrix, name: str = "auto") -> PackedMatrix:
     if name not in KERNELS:
         raise ConfigError(f"kernel={name!r} is not allowed: it must be one of {', '.join(KERNELS)}")
     plain = PackedMatrix(**_fields(packed)) if isinstance(packed, _OnKernel) else packed
-    if name == "auto":
-        small = packed.shape[0] * packed.shape[1] < SMALL
-        return plain if small or slow(plain) else InPlace(**_fields(plain))
-    if name == "reference":
+    small = name == "auto" and packed.shape[0] * packed.shape[1] < SMALL
+    if name == "reference" or small:
         return plain
-    kind = InPlace if name == "c" else TorchPack
-    if why := kind.refuses(plain):
+    if (why := refusal(plain, name)) and name != "auto":
         raise ConfigError(f"kernel={name} does not take this matrix: {why}")
-    return kind(**_fields(plain))
+    kind = TorchPack if name == "torch" else InPlace
+    return plain if why else kind(**_fields(plain))
 
 
-def slow(packed: PackedMatrix) -> str:
-    """Return why no fast kernel reads a matrix where it lies, or nothing."""
-    if why := InPlace.refuses(packed):
+def refusal(packed: PackedMatrix, name: str) -> str:
+    """Return why a kernel does not take a matrix, or nothing; "auto" is `c`, if it is fast here."""
+    if why := (TorchPack if name == "torch" else InPlace).refuses(packed):
         return why
-    return "" if _library().units != "portable" else "the kernel knows no vectors of this processor"
+    slow = name == "auto" and _library().units == "portable"
+    return "the kernel knows no vectors of this processor" if slow else ""
 
 
 def multiply(pairs: Sequence[tuple[PackedMatrix, Tensor]]) -> list[Tensor]:
@@ -218,9 +221,14 @@ def multiply(pairs: Sequence[tuple[PackedMatrix, Tensor]]) -> list[Tensor]:
     pairs : list of (matrix, x)
         x of shape (rows, in).
     """
-    at_once = [(w.told, x) for w, x in pairs if isinstance(w, InPlace) and w.fits(x)]
-    made = iter(_library().products(at_once) if at_once else ())
-    return [next(made) if isinstance(w, InPlace) and w.fits(x) else w.matmul(x) for w, x in pairs]
+    looked, at_once = (None, False), []
+    for w, x in pairs:
+        if looked[0] is not x:  # many matrices, one x
+            looked = x, isinstance(w, InPlace) and w.fits(x)
+        at_once.append(looked[1] and isinstance(w, InPlace))
+    told = [(w.told, x) for (w, x), c in zip(pairs, at_once) if c]  # type: ignore[attr-defined]
+    made = iter(_library().products(told) if told else ())
+    return [next(made) if c else w.matmul(x) for (w, x), c in zip(pairs, at_once)]
 
 
 def _library() -> Kernel:
@@ -300,12 +308,15 @@ class TorchPack(_OnKernel):
         """Bytes of both."""
         return self.nbytes + sum(t.numel() * t.element_size() for t in (self._made.pack, self._made.scales))
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether x is in this machine's memory, of few enough rows."""
+        return x.numel() // self.shape[1] <= MOST_ROWS[torch.bfloat16] and is_memory(x)
+
     def matmul(self, x: Tensor) -> Tensor:
         """Return x @ W.T, shape (..., out), of x rounded to bfloat16."""
-        rows = x.reshape(-1, self.shape[1])
-        if len(rows) > MOST_ROWS[torch.bfloat16] or not is_memory(x):
+        if not self.fits(x):
             return super().matmul(x)
-        made = self._made
+        made, rows = self._made, x.reshape(-1, self.shape[1])
         y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), made.pack, self.group, made.scales)
         return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
 

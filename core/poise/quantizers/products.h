@@ -21,7 +21,7 @@ enum { W = 32 };
 enum { W = 32 };
 #define UNITS "portable"
 #endif
-enum { LANES = W / 4, AT_ONCE = 4 /* rows of x */, LARGEST = 127 * 256 + 127 };
+enum { LANES = W / 4, AT_ONCE = 4 /* rows of x */, LARGEST = 127 * 256 + 127, AHEAD = 2048 /* bytes */ };
 
 typedef int32_t ints __attribute__((vector_size(W)));
 typedef float floats __attribute__((vector_size(W)));
@@ -161,6 +161,7 @@ static inline __attribute__((always_inline)) void times(
     for (int t = 0; t < count; t++) sum[t] = (floats){0};
     for (size_t b = 0, left = f->over; b < f->blocks; b++) {
         ints v = {0}, code[4];
+        __builtin_prefetch(codes + b * W + AHEAD); /* beyond a page the processor does not look by itself */
         if (b < whole) v = load_ints(codes + b * W);
         else memcpy(&v, codes + b * W, f->width % W);
         for (int k = 0; k < n; k++) code[k] = bits == 8 ? v : (v >> k * bits) & 0x01010101 * ((1 << bits) - 1);

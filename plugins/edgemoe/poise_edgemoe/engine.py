@@ -18,17 +18,20 @@ from poise.errors import ConfigError, DataError, RunError
 from poise.models.decoding import Source, Step, check_decoder, check_prompt, generate, sampling, stream
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
+from poise.quantizers import PackedLinear
+from poise.quantizers.matrix import KERNELS
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.experts import put_experts
+from poise_edgemoe.fused import fuse
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import give_back, load_hot, prepare
 from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
 
-KERNELS = ("reference",)
+SLOW = "experts are made in full before they are multiplied, which is several times slower"
 UNBOUNDED = ("products in half precision were made before an engine was opened, and oneDNN keeps kernels "
              "without bounds since: prompts may take more memory than the limit (open the engine first)")
 
@@ -47,7 +50,8 @@ class Engine:
     """
 
     def __init__(
-        self, folder: Path, budget: Budget, policy: str | Policy, *, direct: bool = True
+        self, folder: Path, budget: Budget, policy: str | Policy, *, kernel: str = "auto",
+        direct: bool = True,
     ) -> None:
         self.index = prepare(folder)
         self.folder, self.budget = folder, budget
@@ -59,8 +63,11 @@ class Engine:
         rule = policy_for(self.index, policy)
         self.reader = Reader(folder, direct=direct)
         try:
-            self.cache = ExpertCache(self.index, self.reader, budget.experts, rule)
+            self.cache = ExpertCache(self.index, self.reader, budget.experts, rule, kernel)
             self.experts = put_experts(self.model, self.cache)
+            _choose_kernel(self.model, kernel)
+            if self.cache.forms.fast:  # what is stored as it is, is computed as transformers does it
+                fuse(self.model)
         except BaseException:
             self.reader.close()
             raise
@@ -79,7 +86,7 @@ class Engine:
     def open(
         cls, path: Path | str, memory: str | int | None = None, total: str | int | None = None,
         context: int | None = None, batch: int = 1, policy: str | Policy = DEFAULT_POLICY,
-        kernel: str = "reference", direct: bool = True,
+        kernel: str = "auto", direct: bool = True,
     ) -> Engine:
         """Open a store.
 
@@ -99,8 +106,10 @@ class Engine:
         policy : str or Policy
             Which experts leave: a name of `poise_edgemoe.cache.POLICIES`, or one that was made, for options
             (`policy_for(read_index(path), "static", frequencies=...)`).
-        kernel : "reference"
-            What makes products.
+        kernel : "auto", "reference", "c" or "torch"
+            What multiplies packed matrices: "reference" makes them in full first, and is exact; "auto"
+            reads them as they are, where that can be done (`poise.quantizers.matrix`), and warns otherwise.
+            Where experts are multiplied so, norms and attention of a token are ours too (`fused`).
         direct : bool
             Whether to read past the page cache where the file system allows it.
 
@@ -122,7 +131,9 @@ class Engine:
         if policy != DEFAULT_POLICY and share_kept(index, budget) == 1:
             raise ConfigError(f"policy={rule.name} has no effect, as all experts stay in memory: leave it "
                               "out, or give a lower limit")
-        engine = cls(Path(path), budget, rule, direct=direct)
+        engine = cls(Path(path), budget, rule, kernel=kernel, direct=direct)
+        if engine.cache.forms.slow:
+            warnings.warn(f"{SLOW}: {engine.cache.forms.slow}", stacklevel=2)
         if not (memory is total is None or bound_kernels(getattr(torch, index.dtype))):
             warnings.warn(UNBOUNDED, stacklevel=2)
         return engine
@@ -300,6 +311,13 @@ class Engine:
 def _close(reader: Reader, pid: int) -> None:
     if pid == os.getpid():
         reader.close()
+
+
+def _choose_kernel(model: Any, kernel: str) -> None:
+    """Let packed hot weights be multiplied as they are, unless all is to be exact."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.packed.kernel = "reference" if kernel == "reference" else "auto"
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.quantizers.matrix import PackedMatrix
-from poise_edgemoe.cache.slots import ExpertCache, Get
+from poise.quantizers.matrix import PackedMatrix, multiply
+from poise_edgemoe.cache.slots import ExpertCache, Held
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix
 
-FEW = 4  # tokens that leave too little behind to be worth a call
+FEW = 4  # tokens of which experts are computed together, and that leave little behind
+Routed = tuple[int, Tensor, Tensor]  # expert, its tokens, which of a token's experts it is
 
 
 class StoredExperts(nn.Module):
@@ -49,17 +50,51 @@ class StoredExperts(nn.Module):
             Experts of each token, (tokens, k); of Switch Transformers one-hot, (tokens, 1, experts).
         weights : Tensor, (tokens, k)
         """
+        if len(hidden_states) == 1 and self.cache.forms.fast and not self.switch:
+            return self._of_one_token(hidden_states, index, weights)
         out = torch.zeros_like(hidden_states)
         routed = self._routed(index)
-        with self.cache.layer(self.number, self._by_last_use(routed)) as get:
-            for e, token, slot in routed:
-                y = self._expert(hidden_states[token], e, get) * weights[token, slot, None]
-                out.index_add_(0, token, y.to(out.dtype))
+        with self.cache.layer(self.number, self._by_last_use(routed)) as held:
+            if self.cache.forms.fast and len(out) <= FEW:
+                self._add_together(routed, hidden_states, weights, held, out)
+            else:
+                for e, token, slot in routed:
+                    (y,) = self._experts([e], [hidden_states[token]], held)
+                    out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
         if len(out) > FEW:
             give_back()
         return out
 
-    def _routed(self, index: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    def _of_one_token(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the same, (1, hidden), with as few small steps as can be."""
+        chosen = sorted(zip(index[0].tolist(), weights[0].tolist(), strict=True))
+        experts = [e for e, _ in chosen]
+        with self.cache.layer(self.number, experts) as held:
+            every = torch.cat(self._in_groups(experts, [hidden] * len(experts), held))
+        share = torch.tensor([[w for _, w in chosen]])
+        return (share @ every.float()).to(hidden.dtype)
+
+    def _add_together(
+        self, routed: list[Routed], hidden: Tensor, weights: Tensor, held: Held, out: Tensor
+    ) -> None:
+        """Add the outputs of experts for few tokens, whichever is there first, in one order."""
+        experts, xs = [e for e, _, _ in routed], [hidden[token] for _, token, _ in routed]
+        every = torch.cat(self._in_groups(experts, xs, held))
+        token, slot = torch.cat([t for _, t, _ in routed]), torch.cat([s for _, _, s in routed])
+        weighted = every.float() * weights[token, slot, None]
+        out += torch.zeros(out.shape).index_add_(0, token, weighted).to(out.dtype)
+
+    def _in_groups(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
+        """Return the outputs of experts: of those that are there at once, then of each of the others."""
+        ready = [n for n, e in enumerate(experts) if held.ready(e)]
+        found: dict[int, Tensor] = {}
+        for group in (ready, *([n] for n in range(len(experts)) if n not in ready)):
+            if group:
+                made = self._experts([experts[n] for n in group], [xs[n] for n in group], held)
+                found |= zip(group, made)
+        return [found[n] for n in range(len(experts))]
+
+    def _routed(self, index: Tensor) -> list[Routed]:
         """Return (expert, its tokens, which of a token's experts it is), in ascending order of experts."""
         if self.switch:
             chosen = index.permute(2, 1, 0)
@@ -73,7 +108,7 @@ class StoredExperts(nn.Module):
             found.append((e, token, slot))
         return found
 
-    def _by_last_use(self, routed: list[tuple[int, Tensor, Tensor]]) -> list[int]:
+    def _by_last_use(self, routed: list[Routed]) -> list[int]:
         """Return experts, those that only early tokens of a prompt use before those of the last ones."""
         length = self.cache.length
         if length == 1:
@@ -81,17 +116,29 @@ class StoredExperts(nn.Module):
         last = {e: int((token % length).max()) for e, token, _ in routed}
         return sorted(last, key=lambda e: (last[e], e))
 
-    def _expert(self, x: Tensor, e: int, get: Get) -> Tensor:
+    def _experts(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
+        """Return the output of each expert for rows of its own, (rows, hidden)."""
         (like,) = self._like
         if self.switch:
-            own: Any = like[f"expert_{e}"]  # type: ignore[index]
-            h = own.act(self._product(x, *get(e, "wi")))
-            return self._product(h, *get(e, "wo"))
-        h = like._apply_gate(self._product(x, *get(e, "gate_up")))  # type: ignore[operator]
-        return self._product(h, *get(e, "down"))
+            first, second = "wi", "wo"
+            act: Any = like[f"expert_{experts[0]}"].act  # type: ignore[index]
+        else:
+            first, second, act = "gate_up", "down", like._apply_gate
+        rows = [len(x) for x in xs]
+        inner = self._products([(x, *held(e, first)) for e, x in zip(experts, xs)])
+        hidden = act(inner[0] if len(inner) == 1 else torch.cat(inner)).split(rows)
+        return self._products([(x, *held(e, second)) for e, x in zip(experts, hidden)])
+
+    def _products(self, of: list[tuple[Tensor, Any, Tensor | None]]) -> list[Tensor]:
+        """Return x W^T + bias for each (x, W, bias)."""
+        if not self.cache.forms.fast:
+            return [self._product(*one) for one in of]
+        quick = [isinstance(w, PackedMatrix) and w.fits(x) for x, w, _ in of]
+        made = iter(multiply([(w, x) for (x, w, _), q in zip(of, quick) if q]))
+        return [_plus(next(made), one[2]) if q else self._product(*one) for one, q in zip(of, quick)]
 
     def _product(self, x: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
-        """Return x W^T + bias, in the expression that transformers uses: another one rounds otherwise."""
+        """Return x W^T + bias in the expression that transformers uses: another one rounds otherwise."""
         matrix = self._dense(stored)
         if not self.transposed:
             return F.linear(x, matrix, bias)
@@ -107,6 +154,10 @@ class StoredExperts(nn.Module):
         if not isinstance(stored, PackedMatrix):
             return stored.dequantize()
         return stored.dequantize_into(self.cache.scratch("dense", stored))
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
 
 
 def put_experts(model: nn.Module, cache: ExpertCache) -> list[StoredExperts]:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from poise.quantizers.kernel import is_memory
+
 
 class KeptLayer(DynamicLayer):
     """Keys and values of one layer, (batch, heads, time, width), views of a place for `context` tokens."""
@@ -38,6 +40,17 @@ class KeptLayer(DynamicLayer):
         self.keys, self.values = (p[:, :, :end] for p in self._places)
         return self.keys, self.values
 
+    def has_room(self, rows: int) -> bool:
+        """Return whether a token of so many rows may be put behind what is there."""
+        return (self.is_initialized and len(self._places[0]) == rows and is_memory(self._places[0])
+                and self.get_seq_length() < self.context)
+
+    def grow(self) -> tuple[Tensor, Tensor, int]:
+        """Count a token more, and return the places of all, and where in them it is to be written."""
+        at = self.get_seq_length()
+        self.keys, self.values = (p[:, :, : at + 1] for p in self._places)
+        keys, values = self._places
+        return keys, values, at
 
     def reset(self) -> None:
         """Give the memory back."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, FileError
+from poise.quantizers.matrix import PackedMatrix, refusal
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.store.index import Index, Matrix, padded, payload, places
 from poise_edgemoe.store.reader import Reader, Request, mapped
-from poise_edgemoe.store.schemes import read_quantizer
+from poise_edgemoe.store.schemes import Raw, read_quantizer
 
-Get = Callable[[int, str], tuple[Any, Tensor | None]]
 STAGES = 2  # blobs that are read though there is no room to keep them
 
 
@@ -45,12 +45,31 @@ class Resident:
 
 
 class Forms:
-    """Makes matrices of bytes, as the index says."""
+    """Makes matrices of bytes, as the index says.
 
-    def __init__(self, index: Index) -> None:
+    Parameters
+    ----------
+    index : Index
+    kernel : str
+        Of matrices that are packed; "auto" is the fastest one that takes them.
+
+    Attributes
+    ----------
+    fast : bool
+        Whether they are multiplied without being made in full.
+    slow : str
+        Why not, though they could be.
+    """
+
+    def __init__(self, index: Index, kernel: str = "reference") -> None:
         self.dtype = getattr(torch, index.dtype)
         self.index = index
         self._quantizers = [read_quantizer(q, "the index") for q in index.quantizers]
+        self._kernels: dict[tuple[int, int], str] = {}  # by form and columns
+        self.slow = ""
+        if kernel != "reference":
+            self._choose(kernel)
+        self.fast = bool(self._kernels)
         self._known: dict[tuple[int, str, int], tuple[Any, dict[str, Any], tuple[int, int]]] = {}
         for n, e, parts in index.blobs():
             for part, m in parts.items():
@@ -65,7 +84,24 @@ class Forms:
         tensors = {name: torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize, offset=at)
                    .view(dims) for name, (at, size, dims, dtype) in found.items()}
         bias = tensors.pop("bias", None)
-        return quantizer.from_tensors(tensors, shape, self.dtype), bias
+        matrix = quantizer.from_tensors(tensors, shape, self.dtype)
+        kernel = self._kernels.get((form, shape[1]))
+        return matrix if kernel is None else matrix.prepared(kernel), bias
+
+    def _choose(self, kernel: str) -> None:
+        """See which forms a kernel takes; raise for those that one asked for by name does not."""
+        found = {(m.form, self.index.layers[n].shapes[part][1], part)
+                 for n, _, parts in self.index.blobs() for part, m in parts.items()}
+        for form, columns, part in sorted(found):
+            quantizer = self._quantizers[form]
+            why = _refusal(quantizer, columns, self.dtype, kernel)
+            if why and kernel != "auto":
+                raise ConfigError(f"kernel={kernel} cannot be used with this store: {part}: {why}; "
+                                  f"kernel=auto takes what there is")
+            if not why:
+                self._kernels[form, columns] = "c" if kernel == "auto" else kernel
+            elif not isinstance(quantizer, Raw):
+                self.slow = self.slow or why
 
     def _layout(self, n: int, part: str, form: int) -> tuple[Any, dict[str, Any], tuple[int, int]]:
         if (n, part, form) not in self._known:
@@ -90,12 +126,16 @@ class ExpertCache:
         Bytes of experts, those being streamed (`STAGES` of the largest) included.
     policy : Policy
         Says who leaves.
+    kernel : str
+        Of packed matrices.
     """
 
-    def __init__(self, index: Index, reader: Reader, budget: int, policy: Policy) -> None:
+    def __init__(
+        self, index: Index, reader: Reader, budget: int, policy: Policy, kernel: str = "reference"
+    ) -> None:
         self.index, self.reader, self.policy = index, reader, policy
         policy.served = True
-        self.forms = Forms(index)
+        self.forms = Forms(index, kernel)
         largest = max(size_of(m) for _, _, m in index.blobs())
         self._stages = [mapped(largest) for _ in range(STAGES)]
         self.budget, self.mapped = budget - STAGES * largest, 0
@@ -115,7 +155,7 @@ class ExpertCache:
         self.recorded: list[Key] | None = None  # uses, in their order, while somebody asks for them
 
     @contextmanager
-    def layer(self, n: int, experts: Sequence[int]) -> Iterator[Get]:
+    def layer(self, n: int, experts: Sequence[int]) -> Iterator[Held]:
         """Hold the experts of a layer for as long as it is computed.
 
         Parameters
@@ -125,20 +165,15 @@ class ExpertCache:
 
         Yields
         ------
-        callable
-            From expert and part to (stored matrix, bias), waiting for it to be read. Experts that there
-            is no room for are to be asked for in ascending order; each is gone when the next but one is.
+        Held
+            Experts that there is no room for are to be asked for in ascending order; each is gone when the
+            next but one is.
         """
         pinned = {(n, e) for e in experts}
         streamed = sorted(k for k in self._in_order([(n, e) for e in experts]) if not self._keep(k, pinned))
         stage = Stage(self, streamed, self._stages)
-
-        def get(e: int, part: str) -> tuple[Any, Tensor | None]:
-            held = self.resident.get((n, e)) or stage.reach((n, e))
-            return self._matrix(held, part)
-
         try:
-            yield get
+            yield Held(self, n, stage)
         except BaseException:
             self._forget_failed()
             raise
@@ -278,6 +313,37 @@ class ExpertCache:
                 request.wait_quietly()
             if any(r.error for r in held.requests.values()):
                 self._evict(key)
+
+
+def _refusal(quantizer: Any, columns: int, dtype: torch.dtype, kernel: str) -> str:
+    """Return why a kernel does not take matrices of a quantizer, or nothing."""
+    if isinstance(quantizer, Raw):
+        return "its weights are not packed"
+    tensors = {name: torch.zeros(shape, dtype=kind)
+               for name, (shape, kind) in quantizer.layout((16, columns), dtype).items()}
+    like = quantizer.from_tensors(tensors, (16, columns), dtype)
+    if not isinstance(like, PackedMatrix):
+        return f"no kernel multiplies a {type(like).__name__}"
+    return refusal(like, kernel)
+
+
+class Held:
+    """The experts of a layer, as long as it is computed.
+
+    Called with expert and part it returns (stored matrix, bias), waiting for it to be read.
+    """
+
+    def __init__(self, cache: ExpertCache, n: int, stage: Stage) -> None:
+        self.cache, self.n, self.stage = cache, n, stage
+
+    def __call__(self, e: int, part: str) -> tuple[Any, Tensor | None]:
+        held = self.cache.resident.get((self.n, e)) or self.stage.reach((self.n, e))
+        return self.cache._matrix(held, part)
+
+    def ready(self, e: int) -> bool:
+        """Return whether all of an expert is there, so that nobody waits for it."""
+        held = self.cache.resident.get((self.n, e))
+        return held is not None and all(r.done.is_set() for r in held.requests.values())
 
 
 class Stage:
