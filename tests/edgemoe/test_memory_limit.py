@@ -14,6 +14,7 @@ from poise.errors import ConfigError
 from poise.testing.families import tiny
 from poise_edgemoe.budget import plan_memory
 from poise_edgemoe.store.writer import convert
+from poise_edgemoe.synthetic import write_olmoe
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,6 +93,20 @@ def test_the_limit_is_kept(memory, context, batch, store):
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["total"] <= int(memory[:-2]) * 10**6 < whole
     assert said["grown"] <= said["total"] and 0 < said["hits"] < 1, said
+
+
+@pytest.mark.slow
+def test_the_smallest_limit_is_kept_beside_a_packed_head(tmp_path):
+    """Its product is made in slices, for one row of a prompt or token: those must not pile up."""
+    sizes = {"layers": 1, "hidden": 2048, "inner": 64, "experts": 8, "top": 2, "vocab": 50304}
+    store = convert(write_olmoe(tmp_path / "model", **sizes), tmp_path / "store", hot=8)
+    with pytest.raises(ConfigError, match="smallest workable value") as told:
+        plan_memory(store, memory="1kB", context=64)
+    memory = re.search(r"value is (\d+MB)", str(told.value))[1]
+    done = subprocess.run([sys.executable, "-c", WORKER, str(store), memory, "64", "1"],
+                          capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["grown"] <= int(memory[:-2]) * 10**6, said
 
 
 WIDE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 32,

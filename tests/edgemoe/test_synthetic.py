@@ -27,13 +27,32 @@ def test_transformers_reads_it_and_the_engine_serves_it(tmp_path):
     model = transformers.OlmoeForCausalLM.from_pretrained(write_olmoe(tmp_path / "model", **SIZES)).eval()
     model.set_experts_implementation("eager")
     assert model.dtype == torch.bfloat16 and all(p.isfinite().all() for p in model.parameters())
-    drawn = torch.cat([p.detach().flatten().float() for p in model.parameters() if p.dim() > 1])
+    embedded = model.model.embed_tokens.weight
+    drawn = torch.cat([p.detach().flatten().float() for p in model.parameters()
+                       if p.dim() > 1 and p is not embedded])
     assert abs(float(drawn.std()) / synthetic.SPREAD - 1) < 0.02 and abs(float(drawn.mean())) < 1e-3
+    assert abs(float(embedded.float().std()) / synthetic.EMBEDDED - 1) < 0.02
     experts = model.model.layers[1].mlp.experts.gate_up_proj
     assert experts.shape == (6, 48, 32) and not torch.equal(experts[0], experts[1])
     store = convert(tmp_path / "model", tmp_path / "store", bits=16)
     with Engine.open(store) as engine, torch.no_grad():
         assert torch.equal(engine.logits(ids()), model(ids()).logits)
+
+
+@torch.no_grad()
+def test_tokens_are_routed_at_random_in_every_layer(tmp_path):
+    """All experts are used about alike, and a token shares with the one before what chance gives."""
+    sizes = {**SIZES, "layers": 4, "hidden": 512, "inner": 64, "experts": 16, "top": 4, "vocab": 2048,
+             "context": 512}
+    model = transformers.OlmoeForCausalLM.from_pretrained(write_olmoe(tmp_path / "model", **sizes)).eval()
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, given, made: chosen.append(made[2]))
+    model(torch.randint(3, 2048, (1, 400), generator=torch.Generator().manual_seed(0)))
+    for index in chosen:
+        uses = torch.bincount(index.flatten(), minlength=16) / index.numel()
+        again = (index[1:, :, None] == index[:-1, None, :]).any(-1).float().mean()
+        assert uses.max() < 3 / 16 and uses.min() > 1 / 64 and abs(float(again) - 4 / 16) < 0.1
 
 
 def test_bytes_are_those_of_the_seed_however_they_are_cut(tmp_path, monkeypatch):

@@ -167,8 +167,10 @@ class PackedMatrix:
 
     def matmul(self, x: Tensor) -> Tensor:
         """Return x @ W.T, shape (..., out), a slice of W at a time."""
-        parts = [x @ self.dequantize(rows).to(x.dtype).T for rows in self.slices()]
-        return torch.cat(parts, dim=-1)
+        made = x.new_empty(*x.shape[:-1], self.shape[0])
+        for rows in self.slices():  # small pieces kept between slices would have each take another place
+            made[..., rows] = x @ self.dequantize(rows).to(x.dtype).T
+        return made
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         """Return dy @ W, shape (..., in), a slice of W at a time."""

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,11 @@ class Engine:
     ----------
     progress : callable or None
         Set it to be told how far a prompt is: called with parts that are done, and all.
+    cache_type : type
+        What holds experts: a baseline has another.
     """
+
+    cache_type: ClassVar[type[ExpertCache]] = ExpertCache
 
     def __init__(
         self, folder: Path, budget: Budget, policy: str | Policy, *, kernel: str = "auto",
@@ -63,7 +67,7 @@ class Engine:
         rule = policy_for(self.index, policy)
         self.reader = Reader(folder, direct=direct)
         try:
-            self.cache = ExpertCache(self.index, self.reader, budget.experts, rule, kernel)
+            self.cache = self.cache_type(self.index, self.reader, budget.experts, rule, kernel)
             self.experts = put_experts(self.model, self.cache)
             _choose_kernel(self.model, kernel)
             if self.cache.forms.fast:  # what is stored as it is, is computed as transformers does it

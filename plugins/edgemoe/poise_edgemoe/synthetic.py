@@ -1,7 +1,8 @@
 """An OLMoE-shaped model with random weights in files, larger than memory if need be, to measure on.
 
 Speed, memory and reads do not depend on what weights say, only on their shapes and on who is routed where.
-The latter is random too (by hidden states that are), or replayed (`poise_edgemoe.replay`).
+The latter is random too, by hidden states that are: all experts alike, whatever the token before used. Or
+it is replayed (`poise_edgemoe.replay`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from poise.files import make_folder, sync_folder, write_json, write_shards
 from poise.runs.context import seed_for
 
 SPREAD = 0.02  # standard deviation of weights, as models are initialised
+# of embeddings: what a token is must outweigh what attention mixes, the same for all tokens, or deep layers
+# send every token to the same few experts, which no trained router does (EdgeMoE section II-B)
+EMBEDDED = 1.0
 SHARD = 1 << 29  # bytes of a file; two of them are in memory
 
 
@@ -111,7 +115,8 @@ def _tensors(config: Any, seed: int) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.ones(shape, dtype=torch.bfloat16)
         else:
             draw = torch.Generator().manual_seed(seed_for(seed, name))
-            yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, SPREAD, generator=draw)
+            spread = EMBEDDED if name == "model.embed_tokens.weight" else SPREAD
+            yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, spread, generator=draw)
 
 
 def _shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
