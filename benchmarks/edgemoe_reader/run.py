@@ -70,7 +70,7 @@ class Ways:
     def read(self, reader: Reader, into: mmap.mmap, check: bool = False) -> None:
         for at in self.offsets():
             crc = zlib.crc32(self.piece[at % PIECE:][: self.size]) if check else 0
-            request = Request(Matrix(at, self.size, 0, crc), memoryview(into), "a blob", check)
+            request = Request({"": Matrix(at, self.size, 0, crc)}, memoryview(into), "a blob", check)
             reader.demand([request])
             request.wait()
 

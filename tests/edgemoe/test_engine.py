@@ -35,13 +35,14 @@ def store_of(folder, family="mixtral", bits=32, dtype=torch.float32, **options):
     return convert(source, folder / "store", bits=bits, group=8), source
 
 
-def opened(store, experts=None, policy="expected", direct=True, kernel="reference", **options):
+def opened(store, experts=None, policy="expected", kernel="reference", **options):
     """Open a store with room for that many of its largest experts; None: for all. Exact, if not said."""
+    own = {k: options.pop(k) for k in ("direct", "prefetch", "trace") if k in options}
     budget = plan_memory(store, **{"batch": 3, "context": 64} | options)
     if experts is not None:
         largest = max(size_of(m) for _, _, m in read_index(store).blobs())
         budget = dataclasses.replace(budget, experts=budget.staging + experts * largest)
-    return Engine(store, budget, policy, kernel=kernel, direct=direct)
+    return Engine(store, budget, policy, kernel=kernel, **own)
 
 
 def decoder(family, rows):
@@ -197,8 +198,8 @@ def test_engine_and_simulator_count_the_same_hits(policy, experts, tmp_path):
         engine.generate(ids(), 24)
         engine.generate(ids(3, 11, 1), 12)
         # two prompts: the layer number falls between them, as between tokens
-        assert simulate(trace, experts, policy, pins=True).hits == engine.cache.hits
-        assert engine.cache.hits + engine.cache.misses == len(trace)
+        assert simulate(trace, experts, policy, pins=True).hits == engine.stats()["hits"]
+        assert engine.stats()["hits"] + engine.stats()["misses"] == len(trace)
 
 
 def test_a_policy_that_shares_by_layer_needs_room_in_each(tmp_path):

@@ -63,9 +63,9 @@ def test_what_is_simulated_is_what_the_engine_counts(policy, experts, store):
     with Engine.open(store, memory=memory, context=64, policy=rule) as engine:
         made = engine.stream(torch.tensor([ByteTokenizer().encode(text)]), 24, do_sample=True, seed=0)
         next(made)
-        before = engine.cache.hits
+        before = engine.stats()["hits"]
         list(made)
-        counted = engine.cache.hits - before
+        counted = engine.stats()["hits"] - before
     found = simulate(trace.prompt + trace.decode, experts, policy, warm=len(trace.prompt), pins=True)
     assert found.hits == counted and found.hits + found.misses == len(trace.decode) > 40
 

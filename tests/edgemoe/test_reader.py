@@ -38,7 +38,7 @@ def reader(blobs, request):
 
 
 def ask(matrix, what=""):
-    return Request(matrix, memoryview(mmap.mmap(-1, 4096)), what)
+    return Request({"down": matrix}, memoryview(mmap.mmap(-1, 4096)), what)
 
 
 def held_back(reader, monkeypatch):
@@ -70,8 +70,8 @@ def test_demand_goes_before_prefetch_and_waits_for_one_read_at_most(blobs, reade
     reader.prefetch(ahead)
     time.sleep(0.05)  # the first of them is being read
     reader.demand(now)
-    reader.promote(ahead[3])
-    reader.promote(ahead[3])
+    reader.promote([ahead[3]])
+    reader.promote([ahead[0], ahead[3]])  # running, and promoted already
     go.set()
     for r in (*ahead, *now):
         r.wait()
@@ -80,18 +80,43 @@ def test_demand_goes_before_prefetch_and_waits_for_one_read_at_most(blobs, reade
 
 def test_what_is_cancelled_before_it_began_is_not_read_and_says_so(blobs, reader, monkeypatch):
     go, order = held_back(reader, monkeypatch)
-    requests = [ask(m, f"page {n}") for n, m in enumerate(blobs[1][:4])]
-    reader.prefetch(requests)
+    requests = [ask(m, f"page {n}") for n, m in enumerate(blobs[1][:6])]
+    reader.prefetch(requests[:5])
     time.sleep(0.05)
-    reader.cancel(requests[:3])
+    reader.demand(requests[5:])
+    assert not reader.cancel(requests[:2])  # the first is being read: neither is dropped
+    assert reader.cancel(requests[2:4]) and not reader.cancel(requests[2:4])
+    assert not reader.cancel(requests[5:])  # somebody waits for it
     go.set()
-    requests[3].wait()
-    requests[0].wait()  # it was being read: it ends
-    reader.cancel(requests)  # all is done: nothing happens
-    for r in requests[1:3]:
+    for n in (0, 1, 4, 5):
+        requests[n].wait()
+    assert not reader.cancel(requests[:1])
+    for r in requests[2:4]:
         with pytest.raises(RunError, match=r"reading page \d was cancelled"):
             r.wait()
-    assert order == ["page 0", "page 3"] and not any(requests[1].buffer)
+    assert order == ["page 0", "page 5", "page 1", "page 4"] and not any(requests[2].buffer)
+
+
+def test_neighbours_are_read_in_one_and_told_apart(blobs, reader, monkeypatch):
+    calls, real = [], os.preadv
+
+    def preadv(handle, buffers, offset):
+        calls.append(offset)
+        return real(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    both = dict(zip(("gate_up", "down"), blobs[1][2:4], strict=True))
+    request = Request(both, memoryview(mmap.mmap(-1, 2 * 4096)), "expert 1")
+    reader.demand([request])
+    request.wait()
+    assert calls == [8192] and request.at(12287) == "gate_up of expert 1"
+    assert bytes(request.part("gate_up")) == bytes([2]) * 4000
+    assert bytes(request.part("down")) == bytes([3]) * 4000 and request.at(12288) == "down of expert 1"
+    both["down"] = Matrix(12288, 4000, 0, 1)
+    request = Request(both, memoryview(mmap.mmap(-1, 2 * 4096)), "expert 1")
+    reader.demand([request])
+    with pytest.raises(FileError, match="checksum of down of expert 1, at 12288, does not match"):
+        request.wait()
 
 
 def test_it_closes_while_it_reads_and_fails_what_is_left(blobs, monkeypatch):
@@ -111,7 +136,7 @@ def test_it_closes_while_it_reads_and_fails_what_is_left(blobs, monkeypatch):
 
 
 def test_other_bytes_are_named(blobs, reader):
-    wrong = ask(Matrix(4096, 4000, 0, 1), "down of expert 3 in layer 2")
+    wrong = ask(Matrix(4096, 4000, 0, 1), "expert 3 in layer 2")
     reader.demand([wrong])
     with pytest.raises(FileError, match="checksum of down of expert 3 in layer 2, at 4096, does not match"):
         wrong.wait()
@@ -211,7 +236,7 @@ def test_what_is_read_leaves_no_pages_in_the_cache(direct, tmp_path):
         pytest.skip("the file system keeps its files in memory")
     reader, most = Reader(tmp_path, direct=direct), 0
     for k in (*range(n), *range(n)):
-        request = Request(Matrix(k * each, each, 0, zlib.crc32(data[k * each:][:each])),
+        request = Request({"": Matrix(k * each, each, 0, zlib.crc32(data[k * each:][:each]))},
                           memoryview(mapped(each)), "")
         reader.demand([request])
         request.wait()

@@ -104,7 +104,7 @@ def _with_all(engine: Engine) -> Engine:
             for e, parts in enumerate(layer.experts):
                 for part in parts:
                     get(e, part)
-    cache.hits = cache.misses = 0
+    cache.counts.clear()
     return engine
 
 
@@ -129,7 +129,7 @@ class Stream(ExpertCache):
     @contextmanager
     def layer(self, n: int, experts: Sequence[int]) -> Iterator[Held]:
         """Let all experts of a layer pass by; those that are asked for in ascending order can be had."""
-        self.misses += len(experts)
+        self.counts.misses[n] += len(experts)
         if self.recorded is not None:
             self.recorded += [(n, e) for e in experts]
         last = len(self.index.layers[n].experts) - 1
@@ -144,8 +144,7 @@ class Stream(ExpertCache):
         """Do with that much less room: what is farthest ahead is read again."""
         self._room = STAGES + max(0, self.budget - nbytes) // self._largest
         while len(self._ahead) > self._room:
-            for request in self._ahead.pop().requests.values():
-                request.wait_quietly()
+            self._ahead.pop().settle()
             self._next = (self._next - 1) % len(self._order)
         del self._empty[max(0, self._room - len(self._ahead)):]
         try:
@@ -169,11 +168,11 @@ class Stream(ExpertCache):
     def _pass(self) -> None:
         """Wait until the next expert is read, whether it was asked for or not, and let it go."""
         held, started = self._ahead[0], time.perf_counter()
-        for part, request in held.requests.items():
-            request.wait_quietly()
+        held.settle()
+        for request in held.requests:
             if request.error is None:
-                self._checked.add((held.key, part))
-        self.stalled += time.perf_counter() - started
+                self._checked.update((held.key, part) for part in request.matrices)
+        self.counts.stall[held.key[0]] += time.perf_counter() - started
         held.matrices.clear()
         self._empty.append(self._ahead.popleft().place)
         self._read_on()

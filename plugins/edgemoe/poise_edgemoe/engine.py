@@ -20,13 +20,16 @@ from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
 from poise.quantizers import PackedLinear
 from poise.quantizers.matrix import KERNELS
+from poise_edgemoe.ahead import Ahead
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
+from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.fused import fuse
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import give_back, load_hot, prepare
+from poise_edgemoe.prefetch import Predictor, check_prefetch, entrances, source_of, trace_for
 from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
@@ -55,7 +58,7 @@ class Engine:
 
     def __init__(
         self, folder: Path, budget: Budget, policy: str | Policy, *, kernel: str = "auto",
-        direct: bool = True,
+        direct: bool = True, prefetch: str | Predictor = "none", trace: RoutingTrace | None = None,
     ) -> None:
         self.index = prepare(folder)
         self.folder, self.budget = folder, budget
@@ -72,9 +75,12 @@ class Engine:
             _choose_kernel(self.model, kernel)
             if self.cache.forms.fast:  # what is stored as it is, is computed as transformers does it
                 fuse(self.model)
+            found = entrances(self.model, self.index)
+            source = source_of(prefetch, trace, found, self.index.family)
         except BaseException:
             self.reader.close()
             raise
+        self.ahead = None if source is None else Ahead(self.cache, source, found)
         self.statistics = Statistics(self.cache)
         # thread and file of an engine that nobody closes end with it
         self._end = weakref.finalize(self, _close, self.reader, os.getpid())
@@ -90,7 +96,8 @@ class Engine:
     def open(
         cls, path: Path | str, memory: str | int | None = None, total: str | int | None = None,
         context: int | None = None, batch: int = 1, policy: str | Policy = DEFAULT_POLICY,
-        kernel: str = "auto", direct: bool = True,
+        kernel: str = "auto", direct: bool = True, prefetch: str | Predictor = "none",
+        trace: RoutingTrace | Path | str | None = None,
     ) -> Engine:
         """Open a store.
 
@@ -116,12 +123,20 @@ class Engine:
             Where experts are multiplied so, norms and attention of a token are ours too (`fused`).
         direct : bool
             Whether to read past the page cache where the file system allows it.
+        prefetch : "none", "lookahead", "oracle" or Predictor
+            Who says what the next layer will use, to be read ahead while a token is computed: nobody, that
+            layer's router, recorded routing, or an object of one's own (`prefetch.Predictor`).
+        trace : path or RoutingTrace, optional
+            What the oracle knows, of this store's layers and experts.
 
         Raises
         ------
         ConfigError
             For an option that is not allowed; a limit that is too small, with the smallest that is not; a
-            policy other than the default where all experts stay in memory.
+            policy other than the default where all experts stay in memory; the oracle without a trace, a
+            trace without the oracle.
+        DataError
+            For a trace of another model.
         FileError
             For a store that is torn, altered, or of a newer version.
         """
@@ -129,13 +144,15 @@ class Engine:
             raise ConfigError(f"{path!r} is no store: give the folder that convert has made")
         if kernel not in KERNELS:
             raise ConfigError(f"kernel={kernel!r} is not allowed: it must be one of {', '.join(KERNELS)}")
-        budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
+        check_prefetch(prefetch, trace)
         index = read_index(path)
+        known = None if trace is None else trace_for(index, trace)  # before what is held is counted
+        budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
         rule = policy_for(index, policy)
         if policy != DEFAULT_POLICY and share_kept(index, budget) == 1:
             raise ConfigError(f"policy={rule.name} has no effect, as all experts stay in memory: leave it "
                               "out, or give a lower limit")
-        engine = cls(Path(path), budget, rule, kernel=kernel, direct=direct)
+        engine = cls(Path(path), budget, rule, kernel=kernel, direct=direct, prefetch=prefetch, trace=known)
         if engine.cache.forms.slow:
             warnings.warn(f"{SLOW}: {engine.cache.forms.slow}", stacklevel=2)
         if not (memory is total is None or bound_kernels(getattr(torch, index.dtype))):
@@ -177,7 +194,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return what was measured since the engine was opened, as plain JSON values."""
         with self._turn():
-            return {**self.statistics.summary(), "memory": self.budget.terms()}
+            off = sorted(self.ahead.restraint.off) if self.ahead else []
+            return {**self.statistics.summary(off), "memory": self.budget.terms()}
 
     def opening(self) -> str:
         """Return in one line what the limit is spent on."""
@@ -205,7 +223,7 @@ class Engine:
             self._end()
             self.cache.close()
             self._forget()
-            self.model = self._kept = None
+            self.model = self._kept = self.ahead = None
             give_back()
 
     def __enter__(self) -> Engine:
@@ -281,6 +299,8 @@ class Engine:
                 return module(**inputs)
         finally:
             self.cache.next_token()
+            if self.ahead is not None:
+                self.ahead.token_done(self.statistics.steps[-1])
             give_back()
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:

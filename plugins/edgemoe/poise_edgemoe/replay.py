@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from poise.errors import ConfigError
 from poise_edgemoe.cache.policy import Key
-from poise_edgemoe.cache.traces import RoutingTrace
+from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.experts import StoredExperts
 
@@ -91,7 +91,8 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
     A call of the model with one token a row uses, for each row, the experts of the next recorded token;
     after the last, the first follows. A call with more, a prompt or a chunk of one, uses all experts of the
     recorded prompt, dealt out over its tokens in turn. All experts of a token weigh the same. Layers and
-    numbers of experts are mapped as `mapped` says.
+    numbers of experts are mapped as `mapped` says. An engine with `prefetch="oracle"` and the mapped trace
+    then knows what comes.
 
     Raises
     ------
@@ -103,6 +104,8 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
         raise ConfigError(f"{engine.index.family} is an encoder-decoder: traces are replayed in decoders")
     if not trace.decode:
         raise ConfigError("the trace has no decoded tokens: nothing could be replayed after a prompt")
+    if engine.ahead is not None:
+        engine.ahead.token = 0  # an oracle begins anew, too
     state = Replay(trace, len(layers), min(len(layer.experts) for layer in layers))
     hooks = [engine.model.register_forward_pre_hook(_begins(state), with_kwargs=True)]
     hooks += [m.register_forward_pre_hook(_routed(state)) for m in engine.model.modules()
@@ -132,14 +135,8 @@ def _routed(state: Replay) -> Any:
 
 def _tokens(keys: Sequence[Key], of: int, layers: int, experts: int) -> list[Token]:
     """Take uses in `of` layers apart into tokens, which end where the layer number falls, and map each."""
-    found: list[Token] = []
-    before = of
-    for layer, e in keys:
-        if layer < before:
-            found.append([[] for _ in range(of)])
-        found[-1][layer].append(e % experts)
-        before = layer
-    return [[sorted(set(token[m * of // layers])) for m in range(layers)] for token in found]
+    found = [[sorted({e % experts for e in used}) for used in token] for token in tokens_of(keys, of)]
+    return [[token[m * of // layers] for m in range(layers)] for token in found]
 
 
 def _uses(tokens: list[Token]) -> tuple[Key, ...]:

@@ -28,7 +28,7 @@ class Step:
     bytes_read : int
         Padding to pages included.
     hits, misses : int
-        Experts that were in memory when they were asked for, and those that were not.
+        Experts that were in memory when they were asked for, or being read ahead, and those that were not.
     major_faults : int
         Pages of the process that the system had to read from a disk: 0 while all it needs stays in memory.
     """
@@ -63,18 +63,27 @@ class Statistics:
             self.seconds += self.steps[-1].seconds
             self.faults += self.steps[-1].major_faults
 
-    def summary(self) -> dict[str, Any]:
-        """Return all of it as plain JSON values."""
+    def summary(self, off: list[int]) -> dict[str, Any]:
+        """Return all of it as plain JSON values.
+
+        Parameters
+        ----------
+        off : list of int
+            Layers for which nothing is read ahead any more.
+        """
         cache = self.cache
-        asked = cache.hits + cache.misses
+        whole, each = cache.counts.layer(slice(None)), range(len(cache.index.layers))
+        hits, misses = whole.pop("hits"), whole.pop("misses")
         return {
-            "tokens": self.tokens, "seconds": self.seconds, "hits": cache.hits, "misses": cache.misses,
-            "hit_rate": cache.hits / asked if asked else 0.0, "bytes_read": cache.reader.bytes_read,
-            "stall_seconds": cache.stalled, "major_faults": self.faults, "direct": cache.reader.direct,
-            "steps": [asdict(s) for s in self.steps],
+            "tokens": self.tokens, "seconds": self.seconds, "hits": hits, "misses": misses,
+            "hit_rate": hits / (hits + misses) if hits else 0.0, "bytes_read": cache.reader.bytes_read,
+            "stall_seconds": whole.pop("stall_seconds"), "major_faults": self.faults,
+            "direct": cache.reader.direct, "prefetch": {**whole, "off": off},
+            "layers": [cache.counts.layer(n) for n in each], "steps": [asdict(s) for s in self.steps],
         }
 
     def _counters(self) -> tuple[float, ...]:
-        cache = self.cache
-        return (time.perf_counter(), cache.stalled, cache.reader.bytes_read, cache.hits, cache.misses,
+        cache, counts = self.cache, self.cache.counts
+        return (time.perf_counter(), float(counts.stall.sum()), cache.reader.bytes_read,
+                int(counts.hits.sum()), int(counts.misses.sum()),
                 resource.getrusage(resource.RUSAGE_SELF).ru_majflt)

@@ -144,6 +144,10 @@ class Expected(_ByDistance):
         self._rate *= self._kept
         self._wait = self._waits(self._rate)
 
+    def yields(self, gone: Key, chance: float) -> bool:
+        """Return whether the next use of `gone` is expected after that of a guess for the next layer."""
+        return bool(self.scores()[gone] > 1 + self._waits(chance))
+
     def _waits(self, rate: Any) -> Any:
         return self.S * (1 / np.maximum(rate, self.floor) - 1)
 

@@ -98,6 +98,21 @@ class Policy:
         at = equal[self._last.reshape(-1)[equal].argmin()] if len(equal) > 1 else equal[0]
         return int(at) // self.experts, int(at) % self.experts
 
+    def yields(self, gone: Key, chance: float) -> bool:
+        """Return whether an expert that would leave is less likely to be used than a guess.
+
+        A policy that knows no probabilities says yes: whom it would give away for an expert that is
+        needed, it gives away for a guess.
+
+        Parameters
+        ----------
+        gone : (int, int)
+            Its victim.
+        chance : float
+            That the next layer uses the guess.
+        """
+        return True
+
     def scores(self) -> np.ndarray:
         """Return every expert's score, (layers, experts) or (layers, 1): the largest leaves first."""
         raise NotImplementedError

@@ -1,5 +1,8 @@
 """Experts in memory under one budget of bytes: who is there, who is being read, who may not leave.
 
+A place is free, or an expert's: being read, because somebody waits for it or as a guess, or there. A guess
+takes its place when it is asked for, so that the thread that reads makes no choices.
+
 Memory is mapped in pieces as large as a blob, so that it can be read into past the page cache. A piece goes
 from expert to expert of one size; where sizes differ, pieces that are free are unmapped first.
 """
@@ -8,111 +11,22 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from poise.errors import ConfigError, FileError
-from poise.quantizers.matrix import PackedMatrix, refusal
+from poise.errors import ConfigError
+from poise_edgemoe.cache.counts import Counts
+from poise_edgemoe.cache.forms import Forms
 from poise_edgemoe.cache.policy import Key, Policy
-from poise_edgemoe.store.index import Index, Matrix, padded, payload, places
+from poise_edgemoe.cache.residents import STAGES, Resident, Stage
+from poise_edgemoe.store.index import Index, Matrix, padded
 from poise_edgemoe.store.reader import Reader, Request, mapped
-from poise_edgemoe.store.schemes import Raw, read_quantizer
 
-STAGES = 2  # blobs that are read though there is no room to keep them
-
-
-@dataclass
-class Resident:
-    """An expert that has its place, read or being read.
-
-    Parameters
-    ----------
-    requests : dict
-        Part to the reading of it.
-    matrices : dict
-        Part to (stored matrix, bias or None), views of the place, made when it is first used.
-    """
-
-    key: Key
-    place: mmap.mmap
-    requests: dict[str, Request]
-    matrices: dict[str, tuple[Any, Tensor | None]] = field(default_factory=dict)
-
-
-class Forms:
-    """Makes matrices of bytes, as the index says.
-
-    Parameters
-    ----------
-    index : Index
-    kernel : str
-        Of matrices that are packed; "auto" is the fastest one that takes them.
-
-    Attributes
-    ----------
-    fast : bool
-        Whether they are multiplied without being made in full.
-    slow : str
-        Why not, though they could be.
-    """
-
-    def __init__(self, index: Index, kernel: str = "reference") -> None:
-        self.dtype = getattr(torch, index.dtype)
-        self.index = index
-        self._quantizers = [read_quantizer(q, "the index") for q in index.quantizers]
-        self._kernels: dict[tuple[int, int], str] = {}  # by form and columns
-        self.slow = ""
-        if kernel != "reference":
-            self._choose(kernel)
-        self.fast = bool(self._kernels)
-        self._known: dict[tuple[int, str, int], tuple[Any, dict[str, Any], tuple[int, int]]] = {}
-        for n, e, parts in index.blobs():
-            for part, m in parts.items():
-                if payload(self._layout(n, part, m.form)[1]) != m.nbytes:
-                    raise FileError(f"the index is wrong: {part} of expert {e} in layer {n} cannot have "
-                                    f"{m.nbytes} bytes in its form")
-
-    def matrix(self, key: Key, part: str, buffer: memoryview) -> tuple[Any, Tensor | None]:
-        """Return the stored matrix and its bias, views of a buffer."""
-        form = self.index.layers[key[0]].experts[key[1]][part].form
-        quantizer, found, shape = self._layout(key[0], part, form)
-        tensors = {name: torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize, offset=at)
-                   .view(dims) for name, (at, size, dims, dtype) in found.items()}
-        bias = tensors.pop("bias", None)
-        matrix = quantizer.from_tensors(tensors, shape, self.dtype)
-        kernel = self._kernels.get((form, shape[1]))
-        return matrix if kernel is None else matrix.prepared(kernel), bias
-
-    def _choose(self, kernel: str) -> None:
-        """See which forms a kernel takes; raise for those that one asked for by name does not."""
-        found = {(m.form, self.index.layers[n].shapes[part][1], part)
-                 for n, _, parts in self.index.blobs() for part, m in parts.items()}
-        for form, columns, part in sorted(found):
-            quantizer = self._quantizers[form]
-            why = _refusal(quantizer, columns, self.dtype, kernel)
-            if why and kernel != "auto":
-                raise ConfigError(f"kernel={kernel} cannot be used with this store: {part}: {why}; "
-                                  f"kernel=auto takes what there is")
-            if not why:
-                self._kernels[form, columns] = "c" if kernel == "auto" else kernel
-            elif not isinstance(quantizer, Raw):
-                self.slow = self.slow or why
-
-    def _layout(self, n: int, part: str, form: int) -> tuple[Any, dict[str, Any], tuple[int, int]]:
-        if (n, part, form) not in self._known:
-            layer, quantizer = self.index.layers[n], self._quantizers[form]
-            out, columns = layer.shapes[part]
-            raw = self.index.quantizers[form]["entry"] == "raw"
-            shape = (columns, out) if layer.transposed and raw else (out, columns)
-            bias = (out, self.dtype) if part in layer.biased else None
-            found = places(quantizer.layout(shape, self.dtype), bias)
-            self._known[n, part, form] = quantizer, found, shape
-        return self._known[n, part, form]
+WHOLE = True  # whether experts are read in one
 
 
 class ExpertCache:
@@ -128,12 +42,20 @@ class ExpertCache:
         Says who leaves.
     kernel : str
         Of packed matrices.
+    whole : bool
+        Whether an expert is read in one call, or each of its matrices in one of its own.
+
+    Attributes
+    ----------
+    announce : callable or None
+        Told of a layer and the experts that its router has chosen, once they have been asked for.
     """
 
     def __init__(
-        self, index: Index, reader: Reader, budget: int, policy: Policy, kernel: str = "reference"
+        self, index: Index, reader: Reader, budget: int, policy: Policy, kernel: str = "reference", *,
+        whole: bool = WHOLE,
     ) -> None:
-        self.index, self.reader, self.policy = index, reader, policy
+        self.index, self.reader, self.policy, self.whole = index, reader, policy, whole
         policy.served = True
         self.forms = Forms(index, kernel)
         largest = max(size_of(m) for _, _, m in index.blobs())
@@ -149,8 +71,11 @@ class ExpertCache:
                               f"{largest / 1e6:.1f} MB: give more memory, or take another policy")
         self._scratch: dict[str, Tensor] = {}
         self._checked: set[tuple[Key, str]] = set()
-        self.hits = self.misses = 0
-        self.stalled = 0.0  # seconds in which computing waited for reading
+        self.counts = Counts(len(index.layers))
+        self.announce: Callable[[int, Sequence[int]], None] | None = None
+        self._pinned: set[Key] = set()  # of the layer that runs
+        self._guesses: set[Key] = set()  # for the next one, those that were there already included
+        self._stray: set[Key] = set()  # wrong guesses whose reading had begun
         self.length = 1  # positions of each row in the running call
         self.recorded: list[Key] | None = None  # uses, in their order, while somebody asks for them
 
@@ -169,16 +94,49 @@ class ExpertCache:
             Experts that there is no room for are to be asked for in ascending order; each is gone when the
             next but one is.
         """
-        pinned = {(n, e) for e in experts}
-        streamed = sorted(k for k in self._in_order([(n, e) for e in experts]) if not self._keep(k, pinned))
-        stage = Stage(self, streamed, self._stages)
+        self._pinned = pinned = {(n, e) for e in experts}
+        self._drop_guesses(pinned)
+        missed = self.counts.misses[n]
+        streamed = sorted(k for k in self._in_order([(n, e) for e in experts]) if not self._keep(k))
+        if self.counts.misses[n] > missed:
+            self.counts.demands[n] += 1
+            self.counts.blocked[n] += bool(self._stray)
+        stage = Stage(self.read, streamed, self._stages)
         try:
+            if self.announce is not None:
+                self.announce(n, experts)
             yield Held(self, n, stage)
         except BaseException:
             self._forget_failed()
             raise
         finally:
             stage.end()
+            self._pinned = set()
+
+    def prefetch(self, key: Key, chance: float) -> bool:
+        """Ask for an expert that the next layer may use, unless it is there; both ways it is held for it.
+
+        It takes a free place, or that of an expert that the policy gives away and that is less likely to
+        be used. It is held until the next layer is known.
+
+        Returns
+        -------
+        bool
+            Whether it will be read.
+        """
+        if key in self.resident:
+            self._guesses.add(key)
+            return False
+        place = self._place(key, chance)
+        if place is None:
+            return False
+        self._guesses.add(key)
+        self.counts.guesses[key[0]] += 1
+        self.policy.added(key)
+        self.resident[key] = held = self._requested(key, place)
+        held.guessed = held.spare = True
+        self.reader.prefetch(held.requests)
+        return True
 
     @contextmanager
     def lent(self, nbytes: int) -> Iterator[None]:
@@ -204,6 +162,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Let go of all memory; the reader must have ended."""
+        self.announce = None
         self.resident.clear()
         self._free.clear()
         self._scratch.clear()
@@ -219,27 +178,58 @@ class ExpertCache:
                 room -= self._size(key)
         return [k for k in keys if k not in passed] + passed[::-1]
 
-    def _keep(self, key: Key, pinned: set[Key]) -> bool:
+    def _drop_guesses(self, known: set[Key]) -> None:
+        """A layer is known: wrong guesses that wait to be read are dropped, and nobody is held for it."""
+        wrong = [k for k in self._guesses - known if k in self.resident]
+        self._guesses.clear()
+        self._stray = {k for k in self._stray if k in self.resident and not self.resident[k].ready()}
+        for key in wrong:
+            held = self.resident[key]
+            if held.guessed and self.reader.cancel(held.requests):
+                self._evict(key, dropped=True)
+            elif not held.ready():
+                self._stray.add(key)
+
+    def _keep(self, key: Key) -> bool:
         """Count the use of an expert, and see to it that it is read; False: there is no room to keep it."""
         self.policy.used(key)
         if self.recorded is not None:
             self.recorded.append(key)
         if key in self.resident:
-            self.hits += 1
+            self.counts.hits[key[0]] += 1
+            if self.resident[key].guessed:
+                self._claim(self.resident[key])
             return True
-        self.misses += 1
-        place = self._place(key, pinned)
+        self.counts.misses[key[0]] += 1
+        self.counts.needed_bytes[key[0]] += self._size(key)
+        place = self._place(key)
         if place is None:
             return False
         self.policy.added(key)
         self.resident[key] = self.read(key, place)
         return True
 
-    def _place(self, key: Key, pinned: set[Key]) -> mmap.mmap | None:
-        """Return memory for an expert, evicting where none is left; None: all that is there is pinned."""
+    def _claim(self, held: Resident) -> None:
+        """A guess was right: it goes first if it is not there yet."""
+        n, held.guessed = held.key[0], False
+        self.counts.used[n] += 1
+        self.counts.needed_bytes[n] += len(held.place)
+        if not held.ready():
+            self.counts.late[n] += 1
+            self.reader.promote(held.requests)
+
+    def _place(self, key: Key, chance: float | None = None) -> mmap.mmap | None:
+        """Return memory for an expert, evicting where none is left; None: nobody may leave for it.
+
+        Parameters
+        ----------
+        chance : float, optional
+            That a guess is right: it takes no place of an expert that is as likely to be used. Without,
+            the expert is needed now.
+        """
         size, group = self._size(key), self._group(key)
         while self._taken[group] + size > self.share:
-            gone = self.policy.victim(key, pinned)
+            gone = self._victim(key, chance)
             if gone is None:
                 return None
             self._evict(gone)
@@ -249,6 +239,14 @@ class ExpertCache:
         self._make_room(size)
         self.mapped += size
         return mapped(size)
+
+    def _victim(self, key: Key, chance: float | None) -> Key | None:
+        """Return who leaves for an expert. One that is being read would be waited for: rather another."""
+        held = self._pinned | self._guesses
+        gone = self.policy.victim(key, held | self._stray)
+        if chance is not None:
+            return gone if gone is not None and self.policy.yields(gone, chance) else None
+        return self.policy.victim(key, held) if gone is None else gone
 
     def _resize(self, budget: int) -> None:
         """Keep to another budget: experts leave as they would for new ones, and free places go."""
@@ -268,12 +266,17 @@ class ExpertCache:
             self._free[other].pop()
             self.mapped -= other
 
-    def _evict(self, key: Key) -> None:
+    def _evict(self, key: Key, dropped: bool = False) -> None:
         self.policy.removed(key)
-        held = self.resident.pop(key)
-        for request in held.requests.values():
-            request.wait_quietly()  # memory that is being read into is nobody's yet
+        held, n = self.resident.pop(key), key[0]
+        if held.guessed and (dropped or self.reader.cancel(held.requests)):
+            self.counts.cancelled[n] += 1
+        elif held.guessed:
+            self.counts.wasted[n] += 1
+            self.counts.wasted_bytes[n] += len(held.place)
+        held.settle()  # memory that is being read into is nobody's yet
         held.matrices.clear()
+        self._guesses.discard(key)
         self._taken[self._group(key)] -= len(held.place)
         self._free.setdefault(len(held.place), []).append(held.place)
 
@@ -284,47 +287,49 @@ class ExpertCache:
         return key[0] if self.policy.per_layer else 0
 
     def read(self, key: Key, place: mmap.mmap) -> Resident:
-        """Ask for all matrices of an expert, one after the other."""
-        matrices, view, at, requests = self.index.layers[key[0]].experts[key[1]], memoryview(place), 0, {}
-        for part, m in matrices.items():
-            what = f"{part} of expert {key[1]} in layer {key[0]}"
-            length = padded(m.nbytes)
-            requests[part] = Request(m, view[at: at + length], what, (key, part) not in self._checked)
+        """Ask for all matrices of an expert, next."""
+        held = self._requested(key, place)
+        self.reader.demand(held.requests)
+        return held
+
+    def _requested(self, key: Key, place: mmap.mmap) -> Resident:
+        """Return an expert with the reads that it takes, which nobody has asked for yet."""
+        matrices, view, at, requests = self.index.layers[key[0]].experts[key[1]], memoryview(place), 0, []
+        what = f"expert {key[1]} in layer {key[0]}"
+        for parts in [matrices] if self.whole else [{part: m} for part, m in matrices.items()]:
+            length = size_of(parts)
+            check = any((key, part) not in self._checked for part in parts)
+            requests.append(Request(parts, view[at: at + length], what, check))
             at += length
-        self.reader.demand(list(requests.values()))
         return Resident(key, place, requests)
 
     def _matrix(self, held: Resident, part: str) -> tuple[Any, Tensor | None]:
         if part not in held.matrices:
-            request = held.requests[part]
-            if not request.done.is_set():
-                started = time.perf_counter()
-                request.done.wait()
-                self.stalled += time.perf_counter() - started
-            request.wait()
-            self._checked.add((held.key, part))
-            held.matrices[part] = self.forms.matrix(held.key, part, request.buffer)
+            self._await(held, part)
+            request = held.request(part)
+            self._checked.update((held.key, name) for name in request.matrices)
+            held.matrices[part] = self.forms.matrix(held.key, part, request.part(part))
         return held.matrices[part]
+
+    def _await(self, held: Resident, part: str) -> None:
+        """Return when a matrix is there; reading ahead may fail, and is then made again."""
+        started = time.perf_counter()
+        if not (there := held.request(part).done.is_set()):
+            held.request(part).wait_quietly()
+        if held.spare and held.request(part).error is not None:
+            held.settle()
+            held.requests, held.spare = self.read(held.key, held.place).requests, False
+            there = False
+        held.request(part).wait()
+        if not there:
+            self.counts.stall[held.key[0]] += time.perf_counter() - started
 
     def _forget_failed(self) -> None:
         """Give back places of experts that could not be read, so that the next call reads them again."""
         for key, held in list(self.resident.items()):
-            for request in held.requests.values():
-                request.wait_quietly()
-            if any(r.error for r in held.requests.values()):
+            held.settle()
+            if any(r.error for r in held.requests):
                 self._evict(key)
-
-
-def _refusal(quantizer: Any, columns: int, dtype: torch.dtype, kernel: str) -> str:
-    """Return why a kernel does not take matrices of a quantizer, or nothing."""
-    if isinstance(quantizer, Raw):
-        return "its weights are not packed"
-    tensors = {name: torch.zeros(shape, dtype=kind)
-               for name, (shape, kind) in quantizer.layout((16, columns), dtype).items()}
-    like = quantizer.from_tensors(tensors, (16, columns), dtype)
-    if not isinstance(like, PackedMatrix):
-        return f"no kernel multiplies a {type(like).__name__}"
-    return refusal(like, kernel)
 
 
 class Held:
@@ -343,36 +348,7 @@ class Held:
     def ready(self, e: int) -> bool:
         """Return whether all of an expert is there, so that nobody waits for it."""
         held = self.cache.resident.get((self.n, e))
-        return held is not None and all(r.done.is_set() for r in held.requests.values())
-
-
-class Stage:
-    """Experts that pass through without being kept, read one ahead of the one in use."""
-
-    def __init__(self, cache: ExpertCache, keys: list[Key], places: list[mmap.mmap]) -> None:
-        self.cache, self.keys, self.places = cache, keys, places
-        self.at, self.held = -1, {}
-        for n in range(min(STAGES, len(keys))):
-            self.held[keys[n]] = cache.read(keys[n], places[n])
-
-    def reach(self, key: Key) -> Resident:
-        """Return an expert; the one before it is gone, and the one after the next is asked for."""
-        n = self.keys.index(key)
-        if n > self.at:
-            self.at = n
-            if n >= 1:
-                self.held.pop(self.keys[n - 1], None)
-            if n >= 1 and n + 1 < len(self.keys):
-                following = self.keys[n + 1]
-                self.held[following] = self.cache.read(following, self.places[(n + 1) % STAGES])
-        return self.held[key]
-
-    def end(self) -> None:
-        """Wait for what is still being read: its memory is used again."""
-        for held in self.held.values():
-            for request in held.requests.values():
-                request.wait_quietly()
-        self.held.clear()
+        return held is not None and held.ready()
 
 
 def size_of(matrices: dict[str, Matrix]) -> int:

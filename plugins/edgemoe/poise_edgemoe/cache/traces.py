@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,18 @@ class RoutingTrace:
     def expert_bytes(self) -> int:
         """Return the bytes of a slot that holds any expert: those of the largest."""
         return max(self.layer_bytes)
+
+
+def tokens_of(keys: Sequence[Key], layers: int) -> list[list[list[int]]]:
+    """Return by token and layer the experts used; a token ends where the layer number falls."""
+    found: list[list[list[int]]] = []
+    before = layers
+    for layer, e in keys:
+        if layer < before:
+            found.append([[] for _ in range(layers)])
+        found[-1][layer].append(e)
+        before = layer
+    return found
 
 
 def read_trace(path: Path | str) -> RoutingTrace:

@@ -12,13 +12,15 @@ import mmap
 import os
 import stat
 import threading
+import time
 import zlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from poise.errors import FileError, RunError
-from poise_edgemoe.store.index import EXPERTS, Matrix, padded
+from poise_edgemoe.store.index import EXPERTS, Matrix
 
 RETRIES = 3  # of a read that the device fails
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)  # said where there are no direct reads
@@ -27,24 +29,37 @@ HUGE = 1 << 21  # bytes of a huge page
 
 @dataclass
 class Request:
-    """One matrix to read into memory that begins at a page, and whether it is there.
+    """Matrices of an expert to read into memory that begins at a page, and whether they are there.
 
     Parameters
     ----------
+    matrices : dict
+        Part to where it lies; they follow one another in the file.
     buffer : memoryview
-        As long as the matrix, padded.
+        As long as all of them, each padded.
     what : str
-        Said when reading fails.
+        Whose they are, said when reading fails.
     check : bool
-        Whether the checksum is looked at.
+        Whether checksums are looked at.
     """
 
-    matrix: Matrix
+    matrices: dict[str, Matrix]
     buffer: memoryview
     what: str
     check: bool = True
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
+
+    def part(self, name: str) -> memoryview:
+        """Return the bytes of one matrix."""
+        first = next(iter(self.matrices.values())).offset
+        m = self.matrices[name]
+        return self.buffer[m.offset - first: m.offset - first + m.nbytes]
+
+    def at(self, offset: int) -> str:
+        """Return in words what lies at an offset of the file."""
+        name = [part for part, m in self.matrices.items() if m.offset <= offset][-1]
+        return f"{name} of {self.what}"
 
     def wait(self) -> None:
         """Return when it is there; raise what went wrong.
@@ -81,7 +96,7 @@ class Reader:
         self._prefetch: deque[Request] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self.bytes_read = 0
+        self.bytes_read, self.seconds = 0, 0.0  # in all, and how long that took
         self._thread = threading.Thread(target=self._serve, name="poise expert reader", daemon=True)
         self._thread.start()
 
@@ -93,24 +108,29 @@ class Reader:
         """Read these when nothing else is asked for."""
         self._submit(self._prefetch, requests)
 
-    def promote(self, request: Request) -> None:
-        """Let a prefetch that is not yet running go before others: somebody waits for it."""
+    def promote(self, requests: list[Request]) -> None:
+        """Let prefetches that are not yet running go before others: somebody waits for them."""
         with self._wake:
-            waiting = [r for r in self._prefetch if r is not request]
-            if len(waiting) < len(self._prefetch):
-                self._prefetch = deque(waiting)
-                self._demand.append(request)
-                self._wake.notify()
+            moved = [r for r in requests if _holds(self._prefetch, r)]
+            self._prefetch = deque(r for r in self._prefetch if not _holds(moved, r))
+            self._demand.extend(moved)
 
-    def cancel(self, requests: list[Request]) -> None:
-        """Drop what is asked for and not yet begun; what is being read is read to its end."""
+    def cancel(self, requests: list[Request]) -> bool:
+        """Drop prefetches if none of them has begun; what is being read is read to its end.
+
+        Returns
+        -------
+        bool
+            Whether they were dropped; otherwise all of them will be read.
+        """
         with self._wake:
-            dropped = [r for r in requests if any(r is q for q in (*self._prefetch, *self._demand))]
-            self._prefetch = deque(r for r in self._prefetch if not any(r is d for d in dropped))
-            self._demand = deque(r for r in self._demand if not any(r is d for d in dropped))
-        for request in dropped:
+            if not all(_holds(self._prefetch, r) for r in requests):
+                return False
+            self._prefetch = deque(r for r in self._prefetch if not _holds(requests, r))
+        for request in requests:
             request.error = RunError(f"reading {request.what} was cancelled")
             request.done.set()
+        return True
 
     def close(self) -> None:
         """End the thread and close the file; what is not read yet fails. A second time: nothing."""
@@ -131,10 +151,12 @@ class Reader:
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:
+            started = time.perf_counter()
             try:
                 self._read(request)
             except Exception as error:
                 request.error = error
+            self.seconds += time.perf_counter() - started
             request.done.set()
 
     def _next(self) -> Request | None:
@@ -150,20 +172,20 @@ class Reader:
             return (self._demand or self._prefetch).popleft()
 
     def _read(self, request: Request) -> None:
-        m = request.matrix
-        length, got = padded(m.nbytes), 0
+        first, length, got = next(iter(request.matrices.values())).offset, len(request.buffer), 0
         while got < length:
-            n = self._read_some(request, m.offset + got, got, length)
+            n = self._read_some(request, first + got, got, length)
             if n == 0:
-                raise FileError(f"{self.path} ends at {m.offset + got}, in {request.what}: the file was "
-                                f"cut since the store was opened")
+                raise FileError(f"{self.path} ends at {first + got}, in {request.at(first + got)}: the "
+                                f"file was cut since the store was opened")
             got += n
         self.bytes_read += length
         if not self.direct:  # the page cache is not ours to fill
-            os.posix_fadvise(self._file, m.offset, length, os.POSIX_FADV_DONTNEED)
-        if request.check and zlib.crc32(request.buffer[: m.nbytes]) != m.crc:
-            raise FileError(f"{self.path} is altered: the checksum of {request.what}, at {m.offset}, does "
-                            f"not match")
+            os.posix_fadvise(self._file, first, length, os.POSIX_FADV_DONTNEED)
+        for name, m in request.matrices.items() if request.check else ():
+            if zlib.crc32(request.part(name)) != m.crc:
+                raise FileError(f"{self.path} is altered: the checksum of {name} of {request.what}, at "
+                                f"{m.offset}, does not match")
 
     def _read_some(self, request: Request, offset: int, got: int, length: int) -> int:
         """Read once into what is left; a device's failure is tried again."""
@@ -176,9 +198,14 @@ class Reader:
                     self.direct = False
                     continue
                 if error.errno != errno.EIO or not left:
-                    raise FileError(f"cannot read {request.what} at {offset} of {self.path}: "
+                    raise FileError(f"cannot read {request.at(offset)} at {offset} of {self.path}: "
                                     f"{error.strerror}") from error
         raise AssertionError("the last try returns or raises")
+
+
+def _holds(some: Iterable[Request], one: Request) -> bool:
+    """Return whether it is one of them; requests that are equal are not the same."""
+    return any(r is one for r in some)
 
 
 def mapped(size: int) -> mmap.mmap:

@@ -1,0 +1,160 @@
+"""Reads ahead while a token is computed: whom a source names, as far as it is worth reading."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from poise.errors import ConfigError
+from poise_edgemoe.cache.counts import Counts
+from poise_edgemoe.cache.slots import ExpertCache
+from poise_edgemoe.prefetch import Entrance, Predictor, Seen
+from poise_edgemoe.statistics import Step
+
+WINDOW, LEAST = 512, 64  # tokens that are looked back on, and before a layer is judged
+CORE = 0.25  # of the time of a read a core is busy with it, which may be one that computes
+TRUST = 4.0  # right guesses that a source begins with
+
+Guess = tuple[int, float]
+
+
+class Restraint:
+    """Says which guesses are worth reading, by what the last `WINDOW` tokens took (specification, 3.3).
+
+    A guess is read if q / (1 - q) > rho, where rho is the measured chance that a layer that needs a read
+    finds a wrong guess being read (1 at first), and `CORE`. q is the chance that the source gives, times
+    how often such guesses were right, by layer: those of experts that were not there, read or not.
+
+    A layer is left alone for good once its wrong bytes per needed byte exceed the computing time per
+    reading time of what was needed: they cost more than all right ones could give.
+
+    Attributes
+    ----------
+    off : set of int
+        Layers that are left alone.
+    """
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts, self.rho, self.off = counts, 1.0, set[int]()
+        self._rows: deque[np.ndarray] = deque(maxlen=WINDOW)
+        self._before = self._counted()
+        self._sum = np.zeros((5, len(counts.hits)))
+        self._right, self._said = (np.full(len(counts.hits), TRUST) for _ in range(2))
+
+    def worth(self, layer: int, chance: float) -> bool:
+        """Return whether a guess is to be read."""
+        q = min(1.0, chance * float(self._right[layer] / self._said[layer]))
+        return q > (self.rho + CORE) * (1 - q)
+
+    def known(self, layer: int, guesses: Iterable[Guess], experts: Sequence[int]) -> None:
+        """Learn from guesses for a layer, of experts that were not there, and what it has used."""
+        for e, chance in guesses:
+            self._right[layer] += e in experts
+            self._said[layer] += chance
+
+    def token_done(self, computing: float, per_byte: float) -> None:
+        """Look at a token.
+
+        Parameters
+        ----------
+        computing : float
+            Seconds that it took, waiting left out.
+        per_byte : float
+            Seconds in which a byte is read.
+        """
+        if len(self._rows) == WINDOW:
+            self._sum -= self._rows[0]
+        now = self._counted()
+        self._rows.append(np.vstack([now - self._before, np.full(now.shape[1], computing)]))
+        self._sum += self._rows[-1]
+        self._before = now
+        wasted, needed, demands, blocked, seconds = self._sum
+        self.rho = float((1 + blocked.sum()) / (1 + demands.sum()))
+        self._right *= 1 - 1 / WINDOW
+        self._said *= 1 - 1 / WINDOW
+        if len(self._rows) >= LEAST:
+            reading = needed.sum() * per_byte
+            self.off |= set(np.flatnonzero(wasted * reading > seconds * needed).tolist())
+
+    def _counted(self) -> np.ndarray:
+        c = self.counts
+        return np.array([c.wasted_bytes, c.needed_bytes, c.demands, c.blocked], dtype=float)
+
+
+class Ahead:
+    """Asks a source for the layer after the one that runs, and has guesses read.
+
+    Prompts are left alone: they use nearly all experts, which are read in their order anyway.
+
+    Parameters
+    ----------
+    found : list of Entrance or None
+        Of every block: what enters it is shown to the source.
+
+    Attributes
+    ----------
+    token : int
+        Calls of one token a row that are finished.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, source: Predictor, found: Sequence[Entrance] | None
+    ) -> None:
+        self.cache, self.source, self.token = cache, source, 0
+        self.restraint = Restraint(cache.counts)
+        self._following = following([layer.encoder for layer in cache.index.layers])
+        self._hidden: Tensor | None = None
+        self._said: tuple[int, list[Guess]] = 0, []  # a layer, and those of its guesses that were not there
+        for entrance in found or ():
+            entrance.norm.register_forward_pre_hook(self._enters)
+        cache.announce = self.layer_known
+
+    def layer_known(self, n: int, experts: Sequence[int]) -> None:
+        """Guess the layer after that one, whose experts have been asked for."""
+        hidden, self._hidden = self._hidden, None
+        layer, (guessed, guesses) = self._following[n], self._said
+        self._said = layer, []
+        if self.cache.length != 1:
+            return
+        if guessed == n:
+            self.restraint.known(n, guesses, experts)
+        if layer in self.restraint.off:
+            return
+        seen = Seen(self.token + (layer <= n), n, tuple(experts), hidden)
+        found = self._checked(layer, self.source.candidates(layer, seen))
+        self._said = layer, [(e, chance) for e, chance in found if (layer, e) not in self.cache.resident]
+        for e, chance in sorted(found, key=lambda guess: -guess[1]):
+            if not self.restraint.worth(layer, chance):
+                break
+            self.cache.prefetch((layer, e), chance)
+
+    def token_done(self, step: Step) -> None:
+        """A call of the model is over."""
+        if self.cache.length != 1:
+            return
+        self.token += 1
+        reader = self.cache.reader
+        per_byte = reader.seconds / reader.bytes_read if reader.bytes_read else 0.0
+        self.restraint.token_done(step.seconds - step.stall_seconds, per_byte)
+
+    def _checked(self, layer: int, guesses: Iterable[Guess]) -> list[Guess]:
+        """Return guesses; those that name no expert or no chance are refused."""
+        found, experts = list(guesses), len(self.cache.index.layers[layer].experts)
+        for e, chance in found:
+            if not (0 <= e < experts and 0 <= chance <= 1):
+                raise ConfigError(f"prefetch: {self.source!r} said expert {e!r} of layer {layer}, chance "
+                                  f"{chance!r}: experts are 0 to {experts - 1}, chances 0 to 1")
+        return found
+
+    def _enters(self, module: nn.Module, given: tuple[Any, ...]) -> None:
+        self._hidden = given[0] if self.cache.length == 1 else None
+
+
+def following(encoder: Sequence[bool]) -> list[int]:
+    """Return for each MoE layer the one that runs after it; after the last, the decoder's first."""
+    first = encoder.index(False) if False in encoder else 0
+    return [n + 1 if n + 1 < len(encoder) else first for n in range(len(encoder))]
