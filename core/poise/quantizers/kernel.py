@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Kernel:
         library.poise_units.restype = ctypes.c_char_p
         self.units = library.poise_units().decode()  # vector instructions of products
         self._team = team()
+        self.seconds = 0.0  # in products so far
 
     def multiplies(self, packed: Any) -> bool:
         """Whether there are products of a matrix with these groups."""
@@ -81,7 +83,9 @@ class Kernel:
             made.append(y)
         work = sum(x.shape[0] * w.shape[0] * w.shape[1] for w, x in pairs)
         threads = max(1, min(torch.get_num_threads(), work // GRAIN))
+        started = time.perf_counter()
         failed = self._products(ctypes.addressof(told), len(pairs), threads, self._team)
+        self.seconds += time.perf_counter() - started
         if failed:
             raise MemoryError("there is no memory for what a product needs")
         return made
@@ -120,6 +124,12 @@ def kernel() -> Kernel | None:
                 except FAILURES as error:
                     _found.update(it=None, why=str(error))
     return _found["it"]
+
+
+def seconds() -> float:
+    """Return the time that products have taken in this process."""
+    it = _found.get("it")
+    return it.seconds if it is not None else 0.0
 
 
 def status() -> str:

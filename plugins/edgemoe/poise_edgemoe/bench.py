@@ -87,7 +87,7 @@ def record(
     print(f"poise: recording the routing of {store}: a prompt, {new} tokens", file=sys.stderr, flush=True)
     with Engine(Path(store), budget, DEFAULT_POLICY) as engine, progress(new, "tokens") as bar:
         uses = engine.cache.recorded = []
-        ids = _prompt(engine, store, prompt, budget.context - new)
+        ids = opening_prompt(engine, store, prompt, budget.context - new)
         made = engine.stream(ids, new, do_sample=True, seed=0)
         next(made)
         split = len(uses)
@@ -98,19 +98,22 @@ def record(
     return RoutingTrace(layers, experts, sizes, tuple(uses[:split]), tuple(uses[split:]))
 
 
-def _prompt(engine: Engine, store: str, prompt: str | None, room: int) -> Any:
-    """Return the prompt's ids (1, tokens)."""
+def opening_prompt(engine: Engine, store: str, prompt: str | None, room: int) -> Any:
+    """Return the prompt's ids (1, tokens): a speech, if none is given; random without a tokenizer."""
     import torch
 
-    tokenizer = engine.source.tokenizer
-    if tokenizer is None:
+    tokenizer, size = engine.source.tokenizer, max(1, min(PROMPT, room))
+    if tokenizer is None and prompt is not None:
         raise ConfigError(f"{store} has no tokenizer: put its tokenizer.json into the folder")
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(engine.source.vocab, (1, size), generator=generator)
     if prompt is not None:
         return torch.tensor([tokenizer.encode(prompt)])
     from poise.registry import build
 
     speech = "".join(e.completion for e in build("data", "sotu").load(0).test[:8])
-    return torch.tensor([tokenizer.encode(speech)[: max(1, min(PROMPT, room))]])
+    return torch.tensor([tokenizer.encode(speech)[:size]])
 
 
 def _recorded(trace: RoutingTrace, memory: str) -> Size:

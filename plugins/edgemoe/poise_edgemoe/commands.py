@@ -163,14 +163,15 @@ class Generate:
 
 @dataclass(frozen=True)
 class Bench:
-    """Simulate every eviction policy on a store's routing, or on a recorded one."""
+    """Measure where a token's time goes, or simulate eviction policies on a store's or recorded routing."""
 
     source: str = option(help="a store, or recorded routing (.route.csv.gz)")
     simulate: bool = option(False, "replay the routing under every policy, and Belady's optimum")
-    memory: list[str] = option([], "a limit to simulate, as for generate (of a recording: bytes of "
-                                   "experts); may be given several times; without: 10 to 90 % of experts")
+    memory: list[str] = option([], "a limit, as for generate (of a recording: bytes of experts); may be "
+                                   "given several times; without: shares of the experts")
     prompt: str | None = option(None, "what a store continues; without: the packaged speeches")
-    max_new_tokens: int | None = option(None, "tokens that a store draws, 128 without", low=1)
+    max_new_tokens: int | None = option(None, "tokens that a store draws; without: 32, or 128 to simulate",
+                                         low=1)
     context: int | None = option(None, CONTEXT, low=1, unit="tokens")
     frequencies: str | None = option(None, FREQUENCIES)
     frequencies_out: str | None = option(None, "a file to write the uses per token to")
@@ -178,16 +179,23 @@ class Bench:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.simulate:
-            raise ConfigError("nothing is measured yet, only simulated: add --simulate")
+        given = {"--frequencies": self.frequencies, "--frequencies-out": self.frequencies_out}
+        if idle := [flag for flag, value in given.items() if value is not None and not self.simulate]:
+            raise ConfigError(f"{idle[0]} has no effect without --simulate: give that, or leave it out")
         if self.out is not None and not self.out.endswith(".png"):
             raise ConfigError(f"--out {self.out} is no picture: give FILE.png")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             raise ConfigError(f"--out {self.out}: there is no folder {Path(self.out).absolute().parent}")
 
     def run(self) -> int:
-        """Print one table, and which policy to take."""
-        from poise_edgemoe.bench import bench
+        """Print one table."""
+        given = {k: v for k, v in options_of(self).items() if k != "simulate"}
+        if self.simulate:
+            from poise_edgemoe.bench import bench
 
-        print(bench(**{k: v for k, v in options_of(self).items() if k != "simulate"}))
+            print(bench(**given))
+            return 0
+        from poise_edgemoe.measure import measure
+
+        print(measure(**{k: v for k, v in given.items() if not k.startswith("frequencies")}))
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class _Library:
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         self.attend, self.norm, self.team = library.poise_attend, library.poise_norm, team()
         self.attend.argtypes = [pointer, number, pointer]
+        self.seconds = 0.0  # in attention so far
         self.norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float, number]
 
 
@@ -57,6 +59,12 @@ def library() -> _Library | None:
             except FAILURES as error:
                 _found.update(it=None, why=str(error))
         return _found["it"]
+
+
+def seconds() -> float:
+    """Return the time that attention of tokens has taken in this process."""
+    it = _found.get("it")
+    return it.seconds if it is not None else 0.0
 
 
 def fuse(model: Any) -> int:
@@ -184,7 +192,10 @@ class Attention(_Beside):
             cosine.shape[1] if len(cosine) > 1 else 0, self.scaling, q_eps, k_eps, KINDS[q.dtype])
         work = 2 * rows * k.shape[1] * (at + 1)
         threads = max(1, min(torch.get_num_threads(), work // GRAIN))
-        if self._it.attend(ctypes.addressof(told), threads, self._it.team):
+        started = time.perf_counter()
+        failed = self._it.attend(ctypes.addressof(told), threads, self._it.team)
+        self._it.seconds += time.perf_counter() - started
+        if failed:
             raise MemoryError("there is no memory for attention scores")
         return out
 

@@ -86,3 +86,30 @@ def token_time(rows: list[dict[str, Any]], title: str, target: Path) -> None:
     hits.set(xlabel="token", ylabel="hits (%)", ylim=(0, 100))
     hits.spines[["top", "right"]].set_visible(False)
     _finish(figure, time, target)
+
+
+def time_against_roofline(lines: list[Any], target: Path) -> None:
+    """Draw a token's time by what it goes to, a bar for each way, and the least that it could be.
+
+    Parameters
+    ----------
+    lines : list of `poise_edgemoe.measure.Line`
+    """
+    figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(7, 1.2 + 0.32 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    at, left = list(range(len(lines))), [0.0] * len(lines)
+    for name, colour, sizes in (
+        ("kernels", "#0b6e99", [one.kernels for one in lines]),
+        ("overhead", "#edae49", [one.token - one.kernels - one.stall for one in lines]),
+        ("waiting for experts", "#d1495b", [one.stall for one in lines]),
+    ):
+        axes.barh(at, sizes, left=left, color=colour, label=name, height=0.7)
+        left = [a + b for a, b in zip(left, sizes)]
+    least = [one.roofline for one in lines]
+    axes.vlines(least, [n - 0.42 for n in at], [n + 0.42 for n in at], color="#222222", lw=2,
+                label="roofline")
+    axes.set_yticks(at, [f"{one.size}  {one.name}" for one in lines])
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a token", title="Where the time of a token goes")
+    _finish(figure, axes, target)

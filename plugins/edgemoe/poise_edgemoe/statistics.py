@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from poise.quantizers import kernel
+from poise_edgemoe import fused
 from poise_edgemoe.cache.slots import ExpertCache
 
 LAST = 1024  # calls that are remembered: a long conversation must not grow
@@ -24,7 +26,8 @@ class Step:
     tokens : int
         That were fed, of all rows.
     seconds : float
-        In all; `stall_seconds` of it computing waited for reading.
+        In all; `stall_seconds` of it computing waited for reading, `kernel_seconds` were products of packed
+        matrices and attention of tokens; the rest is overhead, or the reference's arithmetic.
     bytes_read : int
         Padding to pages included.
     hits, misses : int
@@ -36,6 +39,7 @@ class Step:
     tokens: int
     seconds: float
     stall_seconds: float
+    kernel_seconds: float
     bytes_read: int
     hits: int
     misses: int
@@ -84,6 +88,7 @@ class Statistics:
 
     def _counters(self) -> tuple[float, ...]:
         cache, counts = self.cache, self.cache.counts
-        return (time.perf_counter(), float(counts.stall.sum()), cache.reader.bytes_read,
+        return (time.perf_counter(), float(counts.stall.sum()),
+                kernel.seconds() + fused.seconds(), cache.reader.bytes_read,
                 int(counts.hits.sum()), int(counts.misses.sum()),
                 resource.getrusage(resource.RUSAGE_SELF).ru_majflt)

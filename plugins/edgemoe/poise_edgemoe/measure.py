@@ -1,0 +1,186 @@
+"""`poise moe bench`: where the time of a token goes, beside what processor and disk allow (roofline).
+
+A token takes t_c of computing, and its misses t_io of reading; with perfect overlap the longer of the two.
+One token's experts again and again, so that nothing is read, give t_c; the reader's speed at experts in
+random places gives t_io; both in the process that is measured.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from poise.errors import ConfigError
+from poise.runs.progress import progress
+from poise_edgemoe.baselines import open_baseline
+from poise_edgemoe.bench import opening_prompt, record
+from poise_edgemoe.budget import plan_memory, share_kept
+from poise_edgemoe.cache import DEFAULT_POLICY
+from poise_edgemoe.cache.slots import size_of
+from poise_edgemoe.cache.traces import RoutingTrace
+from poise_edgemoe.engine import Engine
+from poise_edgemoe.plots import time_against_roofline
+from poise_edgemoe.replay import replay
+from poise_edgemoe.store.index import Index, read_index
+from poise_edgemoe.store.reader import Request, mapped
+
+SHARES = (25, 50, 75, 100)  # % of the experts, where no limit is given
+NEW, WARM, BLOBS = 32, 4, 24  # tokens; of them not counted; reads to calibrate with
+SOURCES = ("none", "lookahead", "oracle")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a token takes, on average, in milliseconds and bytes.
+
+    Parameters
+    ----------
+    kernels, stall : float
+        Within products and attention of ours, and waiting for reads; the rest of `token` is overhead.
+    computing, reading : float
+        t_c and t_io of the roofline.
+    """
+
+    size: str
+    name: str
+    token: float
+    kernels: float
+    stall: float
+    hits: float
+    megabytes: float
+    computing: float
+    reading: float
+
+    @property
+    def roofline(self) -> float:
+        """The least that a token takes, in milliseconds."""
+        return max(self.computing, self.reading)
+
+
+def measure(
+    source: str, memory: Sequence[str], prompt: str | None, max_new_tokens: int | None, context: int | None,
+    out: str | None,
+) -> str:
+    """Return one table; options as `poise moe bench` has them.
+
+    Raises
+    ------
+    ConfigError
+        For a recording, which cannot be run, or a limit that is too small.
+    """
+    if not Path(source).is_dir():
+        raise ConfigError(f"{source} is no store: a recording can only be simulated, with --simulate")
+    index, new = read_index(source), max_new_tokens or NEW
+    trace = record(source, index, (), prompt, new, context)
+    sizes = memory or [f"{share} %" for share in SHARES]
+    ways = [(size, name) for size in sizes for name in _ways(source, index, size, context)]
+    lines, computing = [], {}
+    print("poise: measuring", file=sys.stderr, flush=True)
+    with progress(len(ways), "ways") as bar:
+        for size, name in ways:
+            with _opened(source, index, size, name, trace, context) as engine:
+                if name == "none":
+                    computing[size] = _computing(engine, trace)
+                lines.append(_line(engine, source, size, name, prompt, new, computing[size]))
+            bar.advance()
+    if out is not None:
+        time_against_roofline(lines, Path(out))
+    return table(lines)
+
+
+def _ways(source: str, index: Index, size: str, context: int | None) -> list[str]:
+    """Return what is measured at a size: sources of guesses, and baselines of this kind of store."""
+    if share_kept(index, _budget(source, index, size, context)) == 1:
+        return ["none"]
+    raw = all(form["entry"] == "raw" for form in index.quantizers)
+    encoder = any(layer.encoder for layer in index.layers)
+    return [*SOURCES[: 1 if encoder else None], "IO-EXP" if raw else "IO-QEXP", "STI"]
+
+
+def _budget(source: str, index: Index, size: str, context: int | None) -> Any:
+    if not size.endswith("%"):
+        return plan_memory(source, memory=size, context=context)
+    whole = plan_memory(source, context=context)
+    every, largest = whole.experts - whole.staging, max(size_of(m) for _, _, m in index.blobs())
+    kept = max(largest, int(every * float(size[:-1]) / 100))
+    return replace(whole, experts=whole.staging + kept)
+
+
+@contextmanager
+def _opened(
+    source: str, index: Index, size: str, name: str, trace: RoutingTrace, context: int | None
+) -> Iterator[Engine]:
+    budget = _budget(source, index, size, context)
+    if name not in SOURCES:
+        with open_baseline(name, source, memory=budget.total, context=context) as engine:
+            yield engine
+        return
+    known = trace if name == "oracle" else None
+    with Engine(Path(source), budget, DEFAULT_POLICY, prefetch=name, trace=known) as engine:
+        yield engine
+
+
+def _line(
+    engine: Engine, source: str, size: str, name: str, prompt: str | None, new: int, computing: float
+) -> Line:
+    ids = opening_prompt(engine, source, prompt, engine.budget.context - new)
+    for _ in engine.stream(ids, new, do_sample=True, seed=0):
+        pass
+    steps = [s for s in engine.stats()["steps"][-(new - 1):] if s["tokens"] == 1][min(WARM, new // 2):]
+    n, speed = len(steps), _speed(engine)
+    total = {k: sum(s[k] for s in steps) for k in steps[0]}
+    asked = max(1, total["hits"] + total["misses"])
+    per = {k: 1e3 * total[k] / n for k in ("seconds", "kernel_seconds", "stall_seconds")}
+    return Line(size, name, per["seconds"], per["kernel_seconds"], per["stall_seconds"],
+                100 * total["hits"] / asked, total["bytes_read"] / n / 1e6,
+                computing, 1e3 * total["bytes_read"] / n / speed)
+
+
+def _computing(engine: Engine, trace: RoutingTrace) -> float:
+    """Return the milliseconds of a token that needs no reading: the same experts again and again."""
+    import torch
+
+    first, before = [], -1
+    for layer, e in trace.decode:
+        if layer < before:
+            break
+        first.append((layer, e))
+        before = layer
+    again = replace(trace, prompt=(), decode=tuple(first))
+    with replay(engine, again):
+        for _ in engine.stream(torch.zeros(1, 1, dtype=torch.long), 2 * WARM):
+            pass
+    steps = engine.stats()["steps"][-WARM:]
+    return 1e3 * statistics.median(s["seconds"] - s["stall_seconds"] for s in steps)
+
+
+def _speed(engine: Engine) -> float:
+    """Return bytes per second at which the reader reads experts at random places."""
+    blobs = list(engine.index.blobs())
+    place = mapped(max(size_of(m) for _, _, m in blobs))
+    before = engine.reader.bytes_read, engine.reader.seconds
+    for n, e, parts in random.Random(0).choices(blobs, k=BLOBS):
+        request = Request(parts, memoryview(place)[: size_of(parts)], f"expert {e} in layer {n}", False)
+        engine.reader.demand([request])
+        request.wait()
+    return (engine.reader.bytes_read - before[0]) / (engine.reader.seconds - before[1])
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return lines as a table."""
+    said = ["ms a token, and the least it could be; overhead is all but kernels and waiting", "",
+            f"{'memory':>8} {'way':<10}{'tok/s':>8}{'token':>8}{'kernels':>9}{'waiting':>9}{'overhead':>10}"
+            f"{'hits %':>8}{'MB':>8}{'t_c':>8}{'t_io':>8}{'roofline':>10}"]
+    for one in lines:
+        said.append(
+            f"{one.size:>8} {one.name:<10}{1e3 / one.token:>8.1f}{one.token:>8.1f}{one.kernels:>9.1f}"
+            f"{one.stall:>9.1f}{one.token - one.kernels - one.stall:>10.1f}{one.hits:>8.1f}"
+            f"{one.megabytes:>8.1f}{one.computing:>8.1f}{one.reading:>8.1f}"
+            f"{100 * one.roofline / one.token:>8.0f} %")
+    return "\n".join(said)
