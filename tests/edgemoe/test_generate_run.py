@@ -20,7 +20,7 @@ from poise.runs.context import RunContext
 from poise_edgemoe import ByteMoE, EdgeMoEGenerate, EdgeMoEStore, convert, small_moe
 from poise_edgemoe.bits import mean_loss
 from poise_edgemoe.budget import parse_bytes, plan_memory, share_kept
-from poise_edgemoe.cache import write_frequencies
+from poise_edgemoe.cache import RoutingTrace, write_frequencies, write_trace
 from poise_edgemoe.generation import in_pieces
 from poise_edgemoe.store.index import read_index
 
@@ -146,6 +146,30 @@ def test_policies_and_their_options_reach_the_engine(cache):
         assert engine.cache.policy.name == "paper_intent"
 
 
+def test_sources_of_guesses_reach_the_engine(cache):
+    given = GIVEN | {"memory": small()}
+    with EdgeMoEStore(**given).build() as engine:
+        uses = engine.cache.recorded = []
+        engine.generate(torch.tensor([[5]]), 12)
+        split = next(n for n in range(4, len(uses)) if uses[n][0] == 0)
+        trace = RoutingTrace(2, 16, (1, 1), tuple(uses[:split]), tuple(uses[split:]))
+    write_trace(cache / "own.csv.gz", trace)
+    model = EdgeMoEStore(**given, prefetch="oracle", trace=str(cache / "own.csv.gz"))
+    with model.build() as engine:
+        assert set(model.inputs()) == {"trace"} and engine.ahead.source.tokens[0][1] == [
+            e for n, e in uses[split: split + 4] if n == 1]
+    with EdgeMoEStore(**given, prefetch="lookahead").build() as engine:
+        assert type(engine.ahead.source).__name__ == "LookAhead"
+
+
+def test_a_run_that_reads_ahead_says_the_same(cache):
+    plain, rows, _ = run(cache / "plain", memory=small())
+    ahead, more, _ = run(cache / "ahead", memory=small(), prefetch="lookahead")
+    assert ahead["loss"] == plain["loss"] and len(rows) == len(more)
+    texts = [(cache / name / "text.txt").read_bytes() for name in ("plain", "ahead")]
+    assert texts[0] == texts[1]
+
+
 # ------------------------------------------------------------------ what does not fit
 
 
@@ -162,6 +186,9 @@ def test_policies_and_their_options_reach_the_engine(cache):
     ({"policy": "lur"}, "policy='lur' is none of .*did you mean 'lru'"),
     ({"policy": "lru", "frequencies": "f.json"}, "policy 'lru' has no option 'frequencies'"),
     ({"freq_source": "online"}, "policy 'expected' has no option 'freq_source'"),
+    ({"prefetch": "oracle"}, "prefetch=oracle needs a trace"),
+    ({"prefetch": "lookahead", "trace": "t.csv.gz"}, "trace=t.csv.gz has no effect: only prefetch=oracle"),
+    ({"prefetch": "ahead"}, "prefetch='ahead' is not"),
 ])
 def test_options_that_change_nothing_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):

@@ -24,18 +24,22 @@ torch.set_num_threads(1)
 import transformers.models.olmoe.modeling_olmoe
 from poise_edgemoe import Engine
 store, memory, context, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+prefetch = sys.argv[5] if len(sys.argv) > 5 else "none"
 
 def status(key):
     return int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1]) * 1024
 
-with Engine.open(store, memory=memory, context=context, batch=batch) as engine:
+with Engine.open(store, memory=memory, context=context, batch=batch, prefetch=prefetch) as engine:
     open("/proc/self/clear_refs", "w").write("5")  # the peak so far is that of imports
     for seed in range(2):
         ids = torch.randint(3, 8000, (batch, context - 4), generator=torch.Generator().manual_seed(seed))
         engine.generate(ids, 4)
+    if prefetch != "none":
+        engine.generate(ids[:, :32], 24)
     faults = status("VmHWM") - engine.base
     print(json.dumps({"grown": faults, "total": engine.budget.total, "hits": engine.stats()["hit_rate"],
-                      "chunk": engine.budget.chunk}))
+                      "chunk": engine.budget.chunk,
+                      "ahead": engine.stats()["prefetch"]["prefetched"]}))
 """
 
 
@@ -83,15 +87,16 @@ def olmoe():
     return transformers.OlmoeForCausalLM(config)
 
 
-@pytest.mark.parametrize(("memory", "context", "batch"), [
-    ("60MB", 512, 1), pytest.param("80MB", 512, 3, marks=pytest.mark.slow),
-    pytest.param("105MB", 4096, 1, marks=pytest.mark.slow)])
-def test_the_limit_is_kept(memory, context, batch, store):
+@pytest.mark.parametrize(("memory", "context", "batch", "prefetch"), [
+    ("60MB", 512, 1, "lookahead"), pytest.param("60MB", 512, 1, "none", marks=pytest.mark.slow),
+    pytest.param("80MB", 512, 3, "lookahead", marks=pytest.mark.slow),
+    pytest.param("105MB", 4096, 1, "none", marks=pytest.mark.slow)])
+def test_the_limit_is_kept(memory, context, batch, prefetch, store):
     whole = sum(p.stat().st_size for p in store.iterdir())
-    given = [sys.executable, "-c", WORKER, str(store), memory, str(context), str(batch)]
+    given = [sys.executable, "-c", WORKER, str(store), memory, str(context), str(batch), prefetch]
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["total"] <= int(memory[:-2]) * 10**6 < whole
+    assert said["total"] <= int(memory[:-2]) * 10**6 < whole and (said["ahead"] > 0) == (prefetch != "none")
     assert said["grown"] <= said["total"] and 0 < said["hits"] < 1, said
 
 

@@ -98,6 +98,8 @@ GENERATE = [
      "frequencies have no effect with freq_source=online"),
     ([LIMIT, "--policy", "paper_intent", "--freq-source", "offline"], "needs frequencies"),
     ([LIMIT, "--policy", "static"], "policy 'static' needs frequencies"),
+    (["--prefetch", "oracle"], "prefetch=oracle needs a trace"),
+    (["--trace", "t.csv.gz"], "trace=t.csv.gz has no effect: only prefetch=oracle listens to it"),
     (["--temperature", "1"], "--temperature 1.0 has no effect without --do-sample"),
     (["--top-k", "3"], "--top-k 3 has no effect without --do-sample"),
     (["--top-p", "0.5"], "--top-p 0.5 has no effect without --do-sample"),

@@ -109,7 +109,7 @@ def test_output_depends_on_no_source_size_or_delay(family, source, rows, tmp_pat
 @pytest.mark.parametrize("source", ["lookahead", "wrong"])
 def test_a_sure_source_is_read_however_wrong_and_changes_nothing(source, tmp_path, monkeypatch):
     """Without restraint: every guess there is room for, in every order."""
-    monkeypatch.setattr(Restraint, "worth", lambda *_: True)
+    monkeypatch.setattr(Restraint, "chance", lambda *_: 1.0)
     monkeypatch.setattr("poise_edgemoe.cache.policies.Expected.yields", lambda *_: True)
     store, _ = store_of(tmp_path, "olmoe", num_experts=12, num_hidden_layers=3)
     want, trace = recorded(store, ids(), 24)
@@ -230,18 +230,18 @@ def test_what_enters_is_shown_to_any_source_and_layers_go_round(tmp_path):
 def test_guesses_are_read_where_the_odds_are_with_them():
     counts = Counts(2)
     rule = Restraint(counts)
-    assert [rule.worth(0, q) for q in (0.5, 0.55, 0.56, 1.0)] == [False, False, True, True]  # 1.25 : 1
+    assert [rule.chance(0, q) for q in (0.5, 0.55, 0.56, 1.0)] == [0, 0, 0.56, 1]  # 1.25 : 1
     counts.demands[:] = 5, 4
     counts.blocked[:] = 0, 1
     rule.token_done(1.0, 0.0)
-    assert rule.rho == pytest.approx(0.2) and rule.worth(0, 0.32) and not rule.worth(0, 0.31)
+    assert rule.rho == pytest.approx(0.2) and rule.chance(0, 0.32) and not rule.chance(0, 0.31)
     rule.rho = math.inf
-    assert not rule.worth(0, 1.0)  # a threshold of 1: nothing is read
+    assert not rule.chance(0, 1.0)  # a threshold of 1: nothing is read
     rule.rho = 0.0
     for _ in range(60):
         rule.known(0, [(3, 1.0)], [1, 2])  # sure, and wrong
         rule.known(1, [(1, 1.0), (2, 1.0)], [1, 2])
-    assert not rule.worth(0, 1.0) and rule.worth(1, 1.0)
+    assert not rule.chance(0, 1.0) and rule.chance(1, 1.0) == 1
     assert CORE == 0.25 and rule.off == set()
 
 
@@ -287,7 +287,7 @@ def test_who_is_read_and_always_wrong_is_left_alone(tmp_path, monkeypatch):
     real = Restraint.token_done
     store, _ = store_of(tmp_path, "olmoe", num_experts=12, max_position_embeddings=256)
     want, trace = recorded(store, ids(), LEAST + 60, context=256)
-    monkeypatch.setattr(Restraint, "worth", lambda *_: True)
+    monkeypatch.setattr(Restraint, "chance", lambda *_: 1.0)
     monkeypatch.setattr("poise_edgemoe.cache.policies.Expected.yields", lambda *_: True)
     monkeypatch.setattr(Restraint, "token_done", lambda self, _, per_byte: real(self, 0.0, per_byte))
     with opened(store, 6, prefetch=Wrong(store, trace), context=256) as engine:
@@ -307,8 +307,8 @@ def test_who_is_read_and_always_wrong_is_left_alone(tmp_path, monkeypatch):
     ({"prefetch": "lookahed"}, "prefetch='lookahed' is none of none, lookahead, oracle.*did you mean"),
     ({"prefetch": 3}, r"prefetch=3 is not allowed: it must be one of .*method candidates\(layer, seen\)"),
     ({"prefetch": "oracle"}, "prefetch=oracle needs a trace: give trace=FILE"),
-    ({"trace": "some.csv.gz"}, "trace has no effect without prefetch=oracle"),
-    ({"prefetch": "lookahead", "trace": "some.csv.gz"}, "trace has no effect without prefetch=oracle"),
+    ({"trace": "some.csv.gz"}, "trace=some.csv.gz has no effect: only prefetch=oracle listens to it"),
+    ({"prefetch": "lookahead", "trace": "some.csv.gz"}, "has no effect: only prefetch=oracle listens"),
     ({"prefetch": "oracle", "trace": 7}, "trace=7 is not allowed: give a file or a RoutingTrace"),
 ])
 def test_a_source_that_is_none_or_lacks_its_trace_is_refused(options, words, tmp_path):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from moe_models import ids, reference
 from test_engine import opened, store_of
 
 from poise.errors import FileError, RunError
+from poise.testing.families import tiny
 from poise_edgemoe.cache import make_policy
 from poise_edgemoe.cache.residents import STAGES
 from poise_edgemoe.cache.slots import ExpertCache, size_of
 from poise_edgemoe.store.index import read_index
-from poise_edgemoe.store.reader import Reader
+from poise_edgemoe.store.reader import HUGE, Reader, mapped
+from poise_edgemoe.store.writer import convert
 
 
 class Gate:
@@ -55,10 +60,11 @@ def make(store):
     """Return a function that makes a cache with places for some experts."""
     made = []
 
-    def cache(places, policy="expected", **options):
+    def cache(places, policy="expected", frequencies=None, **options):
         index = read_index(store)
         largest = max(size_of(m) for _, _, m in index.blobs())
-        rule = make_policy(policy, layers=2, experts=12)
+        known = {} if frequencies is None else {"frequencies": frequencies}
+        rule = make_policy(policy, layers=2, experts=12, **known)
         made.append(ExpertCache(index, Reader(store), (places + STAGES) * largest, rule, **options))
         return made[-1]
 
@@ -172,6 +178,10 @@ def test_a_guess_takes_no_place_of_an_expert_that_is_as_likely(make):
     assert not cache.prefetch((1, 0), 0.5 * rate) and set(cache.resident) == {(0, 0), (0, 1), (0, 2)}
     assert cache.prefetch((1, 0), 1.0)  # sure to be used, and sooner
     whole(cache)
+    for name in ("static", "paper_intent"):
+        told = make(3, name, frequencies={(0, 0): 0.6, (0, 1): 0.7, (0, 2): 0.8})
+        use(told, 0, [0, 1, 2])
+        assert not told.prefetch((1, 0), 0.6) and told.prefetch((1, 0), 0.65)
     lru = make(3, "lru")
     use(lru, 0, [0, 1, 2])
     assert lru.prefetch((1, 0), 0.01)  # a policy without chances gives whom it would give
@@ -184,7 +194,8 @@ def test_demand_rather_takes_another_place_than_one_that_is_being_read(make, gat
     gate.begun.acquire()
     cache.prefetch((1, 0), 1.0)
     gate.begun.acquire()
-    with cache.layer(1, [3]):  # (0, 0) leaves, though (1, 0) is wrong; nothing waits
+    use(cache, 0, [0])
+    with cache.layer(1, [3]):  # (0, 0) leaves, though it was used after (1, 0); nothing waits
         assert set(cache.resident) == {(1, 0), (1, 3)} and not cache.resident[1, 0].ready()
     threading.Timer(0.1, gate.open).start()
     use(cache, 0, [0, 1])  # both places are needed: it is waited for
@@ -263,7 +274,7 @@ def test_an_exception_within_a_layer_holds_nobody(store, make, monkeypatch):
         def candidates(self, layer, seen):
             return [(e, 1.0) for e in range(12)]
 
-    monkeypatch.setattr("poise_edgemoe.ahead.Restraint.worth", lambda *_: True)
+    monkeypatch.setattr("poise_edgemoe.ahead.Restraint.chance", lambda *_: 1.0)
     want = reference(store.parent / "model").generate(ids(), 8)
     real, calls = StoredExperts._experts, [0]
 
@@ -298,3 +309,29 @@ def test_room_that_is_lent_is_taken_from_guesses_too(lend, make, gate):
     whole(cache)
     counts, left = cache.counts, sum(r.guessed for r in cache.resident.values())
     assert counts.guesses[1] - counts.cancelled[1] == counts.used[1] + counts.wasted[1] + left
+
+
+def test_places_are_neighbours_and_lie_in_huge_pages(tmp_path):
+    """A place that is mapped when it is needed shares no huge page with the one before it."""
+    model = tiny("olmoe", hidden_size=256, intermediate_size=1152, num_experts=8, num_hidden_layers=2)
+    cache = opened(convert(model, tmp_path / "large", bits=32), 12, context=16, batch=1).cache
+    size = cache._size((0, 0))
+    before, control = huge_bytes(), mapped(12 * size)
+    control[::4096] = bytes(12 * size // 4096)
+    most = huge_bytes() - before
+    del control
+    before = huge_bytes()
+    for e in range(12):  # each is there before the next is asked for
+        use(cache, e % 2, [e // 2])
+    places = sorted(np.frombuffer(r.place, np.uint8).ctypes.data for r in cache.resident.values())
+    assert size % HUGE and len(places) == 12
+    assert sum(b - a == size for a, b in pairwise(places)) >= 9  # the system may fill a gap first
+    assert huge_bytes() - before >= 0.8 * most
+    cache.reader.close()
+
+
+def huge_bytes():
+    """Return how much of the process lies in huge pages."""
+    path = Path("/proc/self/smaps_rollup")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))

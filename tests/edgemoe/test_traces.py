@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from poise.errors import DataError
-from poise_edgemoe.cache import RoutingTrace, read_trace, simulate
+from poise_edgemoe.cache import RoutingTrace, read_trace, simulate, write_trace
 
 HEAD = "# model=tiny n_expert=8\n# layer=1 expert_bytes=10 dense_bytes=3\n# layer=3 expert_bytes=20\n"
 COLUMNS = "turn,phase,step,layer,slot,expert,weight\n"
@@ -32,6 +32,15 @@ def test_a_small_trace(tmp_path):
     decode = ((0, 0), (0, 6), (1, 1), (0, 0), (1, 4))
     assert found == RoutingTrace(2, 8, (10, 20), ((0, 2), (0, 5), (1, 7)), decode)
     assert found.expert_bytes == 20
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    decode = ((0, 1), (0, 3), (1, 2), (0, 0), (1, 1), (1, 3))
+    trace = RoutingTrace(2, 4, (10, 20), ((0, 2), (1, 0), (1, 1)), decode)
+    for n in range(2):
+        write_trace(tmp_path / f"{n}.csv.gz", trace)
+    assert read_trace(tmp_path / "0.csv.gz") == trace
+    assert (tmp_path / "0.csv.gz").read_bytes() == (tmp_path / "1.csv.gz").read_bytes()
 
 
 @pytest.mark.parametrize(("text", "told"), [

@@ -45,10 +45,10 @@ class Restraint:
         self._sum = np.zeros((5, len(counts.hits)))
         self._right, self._said = (np.full(len(counts.hits), TRUST) for _ in range(2))
 
-    def worth(self, layer: int, chance: float) -> bool:
-        """Return whether a guess is to be read."""
-        q = min(1.0, chance * float(self._right[layer] / self._said[layer]))
-        return q > (self.rho + CORE) * (1 - q)
+    def chance(self, layer: int, said: float) -> float:
+        """Return the chance that a guess is right, of what its source says; 0: it is not worth reading."""
+        q = min(1.0, said * float(self._right[layer] / self._said[layer]))
+        return q if q > (self.rho + CORE) * (1 - q) else 0.0
 
     def known(self, layer: int, guesses: Iterable[Guess], experts: Sequence[int]) -> None:
         """Learn from guesses for a layer, of experts that were not there, and what it has used."""
@@ -127,10 +127,9 @@ class Ahead:
         seen = Seen(self.token + (layer <= n), n, tuple(experts), hidden)
         found = self._checked(layer, self.source.candidates(layer, seen))
         self._said = layer, [(e, chance) for e, chance in found if (layer, e) not in self.cache.resident]
-        for e, chance in sorted(found, key=lambda guess: -guess[1]):
-            if not self.restraint.worth(layer, chance):
-                break
-            self.cache.prefetch((layer, e), chance)
+        for e, said in sorted(found, key=lambda guess: -guess[1]):
+            if chance := self.restraint.chance(layer, said):
+                self.cache.prefetch((layer, e), chance)
 
     def token_done(self, step: Step) -> None:
         """A call of the model is over."""

@@ -125,6 +125,9 @@ class EdgeMoEStore:
     frequencies: str | None = option(None, 'JSON file, {"layer,expert": uses per token}')
     freq_source: str | None = option(None, "of the paper's policies; null: mixed",
                                      choices=("offline", "online", "mixed"))
+    prefetch: str = option("none", "who says what the next layer will use, to be read ahead",
+                           choices=("none", "lookahead", "oracle"))
+    trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
 
     trained: ClassVar[bool] = True
     form: ClassVar[str] = "served"
@@ -139,9 +142,10 @@ class EdgeMoEStore:
                               f"which is converted already: leave one of them out")
         if self.path is not None and self.byte_moe:
             raise ConfigError(f"byte_moe has no effect beside path={self.path}: leave one of them out")
-        if self.store is None:
-            from poise_edgemoe.flags import check_convert
+        from poise_edgemoe.flags import check_convert, check_trace
 
+        check_trace(self.prefetch, self.trace)
+        if self.store is None:
             check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot)
         self._byte_moe()
         self._check_policy()
@@ -150,7 +154,8 @@ class EdgeMoEStore:
         """Return the `Engine`, open; whoever builds it closes it."""
         from poise_edgemoe.stores import open_store
 
-        names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source")
+        names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source", "prefetch",
+                 "trace")
         return open_store(self.folder(), **{n: getattr(self, n) for n in names})
 
     def folder(self) -> Path:
@@ -183,10 +188,11 @@ class EdgeMoEStore:
         return load_tokenizer(where) if where else self._byte_moe().tokenizer()
 
     def inputs(self) -> dict[str, Input]:
-        """Return the files that it reads: of a directory or store, and frequencies."""
+        """Return the files that it reads: of a directory or store, frequencies, a trace."""
         found = {n: Input(Path(where), ("*.json", "*.safetensors", "*.bin"))
                  for n in ("path", "store") if (where := getattr(self, n))}
-        return found | ({"frequencies": Input(Path(self.frequencies))} if self.frequencies else {})
+        single = {n: Input(Path(where)) for n in ("frequencies", "trace") if (where := getattr(self, n))}
+        return found | single
 
     def _dtype(self) -> str:
         """Return what the model in memory is of: what is stored, where that is all of it; else float32."""

@@ -1,4 +1,4 @@
-"""An option of a conversion that would change nothing is refused: what was given, why, what to do."""
+"""An option that would change nothing is refused: what was given, why, what to do."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def check_bits(bits: int | None, model: str, plan: Mapping[str, Any] | None) -> 
 
     if bits not in (None, 32) and plan is not None and not unnamed(model, plan):
         _refuse("bits", bits, "the plan names every expert's matrices: leave it out, or name fewer")
+
+
+def check_trace(prefetch: Any, trace: Any) -> None:
+    """Refuse the oracle without a trace, and a trace that feeds nobody.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if prefetch == "oracle" and trace is None:
+        raise ConfigError("prefetch=oracle needs a trace: give trace=FILE.route.csv.gz, recorded routing")
+    if prefetch != "oracle":
+        _refuse("trace", trace, "only prefetch=oracle listens to it: leave it out, or take the oracle")
 
 
 def _refuse(name: str, value: Any, why: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from poise.errors import ConfigError, DataError, nearest
 from poise_edgemoe.cache.traces import RoutingTrace, read_trace, tokens_of
+from poise_edgemoe.flags import check_trace
 from poise_edgemoe.store.index import Index
 
 SOURCES = ("none", "lookahead", "oracle")
@@ -159,10 +160,7 @@ def check_prefetch(prefetch: Any, trace: RoutingTrace | Path | str | None) -> No
     elif not isinstance(prefetch, Predictor):
         raise ConfigError(f"prefetch={prefetch!r} is not allowed: it must be one of {', '.join(SOURCES)}, "
                           f"or an object with a method candidates(layer, seen)")
-    if prefetch == "oracle" and trace is None:
-        raise ConfigError("prefetch=oracle needs a trace: give trace=FILE.route.csv.gz or a RoutingTrace")
-    if prefetch != "oracle" and trace is not None:
-        raise ConfigError("trace has no effect without prefetch=oracle: leave it out, or take the oracle")
+    check_trace(prefetch, "RoutingTrace" if isinstance(trace, RoutingTrace) else trace)
 
 
 def trace_for(index: Index, trace: RoutingTrace | Path | str) -> RoutingTrace:

@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from poise_edgemoe.cache.policies import DEFAULT_POLICY, POLICIES, make_policy
     from poise_edgemoe.cache.policy import Policy
     from poise_edgemoe.cache.simulator import Simulation, simulate
-    from poise_edgemoe.cache.traces import RoutingTrace, read_trace
+    from poise_edgemoe.cache.traces import RoutingTrace, read_trace, write_trace
 
 _HOMES = {
     "DEFAULT_POLICY": "policies", "POLICIES": "policies", "make_policy": "policies", "Policy": "policy",
     "Belady": "belady", "Simulation": "simulator", "simulate": "simulator",
     "RoutingTrace": "traces", "read_trace": "traces",
+    "write_trace": "traces",
     "policy_for": "choosing", "read_frequencies": "choosing", "write_frequencies": "choosing",
 }
 __all__ = [
     "DEFAULT_POLICY", "POLICIES", "Belady", "Policy", "RoutingTrace", "Simulation", "make_policy",
-    "policy_for", "read_frequencies", "read_trace", "simulate", "write_frequencies",
+    "policy_for", "read_frequencies", "read_trace", "simulate", "write_frequencies", "write_trace",
 ]
 
 

@@ -67,6 +67,10 @@ class Static(Policy):
             raise ConfigError("policy 'static' needs frequencies: {(layer, expert): uses per token}")
         self._frequency = frequency_array(frequencies, layers, experts)
 
+    def yields(self, gone: Key, chance: float) -> bool:
+        """Return whether `gone` is used less often than the guess is right."""
+        return bool(self._frequency[gone] < chance)
+
     def scores(self) -> np.ndarray:
         return -self._frequency
 
@@ -189,6 +193,10 @@ class PaperIntent(_ByDistance):
         super().next_token()
         if self._online:
             self._frequency *= self._kept
+
+    def yields(self, gone: Key, chance: float) -> bool:
+        """Return whether `gone` is used less often than the guess is right."""
+        return bool(self._frequency[gone] < chance)
 
     def decoder_scores(self) -> np.ndarray:
         return self._frequency / -self.distance()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poise.errors import DataError
+from poise.files import write_bytes
 from poise_edgemoe.cache.policy import Key
 
 _COLUMNS = ("turn", "phase", "step", "layer", "expert")
@@ -78,6 +79,22 @@ def read_trace(path: Path | str) -> RoutingTrace:
         raise DataError(f"{path} is cut off: the gzip stream does not end; copy it again") from None
     except (OSError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a routing trace (csv.gz): {error}") from None
+
+
+def write_trace(path: Path | str, trace: RoutingTrace) -> None:
+    """Write a routing trace so that `read_trace` reads the same.
+
+    Raises
+    ------
+    FileError
+        When the file cannot be written.
+    """
+    lines = [f"# n_expert={trace.experts}"]
+    lines += [f"# layer={n} expert_bytes={size}" for n, size in enumerate(trace.layer_bytes)]
+    lines += [",".join(_COLUMNS), *(f"0,{_PROMPT},0,{n},{e}" for n, e in trace.prompt)]
+    for step, token in enumerate(tokens_of(trace.decode, trace.layers)):
+        lines += [f"0,{_DECODE},{step},{n},{e}" for n, used in enumerate(token) for e in used]
+    write_bytes(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
 
 
 def _read(lines: Iterator[tuple[int, str]], path: str) -> RoutingTrace:
