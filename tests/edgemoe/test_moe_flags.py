@@ -116,7 +116,6 @@ def test_of_a_generation(words, told, call, place):
 
 
 BENCH = [
-    (["store"], "nothing is measured yet, only simulated: add --simulate"),
     (["store", "--simulate", "--out", "h.pdf"], "--out h.pdf is no picture"),
     (["store", "--simulate", "--memory", "9GB"], "--memory 9GB has no effect, as all experts stay in"),
     (["gone.csv.gz", "--simulate", "--prompt", "x"], "--prompt has no effect on a recording"),

@@ -43,8 +43,12 @@ class Line:
     ----------
     kernels, stall : float
         Within products and attention of ours, and waiting for reads; the rest of `token` is overhead.
-    computing, reading : float
-        t_c and t_io of the roofline.
+    hits, megabytes : float
+        Experts that were there, in %, and what was read.
+    speed : float
+        Of the reader, in megabytes per millisecond.
+    computing : float
+        t_c.
     """
 
     size: str
@@ -54,8 +58,13 @@ class Line:
     stall: float
     hits: float
     megabytes: float
-    computing: float
-    reading: float
+    speed: float
+    computing: float = 0.0
+
+    @property
+    def reading(self) -> float:
+        """t_io, in milliseconds."""
+        return self.megabytes / self.speed
 
     @property
     def roofline(self) -> float:
@@ -80,18 +89,25 @@ def measure(
     trace = record(source, index, (), prompt, new, context)
     sizes = memory or [f"{share} %" for share in SHARES]
     ways = [(size, name) for size in sizes for name in _ways(source, index, size, context)]
-    lines, computing = [], {}
+    lines, computing = [], []
     print("poise: measuring", file=sys.stderr, flush=True)
     with progress(len(ways), "ways") as bar:
         for size, name in ways:
             with _opened(source, index, size, name, trace, context) as engine:
+                lines.append(_line(engine, source, size, name, prompt, new))
                 if name == "none":
-                    computing[size] = _computing(engine, trace)
-                lines.append(_line(engine, source, size, name, prompt, new, computing[size]))
+                    computing.append(_computing(engine, trace))
             bar.advance()
+    lines = _limited(lines, min(computing))
     if out is not None:
         time_against_roofline(lines, Path(out))
     return table(lines)
+
+
+def _limited(lines: Sequence[Line], computing: float) -> list[Line]:
+    """Return lines with their roofline: the machine's is its best, whatever else has kept it busy."""
+    speed = max(one.speed for one in lines)
+    return [replace(one, computing=computing, speed=speed) for one in lines]
 
 
 def _ways(source: str, index: Index, size: str, context: int | None) -> list[str]:
@@ -126,20 +142,17 @@ def _opened(
         yield engine
 
 
-def _line(
-    engine: Engine, source: str, size: str, name: str, prompt: str | None, new: int, computing: float
-) -> Line:
+def _line(engine: Engine, source: str, size: str, name: str, prompt: str | None, new: int) -> Line:
     ids = opening_prompt(engine, source, prompt, engine.budget.context - new)
     for _ in engine.stream(ids, new, do_sample=True, seed=0):
         pass
     steps = [s for s in engine.stats()["steps"][-(new - 1):] if s["tokens"] == 1][min(WARM, new // 2):]
-    n, speed = len(steps), _speed(engine)
+    n = len(steps)
     total = {k: sum(s[k] for s in steps) for k in steps[0]}
     asked = max(1, total["hits"] + total["misses"])
     per = {k: 1e3 * total[k] / n for k in ("seconds", "kernel_seconds", "stall_seconds")}
     return Line(size, name, per["seconds"], per["kernel_seconds"], per["stall_seconds"],
-                100 * total["hits"] / asked, total["bytes_read"] / n / 1e6,
-                computing, 1e3 * total["bytes_read"] / n / speed)
+                100 * total["hits"] / asked, total["bytes_read"] / n / 1e6, _speed(engine) / 1e9)
 
 
 def _computing(engine: Engine, trace: RoutingTrace) -> float:
