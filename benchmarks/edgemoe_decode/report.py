@@ -130,6 +130,10 @@ def picture(measured: Measured, limits: dict[str, int], target: Path) -> None:
             axes.plot(*zip(*dots), marker="o", color=colour, label=name)
     axes.set(xlabel="memory limit, or peak without one (MB)", ylabel="tokens per second", xscale="log",
              yscale="log", title="Decoding after 512 tokens, 6 layers of OLMoE's shape, random routing")
+    for written in (axes.xaxis, axes.yaxis):
+        written.set_major_formatter("{x:g}")
+        written.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="both", alpha=0.2)
     if axes.lines:

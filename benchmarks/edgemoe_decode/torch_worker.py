@@ -43,10 +43,9 @@ def limited(asked: dict[str, Any], open_: Callable[[], Any]) -> float:
 
     A first opening makes libraries set themselves up: their memory is none of the engine's.
     """
-    if not asked["group"]:
-        return 0.0
-    open_().close()
-    base = held(asked["group"])
+    if asked["limit"]:
+        open_().close()
+    base = held(asked["group"]) if asked["group"] else 0
     if asked["limit"]:
         limit(asked["group"], base + asked["limit"])
     return base / 1e6
