@@ -21,6 +21,7 @@ enum { W = 32 };
 enum { W = 32 };
 #define UNITS "portable"
 #endif
+#define RECORD(bits) (W * (2 * (8 / (bits)) + 1)) /* bytes of x for a block */
 enum { LANES = W / 4, AT_ONCE = 4 /* rows of x */, LARGEST = 127 * 256 + 127, AHEAD = 2048 /* bytes */ };
 
 typedef int32_t ints __attribute__((vector_size(W)));
@@ -79,18 +80,22 @@ static inline floats spread(const float *numbers, ints pattern) {
 }
 
 static inline float total(floats v) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float sums[LANES];
     memcpy(sums, &v, W);
     for (int half = LANES / 2; half; half /= 2)
         for (int l = 0; l < half; l++) sums[l] += sums[l + half];
     return sums[0];
+#endif
 }
 
 /* What rows of a matrix, and rows of x made ready for it, have in common. */
 typedef struct {
     int bits, n;           /* bits: 2, 4 or 8; others are spread to 8 first. n: codes in a byte */
     size_t blocks, width;  /* width: bytes of codes in a row */
-    size_t groups, record, size; /* record: bytes of x for a block; size: of a row of x */
+    size_t groups, size;   /* size: bytes of a row of x */
     size_t step, over;     /* scales go on by step each block, or by one each `over` blocks */
     ints pattern;          /* which of a block's scales a lane has */
 } form;
@@ -102,8 +107,7 @@ static int formed(const matrix *m, form *f) {
     f->width = (m->columns * f->bits + 7) / 8;
     f->blocks = (f->width + W - 1) / W;
     f->groups = m->groups;
-    f->record = W * (2 * f->n + 1);
-    f->size = f->blocks * f->record + (f->groups * sizeof(float) + W - 1) / W * W;
+    f->size = f->blocks * RECORD(f->bits) + (f->groups * sizeof(float) + W - 1) / W * W;
     size_t columns = (size_t)W * f->n, of_block = m->groups == 1 ? 1 : m->group < columns ? columns / m->group : 1;
     f->step = m->groups > 1 && m->group <= columns ? of_block : 0;
     f->over = m->groups > 1 && m->group > columns ? m->group / columns : f->blocks;
@@ -125,10 +129,10 @@ static inline float element(const void *p, size_t i, int kind) { /* 0 float, 1 b
 /* Make a row of x ready: for each block n vectors of high bytes, n of low ones and scales; then sums over groups. */
 static void make_ready(const matrix *m, const form *f, const float *x, uint8_t *to) {
     const int n = f->n, lane = 4 * n;
-    float *sums = (float *)(to + f->blocks * f->record);
+    float *sums = (float *)(to + f->blocks * RECORD(f->bits));
     memset(to, 0, f->size);
     for (size_t at = 0; at < m->columns; at += lane) {
-        uint8_t *record = to + at / lane / LANES * f->record;
+        uint8_t *record = to + at / lane / LANES * RECORD(f->bits);
         size_t l = at / lane % LANES, count = m->columns - at < (size_t)lane ? m->columns - at : (size_t)lane;
         float largest = 0, scale, back;
         int sum = 0, odd = 0;
@@ -151,72 +155,91 @@ static void make_ready(const matrix *m, const form *f, const float *x, uint8_t *
     }
 }
 
-/* One row of codes times some rows of x, without the minima. */
-static inline __attribute__((always_inline)) void times(
-    const form *f, const uint8_t *codes, const float *scale, const uint8_t *x, float *y, const int bits, const int count
+/* A row of codes: where its bytes, scales and minima are; without minima all codes are too large by an offset. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scale, *low;
+    float offset;
+} line;
+
+/* A block of codes times some rows of x, which are `size` bytes apart. */
+static inline __attribute__((always_inline)) void block(
+    ints v, floats of_lane, const uint8_t *x, size_t size, floats *sum, const int bits, const int count
 ) {
     const int n = 8 / bits;
-    const size_t whole = f->width / W;
+    ints code[4];
+    for (int k = 0; k < n; k++) code[k] = bits == 8 ? v : (v >> k * bits) & 0x01010101 * ((1 << bits) - 1);
+    for (int t = 0; t < count; t++, x += size) {
+        ints high = {0}, low = {0};
+        for (int k = 0; k < n; k++) {
+            high = dot(high, code[k], load_ints(x + k * W), bits);
+            low = dot(low, code[k], load_ints(x + (n + k) * W), bits);
+        }
+        floats both = __builtin_convertvector((high << 8) + low, floats);
+        sum[t] += both * (of_lane * load_floats((const float *)(x + 2 * n * W)));
+    }
+}
+
+/* One row of codes times some rows of x. */
+static inline __attribute__((always_inline)) void times(
+    const form *f, const line *l, const uint8_t *x, float *y, const int bits, const int count
+) {
+    const size_t record = RECORD(bits), whole = f->width / W, step = f->step, size = f->size;
+    const uint8_t *codes = l->codes, *at = x;
+    const float *scale = l->scale;
+    const ints pattern = f->pattern;
     floats sum[AT_ONCE];
     for (int t = 0; t < count; t++) sum[t] = (floats){0};
-    for (size_t b = 0, left = f->over; b < f->blocks; b++) {
-        ints v = {0}, code[4];
-        __builtin_prefetch(codes + b * W + AHEAD); /* beyond a page the processor does not look by itself */
-        if (b < whole) v = load_ints(codes + b * W);
-        else memcpy(&v, codes + b * W, f->width % W);
-        for (int k = 0; k < n; k++) code[k] = bits == 8 ? v : (v >> k * bits) & 0x01010101 * ((1 << bits) - 1);
-        floats of_lane = spread(scale, f->pattern);
-        scale += f->step;
+    for (size_t b = 0, left = f->over; b < whole; b++, codes += W, at += record) {
+        __builtin_prefetch(codes + AHEAD); /* beyond a page the processor does not look by itself */
+        block(load_ints(codes), spread(scale, pattern), at, size, sum, bits, count);
+        scale += step;
         if (!--left) scale++, left = f->over;
-        for (int t = 0; t < count; t++) {
-            const uint8_t *at = x + t * f->size + b * f->record;
-            ints high = {0}, low = {0};
-            for (int k = 0; k < n; k++) {
-                high = dot(high, code[k], load_ints(at + k * W), bits);
-                low = dot(low, code[k], load_ints(at + (n + k) * W), bits);
-            }
-            floats both = __builtin_convertvector((high << 8) + low, floats);
-            sum[t] += both * (of_lane * load_floats((const float *)(at + 2 * n * W)));
-        }
     }
-    for (int t = 0; t < count; t++) y[t] = total(sum[t]);
+    if (whole < f->blocks) {
+        ints v = {0};
+        memcpy(&v, codes, f->width % W);
+        block(v, spread(scale, pattern), at, size, sum, bits, count);
+    }
+    for (int t = 0; t < count; t++) {
+        const float *sums = (const float *)(x + t * size + f->blocks * record);
+        const float *added = l->low ? l->low : l->scale;
+        floats rest = {0};
+        for (size_t g = 0; g < f->groups; g += LANES) rest += load_floats(added + g) * load_floats(sums + g);
+        y[t] = total(l->low ? sum[t] + rest : sum[t] - l->offset * rest);
+    }
 }
 
 #define COUNTS(bits) \
     switch (count) { \
-    case 1: times(f, codes, scale, x, y, bits, 1); break; \
-    case 2: times(f, codes, scale, x, y, bits, 2); break; \
-    case 3: times(f, codes, scale, x, y, bits, 3); break; \
-    default: times(f, codes, scale, x, y, bits, AT_ONCE); \
+    case 1: times(f, l, x, y, bits, 1); break; \
+    case 2: times(f, l, x, y, bits, 2); break; \
+    case 3: times(f, l, x, y, bits, 3); break; \
+    default: times(f, l, x, y, bits, AT_ONCE); \
     }
 
-static void row_times(const form *f, const uint8_t *codes, const float *scale, const uint8_t *x, float *y, int count) {
+static void row_times(const form *f, const line *l, const uint8_t *x, float *y, int count) {
     if (f->bits == 4) { COUNTS(4) }
     else if (f->bits == 2) { COUNTS(2) }
     else { COUNTS(8) }
 }
 
-/* Convert the scales, or minima, of a row; `extra` more may be read and are zero. */
+/* Convert the scales, or minima, of a row. */
 static void widened(const matrix *m, const void *from, size_t r, float *to) {
     from = (const char *)from + r * m->stride * (m->wide ? 4 : 2);
     if (m->wide) memcpy(to, from, m->groups * sizeof(float));
     else {
         size_t g = 0;
 #if defined(__F16C__)
+#if defined(__AVX512F__)
+        for (; g + 16 <= m->groups; g += 16)
+            _mm512_storeu_ps(to + g, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const half *)from + g))));
+#endif
         for (; g + 8 <= m->groups; g += 8)
             _mm256_storeu_ps(to + g, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const half *)from + g))));
 #endif
         for (; g < m->groups; g++) to[g] = (float)((const half *)from)[g];
     }
-}
-
-static inline float along(const float *a, const float *b, size_t n) {
-    floats sum = {0};
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES) sum += load_floats(a + i) * load_floats(b + i);
-    float rest = total(sum);
-    for (; i < n; i++) rest += a[i] * b[i];
-    return rest;
 }
 
 /* One matrix, and rows of x that it is multiplied with; what one call takes is spread over threads as a whole. */
@@ -282,23 +305,20 @@ static void tile(const prepared *one, size_t at, float *scale, float *low, uint8
     const matrix *m = p->m;
     const form *f = &one->f;
     const size_t end = at + TILE < m->rows ? at + TILE : m->rows;
-    const int offset = 1 << (m->bits - 1);
+    const float offset = (float)(1 << (m->bits - 1));
     memset(scale + m->groups, 0, LANES * sizeof(float)); /* of another matrix before */
+    memset(low + m->groups, 0, LANES * sizeof(float));
     for (size_t t = 0; t < p->rows; t += AT_ONCE) {
         const int count = p->rows - t < AT_ONCE ? (int)(p->rows - t) : AT_ONCE;
         const uint8_t *x = one->ready + t * f->size;
         for (size_t r = at; r < end; r++) {
-            const uint8_t *codes = m->codes + r * m->width;
+            line l = {m->codes + r * m->width, scale, m->low ? low : NULL, offset};
             float y[AT_ONCE];
-            if (f->bits != m->bits) unpack(codes, spread_codes, m->columns, m->bits), codes = spread_codes;
+            if (f->bits != m->bits) unpack(l.codes, spread_codes, m->columns, m->bits), l.codes = spread_codes;
             widened(m, m->scale, r, scale);
             if (m->low) widened(m, m->low, r, low);
-            row_times(f, codes, scale, x, y, count);
-            for (int i = 0; i < count; i++) {
-                const float *sums = (const float *)(x + i * f->size + f->blocks * f->record);
-                y[i] += m->low ? along(low, sums, m->groups) : -offset * along(scale, sums, m->groups);
-                put(p->y, (t + i) * m->rows + r, y[i], p->y_kind);
-            }
+            row_times(f, &l, x, y, count);
+            for (int i = 0; i < count; i++) put(p->y, (t + i) * m->rows + r, y[i], p->y_kind);
         }
     }
 }
