@@ -81,14 +81,32 @@ class Kernel:
             one.matrix, one.x, one.y, one.rows = w.address, x.data_ptr(), y.data_ptr(), x.shape[0]
             one.x_kind = one.y_kind = kind
             made.append(y)
-        work = sum(x.shape[0] * w.shape[0] * w.shape[1] for w, x in pairs)
+        self._run(told, sum(x.shape[0] * w.shape[0] * w.shape[1] for w, x in pairs))
+        return made
+
+    def stacked(self, matrices: Sequence[Told], x: Tensor, out: Tensor, rows: Sequence[int]) -> None:
+        """Write x W^T of matrices of one shape into rows of `out`, of x's type, contiguous.
+
+        Parameters
+        ----------
+        x : Tensor, (1, in) or (matrices, in)
+            One row for all, or one for each.
+        """
+        size, kind = x.element_size(), KINDS[x.dtype]
+        from_, to = x.data_ptr(), out.data_ptr()
+        apart, wide = size * x.shape[1] if x.shape[0] > 1 else 0, size * out.shape[1]
+        told = (_Product * len(matrices))(*(
+            (w.address, from_ + n * apart, to + row * wide, 1, kind, kind)
+            for n, (w, row) in enumerate(zip(matrices, rows, strict=True))))
+        self._run(told, len(matrices) * x.shape[1] * out.shape[1])
+
+    def _run(self, told: Any, work: int) -> None:
         threads = max(1, min(torch.get_num_threads(), work // GRAIN))
         started = time.perf_counter()
-        failed = self._products(ctypes.addressof(told), len(pairs), threads, self._team)
+        failed = self._products(ctypes.addressof(told), len(told), threads, self._team)
         self.seconds += time.perf_counter() - started
         if failed:
             raise MemoryError("there is no memory for what a product needs")
-        return made
 
     def rows(self, packed: Any, rows: slice, out: Tensor) -> None:
         """Write rows of a `PackedMatrix` in full into `out`, (rows, in), contiguous."""

@@ -157,8 +157,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, shape (..., out)."""
-        y = packed_matmul(x, self.packed.get() if torch.is_grad_enabled() else self.packed.prepared())
+        y = packed_matmul(x, self.packed.get()) if torch.is_grad_enabled() else self._product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return x W^T where nothing is differentiated."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.packed.prepared().matmul(x)
 
     def held_weights(self, path: str) -> Iterator[Weight]:
         """Yield the packed weight."""

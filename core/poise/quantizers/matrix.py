@@ -233,6 +233,22 @@ def multiply(pairs: Sequence[tuple[PackedMatrix, Tensor]]) -> list[Tensor]:
     return [next(made) if c else w.matmul(x) for (w, x), c in zip(pairs, at_once)]
 
 
+def multiply_stacked(matrices: Sequence[Any], x: Tensor, out: Tensor, rows: Sequence[int]) -> bool:
+    """Write x W^T of matrices of one shape into rows of `out`; False: not all of them are on kernel `c`.
+
+    Parameters
+    ----------
+    x : Tensor, (1, in) or (matrices, in)
+        One row for all, or one for each.
+    out : Tensor, (any, out)
+        Of x's type, contiguous.
+    """
+    if not (all(type(w) is InPlace for w in matrices) and is_memory(x) and x.dtype in KINDS):
+        return False
+    _library().stacked([w.told for w in matrices], x, out, rows)
+    return True
+
+
 def _library() -> Kernel:
     it = kernel()
     assert it is not None  # what is on it was made while it was there

@@ -301,7 +301,8 @@ class Engine:
             self.cache.next_token()
             if self.ahead is not None:
                 self.ahead.token_done(self.statistics.steps[-1])
-            give_back()
+            if ids.shape[1] > 1:  # a token leaves nothing behind that the next one does not use
+                give_back()
 
     def _logits_in_chunks(self, ids: Tensor) -> Tensor:
         """Return logits of a prompt that is longer than what is computed at a time; equal to rounding."""

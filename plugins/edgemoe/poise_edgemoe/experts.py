@@ -6,13 +6,14 @@ read first (the order is that of transformers' `eager` implementation).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.quantizers.matrix import PackedMatrix, multiply
+from poise.quantizers.matrix import PackedMatrix, multiply, multiply_stacked
 from poise_edgemoe.cache.slots import ExpertCache, Held
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix
@@ -69,10 +70,27 @@ class StoredExperts(nn.Module):
         """Return the same, (1, hidden), with as few small steps as can be."""
         chosen = sorted(zip(index[0].tolist(), weights[0].tolist(), strict=True))
         experts = [e for e, _ in chosen]
+        every = hidden.new_empty((len(experts), hidden.shape[1]))
         with self.cache.layer(self.number, experts) as held:
-            every = torch.cat(self._in_groups(experts, [hidden] * len(experts), held))
-        share = torch.tensor([[w for _, w in chosen]])
-        return (share @ every.float()).to(hidden.dtype)
+            for group in self._groups(experts, held):
+                self._put_outputs(every, group, [experts[n] for n in group], hidden, held)
+        return (torch.tensor([[w for _, w in chosen]]) @ every.float()).to(hidden.dtype)
+
+    def _put_outputs(
+        self, every: Tensor, rows: list[int], experts: list[int], x: Tensor, held: Held
+    ) -> None:
+        """Write what experts make of one token into rows."""
+        first = [held(e, "gate_up") for e in experts]
+        inner = x.new_empty((len(rows), first[0][0].shape[0]))
+        if not multiply_stacked([w for w, _ in first], x, inner, range(len(rows))):
+            every[rows] = torch.cat(self._experts(experts, [x] * len(rows), held))
+            return
+        hidden = self._like[0]._apply_gate(_all_plus(inner, first))  # type: ignore[operator]
+        second = [held(e, "down") for e in experts]
+        if not multiply_stacked([w for w, _ in second], hidden, every, rows):
+            every[rows] = torch.cat(self._products([(h, *w) for h, w in zip(hidden.split(1), second)]))
+        elif second[0][1] is not None:
+            every[rows] = _all_plus(every[rows], second)
 
     def _add_together(
         self, routed: list[Routed], hidden: Tensor, weights: Tensor, held: Held, out: Tensor
@@ -86,13 +104,17 @@ class StoredExperts(nn.Module):
 
     def _in_groups(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
         """Return the outputs of experts: of those that are there at once, then of each of the others."""
-        ready = [n for n, e in enumerate(experts) if held.ready(e)]
         found: dict[int, Tensor] = {}
-        for group in (ready, *([n] for n in range(len(experts)) if n not in ready)):
-            if group:
-                made = self._experts([experts[n] for n in group], [xs[n] for n in group], held)
-                found |= zip(group, made)
+        for group in self._groups(experts, held):
+            found |= zip(group, self._experts([experts[n] for n in group], [xs[n] for n in group], held))
         return [found[n] for n in range(len(experts))]
+
+    def _groups(self, experts: list[int], held: Held) -> Iterator[list[int]]:
+        """Yield which of the experts to compute next: those that are there, then each of the others."""
+        ready = [n for n, e in enumerate(experts) if held.ready(e)]
+        if ready:
+            yield ready
+        yield from ([n] for n in range(len(experts)) if n not in ready)
 
     def _routed(self, index: Tensor) -> list[Routed]:
         """Return (expert, its tokens, which of a token's experts it is), in ascending order of experts."""
@@ -158,6 +180,12 @@ class StoredExperts(nn.Module):
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
+
+
+def _all_plus(y: Tensor, stored: list[tuple[Any, Tensor | None]]) -> Tensor:
+    """Return y, a row for each matrix, plus biases where there are some."""
+    biases = [bias for _, bias in stored if bias is not None]
+    return y + torch.stack(biases) if biases else y
 
 
 def put_experts(model: nn.Module, cache: ExpertCache) -> list[StoredExperts]:
