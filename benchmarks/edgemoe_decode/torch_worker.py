@@ -175,7 +175,8 @@ def device(asked: dict[str, Any]) -> dict[str, Any]:
     folder, index = Path(asked["path"]), read_index(asked["path"])
     size = max(size_of(m) for _, _, m in index.blobs())
     handle = os.open(folder / EXPERTS, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    reader, buffer, draw = Reader(folder), place(size), random.Random(0)
+    reader, draw = Reader(folder), random.Random(0)
+    buffer = [place(size) for _ in range(8)][4]  # one of neighbours, as places of experts are
     huge = memoryview(place(-(-size // HUGE) * HUGE))[:size]
     count = max(1, min(EACH, os.fstat(handle).st_size) // size)
 
@@ -200,7 +201,7 @@ def device(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(reader: Reader, buffer: mmap.mmap, at: int, size: int) -> None:
-    request = Request(Matrix(at, size, 0, 0), memoryview(buffer), "an expert", False)
+    request = Request({"all": Matrix(at, size, 0, 0)}, memoryview(buffer), "an expert", False)
     reader.demand([request])
     request.wait()
 
