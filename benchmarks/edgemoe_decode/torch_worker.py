@@ -176,7 +176,8 @@ def device(asked: dict[str, Any]) -> dict[str, Any]:
     size = max(size_of(m) for _, _, m in index.blobs())
     handle = os.open(folder / EXPERTS, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
     reader, draw = Reader(folder), random.Random(0)
-    buffer = [place(size) for _ in range(8)][4]  # one of neighbours, as places of experts are
+    neighbours = [place(size) for _ in range(8)]  # as places of experts lie, in huge pages
+    buffer = neighbours[4]
     huge = memoryview(place(-(-size // HUGE) * HUGE))[:size]
     count = max(1, min(EACH, os.fstat(handle).st_size) // size)
 
