@@ -144,9 +144,12 @@ class Stream(ExpertCache):
         """Do with that much less room: what is farthest ahead is read again."""
         self._room = STAGES + max(0, self.budget - nbytes) // self._largest
         while len(self._ahead) > self._room:
-            self._ahead.pop().settle()
+            gone = self._ahead.pop()
+            gone.settle()
+            self.let_go(gone.place)
             self._next = (self._next - 1) % len(self._order)
-        del self._empty[max(0, self._room - len(self._ahead)):]
+        while len(self._empty) > max(0, self._room - len(self._ahead)):
+            self.let_go(self._empty.pop())
         try:
             yield
         finally:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, FileError
-from poise.quantizers.matrix import PackedMatrix, refusal
+from poise.quantizers.matrix import InPlace, PackedMatrix, refusal
 from poise_edgemoe.cache.policy import Key
 from poise_edgemoe.store.index import Index, payload, places
-from poise_edgemoe.store.schemes import Raw, read_quantizer
+from poise_edgemoe.store.schemes import Raw, RawMatrix, read_quantizer
 
 
 class Forms:
@@ -58,6 +58,11 @@ class Forms:
         kernel = self._kernels.get((form, shape[1]))
         return matrix if kernel is None else matrix.prepared(kernel), bias
 
+    def alike(self, key: Key, part: str) -> Any:
+        """Return what two matrices have in common that lie in memory in the same way."""
+        form, layer = self.index.layers[key[0]].experts[key[1]][part].form, self.index.layers[key[0]]
+        return form, *layer.shapes[part], part in layer.biased, layer.transposed
+
     def _choose(self, kernel: str) -> None:
         """See which forms a kernel takes; raise for those that one asked for by name does not."""
         found = {(m.form, self.index.layers[n].shapes[part][1], part)
@@ -83,6 +88,11 @@ class Forms:
             found = places(quantizer.layout(shape, self.dtype), bias)
             self._known[n, part, form] = quantizer, found, shape
         return self._known[n, part, form]
+
+
+def lasting(matrix: Any) -> bool:
+    """Return whether a view keeps nothing made of its bytes: they may become another expert's."""
+    return type(matrix) in (RawMatrix, PackedMatrix, InPlace)
 
 
 def _refusal(quantizer: Any, columns: int, dtype: torch.dtype, kernel: str) -> str:

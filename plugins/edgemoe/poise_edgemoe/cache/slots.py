@@ -20,7 +20,7 @@ from torch import Tensor
 
 from poise.errors import ConfigError
 from poise_edgemoe.cache.counts import Counts
-from poise_edgemoe.cache.forms import Forms
+from poise_edgemoe.cache.forms import Forms, lasting
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.cache.residents import STAGES, Resident, Stage
 from poise_edgemoe.store.index import Index, Matrix, padded
@@ -64,6 +64,7 @@ class ExpertCache:
         self.resident: dict[Key, Resident] = {}
         self._taken = dict.fromkeys(range(policy.layers), 0)  # by layer, or all of it in the first place
         self._free: dict[int, list[mmap.mmap]] = {}
+        self._views: dict[int, dict[Any, tuple[Any, Tensor | None]]] = {}  # by place and layout
         self._resize(self.budget)
         if policy.per_layer and self.share < largest:
             raise ConfigError(f"policy={policy.name!r} shares {self.budget / 1e6:.1f} MB among "
@@ -165,6 +166,7 @@ class ExpertCache:
         self.announce = None
         self.resident.clear()
         self._free.clear()
+        self._views.clear()
         self._scratch.clear()
         self._stages.clear()
 
@@ -273,7 +275,7 @@ class ExpertCache:
         """Give free places back to the system until one of that size may be mapped."""
         while self.mapped + size > self.budget:
             other = next(s for s, places in self._free.items() if places)
-            self._free[other].pop()
+            self.let_go(self._free[other].pop())
             self.mapped -= other
 
     def _evict(self, key: Key, dropped: bool = False) -> None:
@@ -318,8 +320,24 @@ class ExpertCache:
             self._await(held, part)
             request = held.request(part)
             self._checked.update((held.key, name) for name in request.matrices)
-            held.matrices[part] = self.forms.matrix(held.key, part, request.part(part))
+            held.matrices[part] = self._view(held, part, request)
         return held.matrices[part]
+
+    def _view(self, held: Resident, part: str, request: Request) -> tuple[Any, Tensor | None]:
+        """Return a matrix; one that is laid out as another one was in this place before, is that view."""
+        matrices = self.index.layers[held.key[0]].experts[held.key[1]]
+        at = matrices[part].offset - next(iter(matrices.values())).offset
+        known, layout = self._views.setdefault(id(held.place), {}), (at, self.forms.alike(held.key, part))
+        if layout not in known:
+            made = self.forms.matrix(held.key, part, request.part(part))
+            if not lasting(made[0]):
+                return made
+            known[layout] = made
+        return known[layout]
+
+    def let_go(self, place: mmap.mmap) -> None:
+        """Forget views of a place that is given back: they would hold its memory."""
+        self._views.pop(id(place), None)
 
     def _await(self, held: Resident, part: str) -> None:
         """Return when a matrix is there; reading ahead may fail, and is then made again."""

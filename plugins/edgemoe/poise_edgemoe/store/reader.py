@@ -13,13 +13,13 @@ import os
 import stat
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from poise.errors import FileError, RunError
+from poise_edgemoe.store.checksums import crc32
 from poise_edgemoe.store.index import EXPERTS, Matrix
 
 RETRIES = 3  # of a read that the device fails
@@ -183,7 +183,7 @@ class Reader:
         if not self.direct:  # the page cache is not ours to fill
             os.posix_fadvise(self._file, first, length, os.POSIX_FADV_DONTNEED)
         for name, m in request.matrices.items() if request.check else ():
-            if zlib.crc32(request.part(name)) != m.crc:
+            if crc32(request.part(name)) != m.crc:
                 raise FileError(f"{self.path} is altered: the checksum of {name} of {request.what}, at "
                                 f"{m.offset}, does not match")
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from poise.interfaces import Quantizer
 from poise.quantizers.whole import resolve
 from poise.registry import build
 from poise.walk import Weight
+from poise_edgemoe.store.checksums import crc32
 from poise_edgemoe.store.hot import Read, finite, hot_reads, write_hot
 from poise_edgemoe.store.index import (
     CONFIG,
@@ -355,7 +355,7 @@ def _write_matrix(
     said = written(quantizer)
     if said not in quantizers:
         quantizers.append(said)
-    return Matrix(offset, len(data), quantizers.index(said), zlib.crc32(data))
+    return Matrix(offset, len(data), quantizers.index(said), crc32(data))
 
 
 # ------------------------------------------------------------------ all else
