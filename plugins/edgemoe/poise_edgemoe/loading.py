@@ -125,7 +125,7 @@ def _check_experts(model: nn.Module, index: Index, folder: Path) -> None:
                         f"{', '.join(paths)}")
     transposed = FAMILIES[index.family].transposed
     for layer in index.layers:
-        shapes, biased, experts = _experts(own[layer.path], transposed)
+        shapes, biased, experts = expert_shapes(own[layer.path], transposed)
         facts = {"experts": (len(layer.experts), experts), "shapes": (layer.shapes, shapes),
                  "biased": (layer.biased, biased), "transposed": (layer.transposed, transposed),
                  "encoder": (layer.encoder, layer.path.startswith("encoder."))}
@@ -135,7 +135,7 @@ def _check_experts(model: nn.Module, index: Index, folder: Path) -> None:
                                 f"{CONFIG} has {there}")
 
 
-def _experts(module: nn.Module, transposed: bool) -> tuple[dict[str, list[int]], list[str], int]:
+def expert_shapes(module: nn.Module, transposed: bool) -> tuple[dict[str, list[int]], list[str], int]:
     """Return shapes (out, in) by part, parts with a bias, and how many experts a module holds."""
     if isinstance(module, nn.ModuleDict):  # of Switch Transformers
         one = next(iter(module.values()))

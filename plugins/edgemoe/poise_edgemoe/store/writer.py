@@ -238,12 +238,7 @@ def _convert(
             progress(n + 1, len(source.layers))
     packed = write_hot(source, reads, folder, dtype, hot)
     _copy_beside(source, folder)
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != JOURNAL)
-    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in names}
-    for name in set(names) - {EXPERTS}:
-        files[name]["sha256"] = checksum(folder / name)
-    name = str(dtype).removeprefix("torch.")
-    write_index(folder, Index(source.family, name, quantizers, layers, packed, files))
+    finish(folder, source.family, dtype, quantizers, layers, packed)
 
 
 def _sweep(folder: Path) -> None:
@@ -341,6 +336,18 @@ def _write_matrix(
         quantizer, made = stored(quantizer, matrix.contiguous())
     except DataError as error:
         raise DataError(f"weight {w.name} {error}") from None
+    data = bytes_of(made, bias)
+    offset = f.tell()
+    f.write(data)
+    f.write(bytes(padded(len(data), PAGE) - len(data)))
+    said = written(quantizer)
+    if said not in quantizers:
+        quantizers.append(said)
+    return Matrix(offset, len(data), quantizers.index(said), crc32(data))
+
+
+def bytes_of(made: Any, bias: Tensor | None) -> bytearray:
+    """Return a stored matrix and its bias as they lie in a store."""
     tensors = made.tensors()
     found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
                    None if bias is None else (len(bias), bias.dtype))
@@ -349,13 +356,20 @@ def _write_matrix(
         tensor = bias if name == "bias" else tensors[name]
         assert tensor is not None
         data[at: at + size] = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    offset = f.tell()
-    f.write(data)
-    f.write(bytes(padded(len(data), PAGE) - len(data)))
-    said = written(quantizer)
-    if said not in quantizers:
-        quantizers.append(said)
-    return Matrix(offset, len(data), quantizers.index(said), crc32(data))
+    return data
+
+
+def finish(
+    folder: Path, family: str, dtype: torch.dtype, quantizers: list[dict[str, Any]], layers: list[Layer],
+    hot: dict[str, Any],
+) -> None:
+    """Write the index of a folder whose other files are there."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != JOURNAL)
+    files: dict[str, dict[str, Any]] = {name: {"bytes": (folder / name).stat().st_size} for name in names}
+    for name in set(names) - {EXPERTS}:
+        files[name]["sha256"] = checksum(folder / name)
+    said = str(dtype).removeprefix("torch.")
+    write_index(folder, Index(family, said, quantizers, layers, hot, files))
 
 
 # ------------------------------------------------------------------ all else

@@ -1,0 +1,162 @@
+"""Stores of any size with random weights, written as stores: no checkpoint of sixty gigabytes lies between.
+
+Speed, memory and reads depend on shapes and on routing, not on what weights say. A few experts are drawn
+and quantized, and written again and again; routing is to be replayed (`poise_edgemoe.replay`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poise.errors import ConfigError
+from poise.files import make_folder, sync_folder, write_json
+from poise.registry import build
+from poise.walk import FAMILIES
+from poise.walk.families import holds_experts
+from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
+from poise_edgemoe.loading import expert_shapes
+from poise_edgemoe.models import empty_model, in_full
+from poise_edgemoe.store.checksums import crc32
+from poise_edgemoe.store.hot import write_hot
+from poise_edgemoe.store.index import CONFIG, EXPERTS, PAGE, Layer, Matrix, padded
+from poise_edgemoe.store.schemes import scheme_quantizer, written
+from poise_edgemoe.store.source import BIAS, Source
+from poise_edgemoe.store.writer import bytes_of, finish
+
+DTYPE, SPREAD = torch.bfloat16, 0.02
+Blob = tuple[bytes, int]  # a matrix as it lies in a store, and its checksum
+
+
+def write_drawn_store(
+    path: Path | str, config: Any, *, bits: int = 4, group: int = 64, hot: int = 4, distinct: int = 4,
+    seed: int = 0,
+) -> Path:
+    """Write the store of a configuration with random weights, layer by layer.
+
+    Parameters
+    ----------
+    path : path
+        The folder to make; it must not exist, and is not there before it is whole.
+    config : transformers' configuration
+        Of a served decoder.
+    bits, group : int
+        Of experts, `asym_group`.
+    hot : int
+        Bits of all else but embeddings, norms and routers: 4 or 8.
+    distinct : int
+        How many experts are drawn; the others are the same again.
+
+    Raises
+    ------
+    ConfigError
+        For a path that exists, or a configuration without experts.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists: remove it first, or name another store")
+    model = empty_model(config, DTYPE)
+    blocks = {name: module for name, module in model.named_modules() if holds_experts(name)}
+    if not blocks:
+        raise ConfigError(f"{type(config).__name__} has no routed experts: a store is for those")
+    partial = path.with_name(f"{path.name}.partial")
+    make_folder(path.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    quantizer = scheme_quantizer("asym_group", bits, group)
+    draw = torch.Generator().manual_seed(seed)
+    layers = _write_experts(partial, config, blocks, quantizer, distinct, draw)
+    packed = write_hot(Source(config, [], lambda: iter(())), _reads(model, config, draw), partial, DTYPE,
+                       build("quantizer", "affine", bits=hot, group=64))
+    write_json(partial / CONFIG, config.to_dict())
+    finish(partial, config.model_type, DTYPE, [written(quantizer)], layers, packed)
+    os.rename(partial, path)
+    sync_folder(path.parent)
+    return path
+
+
+def _write_experts(
+    folder: Path, config: Any, blocks: dict[str, Any], quantizer: Any, distinct: int, draw: torch.Generator
+) -> list[Layer]:
+    transposed = FAMILIES[config.model_type].transposed
+    layers: list[Layer] = []
+    known: dict[Any, list[Blob]] = {}
+    with open(folder / EXPERTS, "wb") as f:
+        for path, module in blocks.items():
+            shapes, biased, experts = expert_shapes(module, transposed)
+            turns = count(len(layers))
+            where = []
+            for _ in range(experts):
+                turn, parts = next(turns) % distinct, {}
+                for part, shape in shapes.items():
+                    blobs = known.setdefault((part, tuple(shape)), [])
+                    if len(blobs) <= turn:
+                        blobs += [_blob(quantizer, shape, part in biased, draw) for _ in range(distinct)]
+                    data, crc = blobs[turn]
+                    parts[part] = Matrix(f.tell(), len(data), 0, crc)
+                    f.write(data)
+                    f.write(bytes(padded(len(data), PAGE) - len(data)))
+                where.append(parts)
+            layers.append(Layer(path, False, shapes, biased, transposed, where))
+        f.flush()
+        os.fsync(f.fileno())
+    return layers
+
+
+def _blob(quantizer: Any, shape: list[int], biased: bool, draw: torch.Generator) -> Blob:
+    weight = torch.empty(*shape).normal_(0, SPREAD, generator=draw).to(DTYPE)
+    bias = torch.zeros(shape[0], dtype=DTYPE) if biased else None
+    data = bytes(bytes_of(quantizer.quantize(weight), bias))
+    return data, crc32(data)
+
+
+def _reads(model: Any, config: Any, draw: torch.Generator) -> dict[str, Any]:
+    """Return what draws each hot tensor, those that are tied but once."""
+    tied, full = getattr(model, "all_tied_weights_keys", None) or {}, in_full(config)
+
+    def read(name: str, like: Tensor) -> Tensor:
+        dtype = torch.float32 if full(name) else DTYPE
+        if like.ndim < 2:
+            return torch.full(like.shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=dtype)
+        spread = 1.0 if "embed" in name else SPREAD
+        return torch.empty(like.shape).normal_(0, spread, generator=draw).to(dtype)
+
+    own = {k: v for k, v in model.state_dict().items()
+           if k not in tied and not BIAS.fullmatch(k) and ".experts." not in k}
+    return {name: (lambda name=name, like=like: read(name, like)) for name, like in own.items()}
+
+
+def reuse(trace: RoutingTrace) -> float:
+    """Return the share of a decoded token's experts that the token before it used in the same layer."""
+    tokens = tokens_of(trace.decode, trace.layers)
+    pairs = [(set(a), set(b)) for one, two in pairwise(tokens) for a, b in zip(one, two)]
+    return sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs)
+
+
+def drawn_trace(
+    layers: int, experts: int, top: int, tokens: int, share: float, *, seed: int = 0
+) -> RoutingTrace:
+    """Draw routing in which a token uses that share of the last one's experts again, and any others.
+
+    The prompt uses all experts.
+    """
+    if not 0 <= share <= 1 or not 1 <= top <= experts:
+        raise ConfigError(f"share={share!r}, top={top!r} are not allowed: 0 to 1, and 1 to {experts}")
+    draw = torch.Generator().manual_seed(seed)
+    last = [torch.randperm(experts, generator=draw)[:top].tolist() for _ in range(layers)]
+    uses = []
+    for _ in range(tokens):
+        for n in range(layers):
+            kept = [e for e in last[n] if torch.rand((), generator=draw) < share]
+            others = [e for e in torch.randperm(experts, generator=draw).tolist() if e not in last[n]]
+            spare = [e for e in last[n] if e not in kept]
+            last[n] = sorted((kept + others + spare)[:top])
+            uses += [(n, e) for e in last[n]]
+    prompt = tuple((n, e) for n in range(layers) for e in range(experts))
+    return RoutingTrace(layers, experts, (1,) * layers, prompt, tuple(uses))

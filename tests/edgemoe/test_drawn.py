@@ -1,0 +1,60 @@
+"""Stores that are drawn open as those that are converted, and drawn routing reuses as it was asked to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_models import ids
+
+from poise.errors import ConfigError
+from poise.testing.families import tiny
+from poise_edgemoe import Engine
+from poise_edgemoe.drawn import drawn_trace, reuse, write_drawn_store
+from poise_edgemoe.replay import replay
+from poise_edgemoe.store.index import read_index
+
+CAUSAL = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "phimoe")
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_drawn_store_opens_and_decodes(family, tmp_path):
+    config = tiny(family).config
+    store = write_drawn_store(tmp_path / "store", config, group=16)
+    index = read_index(store)
+    assert index.family == config.model_type and index.dtype == "bfloat16" and index.hot["packed"]
+    with Engine.open(store, context=64, kernel="reference") as engine:
+        logits = engine.logits(ids(1))
+        assert logits.isfinite().all() and logits.float().std() > 0
+        assert engine.generate(ids(1), 6).shape[1] > 9
+    again = write_drawn_store(tmp_path / "again", config, group=16)
+    assert (again / "experts.bin").read_bytes() == (store / "experts.bin").read_bytes()
+    with pytest.raises(ConfigError, match="exists"):
+        write_drawn_store(store, config)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_drawn_routing_reuses_experts_as_often_as_asked(share):
+    trace = drawn_trace(6, 64, 8, 60, share, seed=3)
+    assert abs(reuse(trace) - share) < 0.04 and len(trace.decode) == 6 * 8 * 60
+    assert all(0 <= e < 64 for _, e in trace.decode) and trace == drawn_trace(6, 64, 8, 60, share, seed=3)
+    with pytest.raises(ConfigError, match="not allowed"):
+        drawn_trace(6, 4, 8, 60, share)
+
+
+def test_an_oracle_of_drawn_routing_is_never_wrong(tmp_path):
+    store = write_drawn_store(tmp_path / "store", tiny("qwen3_moe").config, group=16)
+    layers = len(read_index(store).layers)
+    trace = drawn_trace(layers, 4, 2, 12, 0.3)
+    torch.manual_seed(0)
+    with Engine.open(store, context=64, prefetch="oracle", trace=trace) as engine, replay(engine, trace):
+        engine.generate(ids(1), 10)
+        assert engine.stats()["prefetch"]["wasted"] == 0
+
+
+def test_a_model_without_experts_is_refused(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    with pytest.raises(ConfigError, match="has no routed experts"):
+        write_drawn_store(tmp_path / "store", transformers.LlamaConfig(num_hidden_layers=1, **sizes))
