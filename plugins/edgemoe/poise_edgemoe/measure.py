@@ -176,7 +176,7 @@ def computing_time(engine: Engine, trace: RoutingTrace) -> float:
 
 
 def reading_speed(engine: Engine) -> float:
-    """Return bytes per second at which the reader reads experts at random places, the best of some rounds."""
+    """Return the bytes per second of the reader at random experts, the best of some rounds."""
     blobs, draw = list(engine.index.blobs()), random.Random(0)
     places = [mapped(max(size_of(m) for _, _, m in blobs)) for _ in range(2)]
     return max(_round(engine, draw.choices(blobs, k=BLOBS), places) for _ in range(ROUNDS))
