@@ -12,6 +12,7 @@ from poise.hooks import Input
 from poise.interfaces import Parts
 from poise.models.components import DTYPES, CausalLM
 from poise.options import check_options, make, option, options_of
+from poise_edgemoe.store.schemes import HOTS
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,11 @@ class EdgeMoEStore:
     path: str | None = option(None, "a transformers directory; null: the byte model")
     byte_moe: dict[str, Any] = option({}, "options of the byte model, as model=byte_moe has them")
     store: str | None = option(None, "a store that is there already, in place of a model")
-    bits: int | None = option(None, "of experts; null: 4; 16 and 32 are not quantized",
+    bits: int | None = option(None, "of experts; null: 4, or the scheme's; 16 and 32 are not quantized",
                               choices=(2, 3, 4, 8, 16, 32))
     scheme: str | None = option(None, "how experts are quantized; null: asym_group")
     group: int | None = option(None, "columns that share a scale; null: 64", low=1)
-    hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type",
-                             choices=("bf16", "raw", "8", "4"))
+    hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type", choices=HOTS)
     memory: str | None = option(None, "most bytes that the engine holds; null: room for all experts")
     total: str | None = option(None, "most bytes of the whole process, in place of memory")
     context: int | None = option(None, "longest prompt and continuation; null: the model's, at most 4096",

@@ -1,4 +1,4 @@
-"""How one matrix is stored: the paper's schemes by name, any registered quantizer, or as it is.
+"""How one matrix is stored: the paper's schemes, ggml's formats, any registered quantizer, or as it is.
 
 Source: EdgeMoE section III-B names a linear quantizer with one scale for each channel (`sym_channel`); the
 others store a minimum too, or a scale for each group of columns.
@@ -23,6 +23,8 @@ SCHEMES = {  # name: quantizer, whether it has groups
     "sym_channel": ("absmax", False), "asym_channel": ("affine", False),
     "sym_group": ("absmax", True), "asym_group": ("affine", True),
 }
+BLOCKS = {"q8_0": 8, "q4_0": 4, "q4_k": 4, "q3_k": 3, "q2_k": 2}  # ggml's formats, and their bits
+HOTS = ("bf16", "raw", "8", "4", *BLOCKS)  # how all else is stored, by name
 RAW = {16: "bfloat16", 32: "float32"}  # bits that mean: not quantized
 WIDTHS = (2, 3, 4, 8, *RAW)
 
@@ -104,6 +106,11 @@ def scheme_quantizer(scheme: str, bits: int, group: int) -> Any:
         raise ConfigError(f"scheme={scheme!r} is not allowed{nearest(scheme, known)} (have: "
                           f"{', '.join(known)})")
     return build("quantizer", scheme).at(bits)
+
+
+def bits_of(scheme: str, bits: int | None) -> int:
+    """Return bits that were given, or else those that a scheme has: 4, or a format's own."""
+    return BLOCKS.get(scheme, 4) if bits is None else bits
 
 
 def _check_bits(bits: Any) -> None:

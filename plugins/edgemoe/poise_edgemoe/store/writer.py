@@ -47,7 +47,7 @@ from poise_edgemoe.store.index import (
     read_layer,
     write_index,
 )
-from poise_edgemoe.store.schemes import RAW, Raw, scheme_quantizer, stored, written
+from poise_edgemoe.store.schemes import BLOCKS, HOTS, RAW, Raw, bits_of, scheme_quantizer, stored, written
 from poise_edgemoe.store.source import MoELayer, Source, open_source
 
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 
 
 def convert(
-    model: Any, path: Path | str, bits: int = 4, plan: Mapping[str, Any] | None = None,
+    model: Any, path: Path | str, bits: int | None = None, plan: Mapping[str, Any] | None = None,
     scheme: str = "asym_group", group: int = 64, hot: Any = "bf16",
     progress: Progress | None = None,
 ) -> Path:
@@ -70,19 +70,21 @@ def convert(
         A transformers directory, read tensor by tensor, or a live transformers model.
     path : path
         The folder to make; it must not exist.
-    bits : int
-        Of experts: 2, 3, 4, 8; 16: bfloat16 (float16 for a model that is), 32: float32.
+    bits : int, optional
+        Of experts: 2, 3, 4, 8; 16: bfloat16 (float16 for a model that is), 32: float32. Without: 4, or the
+        only ones of a format of ggml.
     plan : mapping, optional
         Name or pattern of an expert's matrix to bits or a quantizer, as `quantize_model` takes it; what it
         does not name is stored at `bits`.
     scheme : str
-        sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer.
+        sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer; q8_0, q4_0, q4_k, q3_k
+        and q2_k are ggml's blocks, the bytes of a GGUF file.
     group : int
         Columns that share a scale, in the schemes with groups.
-    hot : "bf16", "raw", 8, 4 or a registered quantizer
+    hot : "bf16", "raw", 8, 4, one of ggml's formats, or a registered quantizer
         How the rest is stored, and what is computed in: "bf16", 16 bits (float16 for a model that is);
-        "raw", the model's own type; 8 or 4 bits for its linears, the others as with "bf16". With `bits=32`
-        "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
+        "raw", the model's own type; 8, 4 bits or a format for its linears, the others as with "bf16". With
+        `bits=32` "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
     progress : callable, optional
         Called with layers that are written, from 0 on, and all.
 
@@ -103,7 +105,7 @@ def convert(
         For a source that is torn, a disk that is full (the next call goes on), or another process that is
         converting to the same place.
     """
-    path = Path(path)
+    path, bits = Path(path), bits_of(scheme, bits)
     hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
     _refuse_taken(path)
     source = open_source(model)
@@ -138,8 +140,10 @@ def _hot_form(hot: Any) -> Any:
         return hot
     if hot in (8, 4) and type(hot) is int:
         return build("quantizer", "affine", bits=hot, group=64)
+    if isinstance(hot, str) and hot in BLOCKS:
+        return build("quantizer", hot)
     if hot not in ("bf16", "raw"):
-        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4, or a quantizer")
+        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of {', '.join(HOTS)} or a quantizer")
     return hot
 
 
@@ -191,7 +195,7 @@ def _forms(
         for width in (v for v in plan.values() if isinstance(v, int)):
             scheme_quantizer(scheme, width, group)
         known = {b: _quantizer(scheme, b, group, found[0]) for b in RAW}
-        default = scheme_quantizer(scheme, 4 if bits in RAW else bits, group)
+        default = scheme_quantizer(scheme, bits_of(scheme, None) if bits in RAW else bits, group)
         own = {k: known.get(v, v) if isinstance(v, int) else v for k, v in plan.items()}
         forms |= {w.name: q for w, q in resolve(found, default, own)}
     for q in {id(q): q for q in forms.values()}.values():
