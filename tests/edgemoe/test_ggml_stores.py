@@ -36,7 +36,8 @@ def store_of(tmp_path, scheme, *model, **more):
 def test_a_store_holds_ggml_s_bytes(scheme, tmp_path):
     if poise.build("quantizer", scheme).searches:
         needs()
-    store, index = store_of(tmp_path, scheme), read_index(tmp_path / "store")
+    store = store_of(tmp_path, scheme, layout="plain")
+    index = read_index(store)
     assert index.quantizers == [{"entry": scheme}]
     experts = {w.name: w for w in open_weights(tmp_path / "model") if w.role == "expert"}
     data, quantizer = (store / "experts.bin").read_bytes(), poise.build("quantizer", scheme)
@@ -107,7 +108,7 @@ def test_kernels_of_other_stores_are_refused_by_name(tmp_path):
     needs(kernel=True)
     blocks = store_of(tmp_path / "a", "q4_0")
     codes = convert(source_of(tmp_path / "b"), tmp_path / "codes", bits=4, hot="raw")
-    with pytest.raises(ConfigError, match="down: ggml's blocks are multiplied by ggml; kernel=auto"):
+    with pytest.raises(ConfigError, match="down: interleaved blocks are multiplied by ggml; kernel=auto"):
         Engine.open(blocks, kernel="c")
     with pytest.raises(ConfigError, match="down: codes in groups are multiplied by c or torch; kernel"):
         Engine.open(codes, kernel="ggml")

@@ -27,7 +27,7 @@ TESTED = "0.20.2"
 EXTRA = "pip install 'poise[ggml]'"
 Q8_0, Q8_K = 8, 15  # ggml's numbers of what x is rounded to
 ROUNDED = {Q8_0: (32, 34), Q8_K: (256, 292)}  # columns and bytes of a block
-TOGETHER = 8  # rows that `gemv` takes interleaved
+GEMV = "ggml_gemv_q4_0_8x8_q8_0"  # of 8 interleaved rows
 NEEDS = {"avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi2": "bmi2", "avx_vnni": "avx_vnni",
          "avx512": "avx512f", "avx512_vnni": "avx512_vnni", "avx512_vbmi": "avx512_vbmi",
          "avx512_bf16": "avx512_bf16", "amx_int8": "amx_int8"}  # ggml's names of instructions, and Linux's
@@ -72,6 +72,8 @@ class Ggml:
     version : str
     functions : dict
         Of each format: product of two rows, rounding of x, ggml's number of what x is rounded to.
+    gemv : int or None
+        Product of interleaved rows of q4_0.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +93,7 @@ class Ggml:
         cpu.ggml_cpu_init()
         cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
         self.functions = {name: _functions(cpu, form) for name, form in FORMATS.items()}
-        self.gemv = {"q4_0": _address(cpu, "ggml_gemv_q4_0_8x8_q8_0")}
+        self.gemv = _address(cpu, GEMV)
         self._try()
 
     def quantize(self, form: Format, values: Tensor) -> Tensor:

@@ -185,13 +185,15 @@ class TorchPack(_OnKernel):
             return f"torch takes whole groups and multiples of 16 rows, not a matrix {packed.shape}"
         return "" if packed.codes.device.type == "cpu" else f"it is on {packed.codes.device}"
 
+    def _pack(self) -> Tensor:
+        codes = unpack(self.codes, self.bits, self.shape[1])
+        return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+
     @functools.cached_property
     def _made(self) -> _Torch:
-        codes = unpack(self.codes, self.bits, self.shape[1])
-        pack = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         scale = self.scale.float()
         zero = torch.zeros_like(scale) if self.minimum is None else self.minimum.float() + 8 * scale
-        return _Torch(pack, torch.stack([scale.T, zero.T], -1).bfloat16().contiguous())
+        return _Torch(self._pack(), torch.stack([scale.T, zero.T], -1).bfloat16().contiguous())
 
     @property
     def resident_bytes(self) -> int:

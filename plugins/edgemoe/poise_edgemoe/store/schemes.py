@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from poise.errors import ConfigError, DataError, FileError, nearest
 from poise.options import options_of
 from poise.registry import build, entries
+from poise_edgemoe.store.layouts import Laid, laid
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,8 @@ def written(quantizer: Any) -> dict[str, Any]:
     """
     if isinstance(quantizer, Raw):
         return {"entry": "raw", "kind": quantizer.kind, "bits": quantizer.bits}
+    if isinstance(quantizer, Laid):
+        return {**written(quantizer.quantizer), "layout": quantizer.tag}
     for entry in entries("quantizer"):
         if entry.load() is type(quantizer):
             return {"entry": entry.name, **options_of(quantizer)}
@@ -158,16 +161,17 @@ def read_quantizer(said: Any, where: str) -> Any:
     Raises
     ------
     FileError
-        For what is not installed here, or options that it does not take.
+        For what is not installed here, options that it does not take, or the byte order of another machine.
     """
     if not isinstance(said, dict) or not isinstance(said.get("entry"), str):
         raise FileError(f"{where} names no quantizer: {said!r}")
-    options = {k: v for k, v in said.items() if k != "entry"}
+    options = {k: v for k, v in said.items() if k not in ("entry", "layout")}
     if said["entry"] == "raw":
         if options.get("kind") not in ("float32", "bfloat16", "float16"):
             raise FileError(f"{where}: raw weights of the type {options.get('kind')!r} are not known here")
         return Raw(options["kind"])
     try:
-        return build("quantizer", said["entry"], **options)
+        found = build("quantizer", said["entry"], **options)
     except (ConfigError, TypeError) as error:
         raise FileError(f"{where}: {error}") from None
+    return laid(found, said["layout"], where) if "layout" in said else found

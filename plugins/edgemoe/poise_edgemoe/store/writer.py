@@ -47,6 +47,7 @@ from poise_edgemoe.store.index import (
     read_layer,
     write_index,
 )
+from poise_edgemoe.store.layouts import LAYOUTS, check_layout, lay_out
 from poise_edgemoe.store.schemes import BLOCKS, HOTS, RAW, Raw, bits_of, scheme_quantizer, stored, written
 from poise_edgemoe.store.source import MoELayer, Source, open_source
 
@@ -60,7 +61,7 @@ Progress = Callable[[int, int], None]
 def convert(
     model: Any, path: Path | str, bits: int | None = None, plan: Mapping[str, Any] | None = None,
     scheme: str = "asym_group", group: int = 64, hot: Any = "bf16",
-    progress: Progress | None = None,
+    progress: Progress | None = None, layout: str = "auto",
 ) -> Path:
     """Write a mixture-of-experts model as a store.
 
@@ -87,6 +88,10 @@ def convert(
         `bits=32` "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
     progress : callable, optional
         Called with layers that are written, from 0 on, and all.
+    layout : "auto", "plain", "ggml" or "torch"
+        In which order bytes of packed experts lie, which changes no value (`layouts.lay_out`): "ggml"
+        interleaves rows of q4_0; "torch" packs 4 bits in groups as torch does for this processor, and only
+        its like can open the store.
 
     Returns
     -------
@@ -110,6 +115,7 @@ def convert(
     _refuse_taken(path)
     source = open_source(model)
     forms, dtype = _forms(source, bits, plan, scheme, group), _dtype(source, hot)
+    _check_layout(source, forms, layout)
     partial = path.with_name(f"{path.name}.partial")
     with _full_disk(partial):
         make_folder(path.parent)
@@ -117,7 +123,7 @@ def convert(
             _refuse_taken(path)  # another conversion may have ended since
             reads = hot_reads(source, dtype)
             make_folder(partial)
-            _convert(source, partial, forms, reads, hot, dtype, progress or _untold)
+            _convert(source, partial, forms, reads, hot, dtype, progress or _untold, layout)
             (partial / JOURNAL).unlink()
             os.rename(partial, path)
             sync_folder(path.parent)
@@ -203,6 +209,19 @@ def _forms(
     return forms
 
 
+def _check_layout(source: Source, forms: dict[str, Any], layout: str) -> None:
+    """Refuse a layout that some matrix cannot have, before anything is written."""
+    seen = set()
+    for layer in source.layers:
+        for w in (w for one in layer.experts for w in one.values()):
+            if (kind := (id(forms[w.name]), tuple(w.shape))) not in seen:
+                seen.add(kind)
+                try:
+                    check_layout(layout, forms[w.name], w.shape, w.dtype)
+                except ConfigError as error:
+                    raise ConfigError(f"{w.name}: {error}" if layout in LAYOUTS else str(error)) from None
+
+
 def unnamed(model: Any, plan: Mapping[str, Any]) -> list[str]:
     """Return the experts' matrices that a plan does not name; what it names may be of any bits."""
     found = [w for layer in open_source(model).layers for one in layer.experts for w in one.values()]
@@ -222,9 +241,9 @@ def _quantizer(scheme: str, bits: int, group: int, like: Weight) -> Any:
 
 def _convert(
     source: Source, folder: Path, forms: dict[str, Any], reads: dict[str, Read], hot: Any,
-    dtype: torch.dtype, progress: Progress,
+    dtype: torch.dtype, progress: Progress, layout: str,
 ) -> None:
-    request = _request(source, forms, hot)
+    request = _request(source, forms, hot, layout)
     quantizers: list[dict[str, Any]] = []
     layers = _resumed(folder, request, quantizers)
     biases = source.biases()
@@ -235,7 +254,8 @@ def _convert(
         progress(0, len(source.layers))
         for n, layer in enumerate(source.layers):
             if n >= len(layers):
-                layers.append(_write_layer(f, layer, forms, biases.get(layer.path, {}), quantizers, dtype))
+                own = biases.get(layer.path, {})
+                layers.append(_write_layer(f, layer, forms, own, quantizers, dtype, layout))
                 f.flush()
                 os.fsync(f.fileno())
                 _note(folder, {"layer": asdict(layers[-1]), "quantizers": quantizers})
@@ -276,10 +296,11 @@ def _end(layers: list[Layer]) -> int:
     return max((m.offset + padded(m.nbytes) for m in last), default=0)
 
 
-def _request(source: Source, forms: dict[str, Any], hot: Any) -> str:
+def _request(source: Source, forms: dict[str, Any], hot: Any, layout: str) -> str:
     """Return what two conversions to the same bytes have in common, as a hash."""
     rest = hot if isinstance(hot, str) else written(hot)
-    facts: list[Any] = [VERSION, source.config.to_dict(), rest, [(k, written(q)) for k, q in forms.items()]]
+    facts: list[Any] = [VERSION, source.config.to_dict(), rest, layout]
+    facts.append([(k, written(q)) for k, q in forms.items()])
     if source.directory is None:
         facts.append(os.urandom(8).hex())  # nobody knows whether a live model is still the same
     else:
@@ -320,7 +341,7 @@ def _note(folder: Path, line: dict[str, Any]) -> None:
 
 def _write_layer(
     f: BinaryIO, layer: MoELayer, forms: dict[str, Any], biases: dict[str, Tensor],
-    quantizers: list[dict[str, Any]], dtype: torch.dtype,
+    quantizers: list[dict[str, Any]], dtype: torch.dtype, layout: str,
 ) -> Layer:
     experts = []
     for e, one in enumerate(layer.experts):
@@ -328,7 +349,7 @@ def _write_layer(
         for part, w in one.items():
             name = f"{layer.path}.{part}_proj_bias"
             bias = finite(biases[part][e].to(dtype), name) if part in biases else None
-            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers)
+            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers, layout)
         experts.append(where)
     shapes = {part: list(w.shape) for part, w in layer.experts[0].items()}
     return Layer(layer.path, layer.encoder, shapes, sorted(biases), layer.transposed, experts)
@@ -336,7 +357,7 @@ def _write_layer(
 
 def _write_matrix(
     f: BinaryIO, w: Weight, quantizer: Any, bias: Tensor | None, transposed: bool,
-    quantizers: list[dict[str, Any]],
+    quantizers: list[dict[str, Any]], layout: str,
 ) -> Matrix:
     matrix = w.read()
     if isinstance(quantizer, Raw) and transposed:
@@ -345,6 +366,7 @@ def _write_matrix(
         quantizer, made = stored(quantizer, matrix.contiguous())
     except DataError as error:
         raise DataError(f"weight {w.name} {error}") from None
+    quantizer, made = lay_out(quantizer, made, layout)
     tensors = made.tensors()
     found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
                    None if bias is None else (len(bias), bias.dtype))
