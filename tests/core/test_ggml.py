@@ -93,6 +93,25 @@ def test_blocks_are_those_of_ggml(name):
     assert torch.equal(cut.dequantize(), whole.dequantize()[:, :519])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_large_matrices_are_made_full_by_ggml_bit_for_bit_as_by_torch(name, dtype, monkeypatch):
+    it = the_kernel()
+    packed = dataclasses.replace(matrix(name, 1300, 1000), dtype=dtype)
+    assert name in it.ggml.widen
+    found, before = [], torch.get_num_threads()
+    slices = (slice(None), slice(9, 1200), slice(3, 1300, 2))
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found += [(rows, packed.dequantize(rows)) for rows in slices]
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(ggml, "kernel", lambda: None)
+    want = packed.dequantize()
+    assert all(torch.equal(got, want[rows]) for rows, got in found)
+
+
 @pytest.mark.parametrize(("name", "error"), [
     ("q8_0", 6e-3), ("q4_0", 0.1), ("q4_k", 0.09), ("q3_k", 0.2), ("q2_k", 0.4)])
 def test_what_comes_back_is_near(name, error):

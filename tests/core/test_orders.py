@@ -39,6 +39,14 @@ def test_torch_s_order_is_inverted_exactly(scheme, group, kind, sixteens, groups
     assert made.prepared("torch").prepared("reference").dequantize().equal(plain.dequantize())
 
 
+def test_large_matrices_are_brought_into_plain_order_in_parts():
+    for packed, layout in ((Affine(4).quantize(weights(1200, 2048)), "torch"),
+                           (GgmlQ4().quantize(weights(1208, 2048)), "ggml")):
+        made, want = arranged(packed, layout)[0], packed.dequantize()
+        for rows in (slice(None), slice(500, 1100), slice(7, 1200, 3)):
+            assert torch.equal(made.dequantize(rows), want[rows])
+
+
 def test_a_matrix_in_torch_s_order_keeps_no_copy_of_its_codes():
     made, _ = arranged(Affine(4).quantize(weights(256, 256)), "torch")
     fast = made.prepared()

@@ -15,7 +15,7 @@ from poise.quantizers import ggml
 from poise.quantizers.formats import FORMATS, Format
 from poise.quantizers.kernel import KINDS, is_memory
 from poise.quantizers.packing import grouped
-from poise.quantizers.sliced import MOST_ROWS, OnKernel, Pairs, SlicedMatrix
+from poise.quantizers.sliced import MOST_ROWS, SMALL, OnKernel, Pairs, SlicedMatrix
 
 ROWS = 1 << 20  # weights that are quantized at a time
 
@@ -51,6 +51,15 @@ class BlockMatrix(SlicedMatrix):
     def tensors(self) -> dict[str, Tensor]:
         """Return the blocks by name."""
         return {"blocks": self.blocks}
+
+    def _write(self, wanted: range, dense: Tensor) -> None:
+        own = self.blocks[wanted.start : wanted.stop]
+        real = wanted.step == 1 and dense.numel() >= SMALL and is_memory(own) and is_memory(dense)
+        it = ggml.kernel() if real and dense.dtype in KINDS else None
+        if it is not None and self.form in it.ggml.widen:
+            it.rows(self.format, own, dense)
+        else:
+            super()._write(wanted, dense)
 
     def _some(self, rows: slice) -> Tensor:
         return self.format.decoded(self.blocks[rows], self.shape[1])

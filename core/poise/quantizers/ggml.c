@@ -1,4 +1,4 @@
-/* Rows of x times matrices of ggml's blocks, by functions of ggml's library that are handed in.
+/* Rows of x times matrices of ggml's blocks, and such rows in full, by functions of ggml's library that are handed in.
  *
  * A row of x is divided by a power of two, so that its largest number lies between 1 and 2, and rounded by ggml to 8
  * bits: scales of float16 could not hold what is far larger or smaller.
@@ -134,6 +134,38 @@ static void multiply(void *shared) {
         while (w->all[--i].tiles_before > n) {}
         tile(w->all + i, (n - w->all[i].tiles_before) * TILE);
     }
+}
+
+typedef void (*widening)(const void *, float *, int64_t);
+
+typedef struct {
+    const uint8_t *blocks;
+    widening widen;
+    void *out; /* (rows, columns) */
+    size_t rows, columns, whole, width, next;
+    int kind, failed;
+} full;
+
+static void take(void *shared) {
+    full *w = shared;
+    float *row = malloc(w->whole * sizeof(float));
+    if (!row) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+    while (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) {
+        size_t at = __atomic_fetch_add(&w->next, TILE, __ATOMIC_RELAXED), end = at + TILE;
+        if (at >= w->rows) break;
+        for (size_t r = at; r < (end < w->rows ? end : w->rows); r++) {
+            w->widen(w->blocks + r * w->width, row, (int64_t)w->whole);
+            if (w->kind == 0) memcpy((float *)w->out + r * w->columns, row, w->columns * sizeof(float));
+            else for (size_t c = 0; c < w->columns; c++) put(w->out, r * w->columns + c, row[c], w->kind);
+        }
+    }
+    free(row);
+}
+
+/* Returns 0, or 1 where there is no memory. */
+int poise_ggml_rows(full *w, int threads, team run) {
+    on_threads(take, w, threads, run);
+    return w->failed;
 }
 
 /* Returns 0, or 1 where there is no memory. */

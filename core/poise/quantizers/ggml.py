@@ -50,6 +50,12 @@ class _Product(ctypes.Structure):
                 ("kind", ctypes.c_int)]
 
 
+class _Full(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in ("blocks", "widen", "out")),
+                *((n, ctypes.c_size_t) for n in ("rows", "columns", "whole", "width", "next")),
+                ("kind", ctypes.c_int), ("failed", ctypes.c_int)]
+
+
 class Told:
     """What the loop is told of a matrix of blocks, which it is to multiply many times."""
 
@@ -72,6 +78,8 @@ class Ggml:
     version : str
     functions : dict
         Of each format: product of two rows, rounding of x, ggml's number of what x is rounded to.
+    widen : dict
+        What makes blocks of a format full, where that is bit for bit what the reference makes.
     gemv : int or None
         Product of interleaved rows of q4_0.
     """
@@ -94,6 +102,8 @@ class Ggml:
         cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
         self.functions = {name: _functions(cpu, form) for name, form in FORMATS.items()}
         self.gemv = _address(cpu, GEMV)
+        full = {name: _address(base, f"dequantize_row_{name.replace('k', 'K')}") for name in FORMATS}
+        self.widen = {name: address for name, address in full.items() if address is not None}
         self._try()
 
     def quantize(self, form: Format, values: Tensor) -> Tensor:
@@ -124,9 +134,17 @@ class Ggml:
             own = form.blocks and form.blocks(values.view(-1, form.columns)).view(4, -1)
             if own is not None and not torch.equal(own, made):
                 raise RuntimeError(f"it makes other blocks of {form.name}")
-            got, want = self._dot(form, made[0], values[1]), form.decoded(made, 256)[0] @ values[1]
+            full = form.decoded(made, 256)
+            if form.name in self.widen and not torch.equal(self._full(form, made), full):
+                del self.widen[form.name]
+            got, want = self._dot(form, made[0], values[1]), full[0] @ values[1]
             if not abs(got - float(want)) < 0.05 * float(values[0].norm() * values[1].norm()):
                 raise RuntimeError(f"it makes other products of {form.name}")
+
+    def _full(self, form: Format, octets: Tensor) -> Tensor:
+        made = torch.zeros(len(octets), octets.shape[1] // form.nbytes * form.columns)
+        _ROUND(self.widen[form.name])(octets.data_ptr(), made.data_ptr(), made.numel())
+        return made
 
     def _dot(self, form: Format, row: Tensor, x: Tensor) -> float:
         dot, rounding, number = self.functions[form.name]
@@ -171,8 +189,10 @@ class Kernel:
 
     def __init__(self, ggml: Ggml, path: Path) -> None:
         self.ggml, self.path = ggml, path
-        self._products = ctypes.CDLL(str(path)).poise_ggml_products
+        loop = ctypes.CDLL(str(path))
+        self._products, self._rows = loop.poise_ggml_products, loop.poise_ggml_rows
         self._products.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+        self._rows.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         self._team = team()
         self.seconds = 0.0  # in products so far
 
@@ -192,6 +212,16 @@ class Kernel:
         if failed:
             raise MemoryError("there is no memory for what a product needs")
         return made
+
+
+    def rows(self, form: Format, blocks: Tensor, out: Tensor) -> None:
+        """Write bytes of rows in full into `out`, (rows, in), of a type in `KINDS`; both contiguous."""
+        whole = blocks.shape[1] // form.nbytes * form.columns
+        told = _Full(blocks.data_ptr(), self.ggml.widen[form.name], out.data_ptr(), *out.shape, whole,
+                     blocks.shape[1], 0, KINDS[out.dtype], 0)
+        threads = max(1, min(torch.get_num_threads(), out.numel() // GRAIN))
+        if self._rows(ctypes.addressof(told), threads, self._team):
+            raise MemoryError("there is no memory for a row")
 
 
 def library() -> Ggml | None:

@@ -23,12 +23,13 @@ from poise.errors import ConfigError
 from poise.quantizers import ggml
 from poise.quantizers.blocks import BlockMatrix, OnGgml
 from poise.quantizers.matrix import PackedMatrix, TorchPack
-from poise.quantizers.packing import pack, unpack
+from poise.quantizers.packing import unpack
 from poise.quantizers.sliced import SlicedMatrix, values_of
 
 GGML_TAG = "ggml:q4_0:8x8"
 TRIED = (16, 32, 64, 128)  # rows that torch may pack together
 EIGHT, SIGNS = 8, 0x88  # rows that ggml interleaves; it stores codes with a sign
+AT_ONCE = 1 << 20  # weights brought into plain order at a time
 HERE = "layout=plain is read on every machine"
 UNKNOWN = f"layout=torch cannot be used: torch {torch.__version__} packs in an unknown order; {HERE}"
 
@@ -76,20 +77,26 @@ def torch_tag() -> str:
 
 
 class _Ordered(SlicedMatrix):
+    def together_rows(self) -> int:
+        """Return how many rows lie together."""
+        raise NotImplementedError
+
     def _restored(self, first: int, last: int) -> Any:
-        """Return rows that lie together as a plain matrix."""
+        """Return rows as a plain matrix; `first` begins rows that lie together, `last` ends some."""
         raise NotImplementedError
 
     def _write(self, wanted: range, dense: Tensor) -> None:
-        SlicedMatrix._write(self, wanted, dense)  # never as if the bytes were in plain order
-
-    def _some(self, rows: slice) -> Tensor:
-        wanted, step = range(*rows.indices(self.shape[0])), self.together_rows()
-        begin, end = min(wanted) // step * step, max(wanted) + 1
-        parts = [self._restored(at, min(at + step, self.shape[0]))._some(slice(None))
-                 for at in range(begin, end, step)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole[wanted.start - begin : wanted.stop - begin : wanted.step]
+        if wanted.step != 1:
+            between = dense.new_empty((max(0, wanted.stop - wanted.start), self.shape[1]))
+            self._write(range(wanted.start, wanted.stop), between)
+            dense.copy_(between[:: wanted.step])
+            return
+        rows = self.together_rows()
+        step = max(1, AT_ONCE // (rows * self.shape[1])) * rows
+        for at in range(wanted.start // rows * rows, wanted.stop, step):
+            first, last = max(at, wanted.start), min(at + step, wanted.stop)
+            own = self._restored(at, min(at + step, self.shape[0])).dequantize(slice(first - at, last - at))
+            dense[first - wanted.start : last - wanted.start] = own
 
 
 class TorchOrdered(_Ordered, PackedMatrix):
@@ -107,12 +114,21 @@ class TorchOrdered(_Ordered, PackedMatrix):
         return _together()
 
     def _restored(self, first: int, last: int) -> PackedMatrix:
-        nibbles = _nibbles(self.codes[first:last], last - first).T
-        codes = torch.empty_like(nibbles)
-        codes[_order(last - first)] = nibbles
+        rest, columns = (last - first) % self.together_rows(), self.shape[1]
+        whole, other = self.codes[first:last].split([last - first - rest, rest])
+        packs = ((whole, self.together_rows()), (other, rest))
+        parts = [_plain(octets.view(-1, rows, columns // 2), rows) for octets, rows in packs if len(octets)]
         low = None if self.minimum is None else self.minimum[first:last]
-        shape = (last - first, self.shape[1])
-        return PackedMatrix(pack(codes, 4), self.scale[first:last], low, 4, self.group, shape, self.dtype)
+        shape = (last - first, columns)
+        return PackedMatrix(torch.cat(parts), self.scale[first:last], low, 4, self.group, shape, self.dtype)
+
+
+def _plain(packs: Tensor, rows: int) -> Tensor:
+    """Return codes (n rows, in / 2) in plain order of n packs of so many rows."""
+    nibbles = _nibbles(packs, rows).view(len(packs), -1, rows).transpose(1, 2)
+    codes = torch.empty_like(nibbles, memory_format=torch.contiguous_format)
+    codes[:, _order(rows)] = nibbles
+    return (codes[..., ::2] | (codes[..., 1::2] << 4)).flatten(0, 1)
 
 
 class OnTorch(TorchOrdered, TorchPack):

@@ -93,14 +93,10 @@ class SlicedMatrix:
         return out
 
     def _write(self, wanted: range, dense: Tensor) -> None:
-        step = max(self.together_rows(), PIECE // self.shape[1])
+        step = max(1, PIECE // self.shape[1])
         for at in range(0, len(wanted), step):
             part = wanted[at: at + step]
             dense[at: at + step] = self._some(slice(part.start, part.stop, part.step))
-
-    def together_rows(self) -> int:
-        """Return how many rows lie together, and are best made at once."""
-        return 1
 
     def prepared(self, kernel: str = "auto") -> Any:
         """Return a matrix of the same values, its tensors shared, on a kernel; see `prepared`."""
