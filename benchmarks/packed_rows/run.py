@@ -1,6 +1,6 @@
 """Packed matrices: rows made in C against those made in torch, and products against dense ones.
 
-Run: python benchmarks/packed_rows/run.py [--rounds 15]
+Run: python benchmarks/packed_rows/run.py [--rounds 15] [--one-row]
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 
 from poise.cli.doctor import vector_units
-from poise.quantizers import Affine, kernel, matrix
+from poise.quantizers import Affine, ggml, kernel, matrix
+from poise.quantizers.formats import FORMATS
+from poise.quantizers.orders import arranged
+from poise.registry import build
 
-SIZE, ROWS = 2048, (1, 16, 128)
+SIZE, ROWS, ONE_ROW = 2048, (1, 16, 128), (2048, 4096)
 DTYPES = (torch.bfloat16, torch.float32)
 LARGE = matrix.LARGE
 
@@ -51,6 +54,32 @@ def ways(bits: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     return found
 
 
+def of_one_row(size: int) -> dict[str, Callable[[], object]]:
+    """Return products of one row, fp32, on every kernel that is here, and dense ones."""
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(size, size, generator=random), torch.randn(1, size, generator=random)
+    half, rounded = weight.bfloat16(), x.bfloat16()
+    found: dict[str, Callable[[], object]] = {
+        "dense fp32": partial(torch.nn.functional.linear, x, weight),
+        "dense bf16": partial(torch.nn.functional.linear, rounded, half)}
+    for bits in (4, 8):
+        packed = Affine(bits, group=64).quantize(weight)
+        found[f"c, {bits} bits"] = partial(packed.prepared("c").matmul, x)
+        if bits == 4:
+            found["torch, 4 bits, bf16"] = partial(packed.prepared("torch").matmul, rounded)
+    if ggml.kernel() is None:
+        print(ggml.status())
+        return found
+    for name in FORMATS:
+        blocks = build("quantizer", name).quantize(weight)
+        found[f"ggml, {name}"] = partial(blocks.prepared("ggml").matmul, x)
+        if name == "q4_0":
+            eight, _ = arranged(blocks, "ggml")
+            found["ggml, q4_0 interleaved"] = partial(eight.prepared("ggml").matmul, x)
+            found["rows, q4_0"] = partial(blocks.matmul, x)
+    return found
+
+
 def measure(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median time of each in milliseconds; the order turns about."""
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -65,18 +94,23 @@ def measure(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--one-row", action="store_true", help="products of one row alone, every kernel")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if (it := kernel.kernel()) is None:
         raise SystemExit(f"skipped: {kernel.status()}")
+    target = Path(__file__).parent / "results" / ("one_row.json" if args.one_row else "latest.json")
     result: dict[str, object] = {"size": SIZE, "threads": 1, "vector_units": vector_units(),
                                  "kernel_units": it.units, "ms": {}}
-    for dtype in DTYPES:
+    if args.one_row:
+        result |= {"size": ONE_ROW, "ggml": getattr(ggml.library(), "version", None)}
+        result["ms"] = {str(size): measure(of_one_row(size), args.rounds) for size in ONE_ROW}
+        print(json.dumps(result["ms"], indent=1))
+    for dtype in () if args.one_row else DTYPES:
         for bits in (2, 3, 4, 8):
             name = f"{str(dtype).removeprefix('torch.')}, {bits} bits"
             result["ms"][name] = measure(ways(bits, dtype), args.rounds)  # type: ignore[index]
             print(name, result["ms"][name], flush=True)  # type: ignore[index]
-    target = Path(__file__).parent / "results" / "latest.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
 

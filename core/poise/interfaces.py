@@ -171,7 +171,11 @@ class QuantizedTensor(Protocol):
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """Makes `QuantizedTensor`s."""
+    """Makes `QuantizedTensor`s.
+
+    One that searches for levels, and may find others for what it has quantized before, has
+    `searches = True`; others may leave it out.
+    """
 
     def quantize(self, weight: Tensor) -> Any:
         """Quantize a matrix (out, in); NaN, Inf and values that the format does not hold are refused."""

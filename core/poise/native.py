@@ -116,6 +116,11 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def processor_flags() -> frozenset[str]:
+    """Return the names that Linux has for what this processor can do; none where nobody says so."""
+    return frozenset(_processor().split())
+
+
 def _compile(
     compile_: Sequence[str], source: Path, compiler: Sequence[str], libraries: Sequence[str], target: Path
 ) -> None:

@@ -45,6 +45,11 @@ QUANTIZERS: tuple[Line, ...] = (
      EDGEMOE, _GROUPED),
     ("affine", "Affine", "asymmetric, scale and minimum per group", ANY,
      f"{EDGEMOE} (asymmetric form)", _GROUPED),
+    ("q8_0", "GgmlQ8", "ggml's blocks of 8 bits, as GGUF files have them", ANY, "", {}),
+    ("q4_0", "GgmlQ4", "ggml's blocks of 4 bits, as GGUF files have them", ANY, "", {}),
+    ("q4_k", "GgmlQ4K", "ggml's blocks of 4 bits, with minima (extra: ggml)", ANY, "", {}),
+    ("q3_k", "GgmlQ3K", "ggml's blocks of 3 bits (extra: ggml)", ANY, "", {}),
+    ("q2_k", "GgmlQ2K", "ggml's blocks of 2 bits, with minima (extra: ggml)", ANY, "", {}),
 )
 RECIPES: tuple[Line, ...] = (
     ("classify", "Classify", "train a classifier", CLASSIFY, "", {}),

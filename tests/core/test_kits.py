@@ -546,6 +546,15 @@ class CodebookIsOff(FaultyQuantizer):
         return self.real.quantize(1.05 * weight)
 
 
+class SearchesElsewhere(FaultyQuantizer):
+    """It says that it searches for levels, and finds none that fit."""
+
+    searches = True
+
+    def quantize(self, weight):
+        return self.real.quantize(0.9 * weight)
+
+
 class IsAnAlias(FaultyQuantizer):
     def quantize(self, weight):
         self.real.quantize(weight)
@@ -595,6 +604,7 @@ class StoresNothing(FaultyQuantizer):
     ("from_tensors", ForgetsTheScale, r"from_tensors\(tensors\(\)\) dequantizes differently"),
     ("methods", StoresNothing, "the quantized tensor lacks resident_bytes, bits_per_weight"),
     ("codebook", CodebookIsOff, "quantizing what was quantized moves it"),
+    ("search", SearchesElsewhere, "errs by 0.[0-9]+ of the first error"),
     ("alias", IsAnAlias, "it changes with the weight that it was made from"),
     ("dtype lost", ForgetsTheDtype, "a weight of torch.bfloat16 comes back as torch.float32"),
     ("fixed", FixedFormat, "raises TypeError instead of one of Poise's errors"),

@@ -14,7 +14,8 @@ from torch import nn
 from poise.errors import ConfigError
 from poise.native import built
 from poise.quantizers import AbsMax, Affine, PackedMatrix, kernel, quantize_model
-from poise.quantizers.matrix import InPlace, TorchPack, multiply
+from poise.quantizers.matrix import InPlace, TorchPack
+from poise.quantizers.sliced import multiply
 
 SCHEMES, TYPES = (AbsMax, Affine), (torch.float32, torch.bfloat16, torch.float16)
 C = 2e-5  # stated error, as a share of |row of W| |x|, with a code's offset as part of W
@@ -137,7 +138,8 @@ def test_kernels_by_name_and_what_they_refuse():
     assert large.prepared().codes is large.codes and large.prepared().resident_bytes == large.nbytes
     assert type(matrix(Affine, 4, 24, rows=256).prepared()) is PackedMatrix
     for name, of, said in (("c", odd, "groups of 24"), ("torch", packed, "multiples of 16 rows"),
-                           ("torch", odd, "32, 64, 128 or 256"), ("ggml", packed, "must be one of"),
+                           ("torch", odd, "32, 64, 128 or 256"), ("cuda", packed, "must be one of"),
+                           ("ggml", packed, "codes in groups are multiplied by c or torch"),
                            ("c", on_meta(packed), "another device")):
         with pytest.raises(ConfigError, match=said):
             of.prepared(name)

@@ -316,7 +316,7 @@ def test_products_equal_those_of_the_dequantized_weight(quantizer, shape, slices
 
 
 def test_a_wide_matrix_is_taken_a_row_at_a_time(monkeypatch, slices):
-    monkeypatch.setattr("poise.quantizers.matrix.SLICE_WEIGHTS", 8)
+    monkeypatch.setattr("poise.quantizers.sliced.SLICE_WEIGHTS", 8)
     stored = AbsMax(4, 8).quantize(matrix(6, 16))
     stored.matmul(matrix(1, 16))
     assert slices == [1 / 6] * 6

@@ -136,7 +136,8 @@ def test_what_is_written_of_a_quantizer_is_read_again():
     ({"group": "64"}, "group='64' is not allowed in asym_group"),
     ({"plan": [4]}, "a plan is a mapping of names or patterns to bits, not list"),
     ({"plan": {"*.down": 5}}, "bits=5 is not allowed"),
-    ({"hot": 5}, "hot=5 is not allowed: it must be one of bf16, raw, 8, 4, or a quantizer"),
+    ({"hot": 5}, "hot=5 is not allowed: it must be one of bf16, raw, 8, 4, q8_0, q4_0, q4_k, q3_k, q2_k "
+                 "or a quantizer"),
 ])
 def test_an_option_that_is_not_allowed_is_named(options, words, tmp_path):
     with pytest.raises(ConfigError, match=words):

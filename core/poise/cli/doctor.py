@@ -14,6 +14,7 @@ from poise.errors import ConfigError
 
 _EXTRAS = {
     "edgemoe, bone": ("transformers", "gguf", "tokenizers"),
+    "ggml": ("libggml-python",),
     "quantagg": ("scikit-learn", "scipy", "lightgbm", "quantile-forest", "joblib"),
     "tabular": ("pandas", "pyarrow"),
     "images": ("pillow",),

@@ -1,4 +1,4 @@
-"""Core's quantizers: options and schemes. The arithmetic is in `absmax.py` and `affine.py`."""
+"""Core's quantizers: options and schemes. The arithmetic is in `absmax.py`, `affine.py` and `blocks.py`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from poise.errors import ConfigError
 from poise.options import check_options, option, options_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from poise.quantizers.blocks import BlockMatrix
     from poise.quantizers.matrix import PackedMatrix
 
 
@@ -87,6 +89,87 @@ class Affine(Grouped):
         from poise.quantizers.affine import quantize
 
         return quantize(weight, self.bits, self.group, self.scale_dtype)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What ggml's formats share: blocks of columns, each with its scales, the bytes of GGUF files."""
+
+    form: ClassVar[str]
+    bits: ClassVar[int]
+    searches: ClassVar[bool] = False  # for levels, in ggml's library
+
+    def at(self, bits: int) -> Self:
+        """Return the same; raises `ConfigError` for other bits than its own."""
+        if bits != self.bits or isinstance(bits, bool):
+            raise ConfigError(f"bits={bits} is not allowed: {self.form} has {self.bits} bits; leave it out "
+                              f"or take another scheme")
+        return self
+
+    def quantize(self, weight: Tensor) -> BlockMatrix:
+        """Quantize a matrix (out, in); see `blocks.quantize`."""
+        from poise.quantizers.blocks import quantize
+
+        return quantize(weight, self.form)
+
+    def layout(
+        self, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the name, shape and type of the blocks of a matrix (out, in)."""
+        from poise.quantizers.blocks import layout
+
+        return layout(self.form, shape)
+
+    def from_tensors(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> BlockMatrix:
+        """Rebuild what `BlockMatrix.tensors` returned, without a copy."""
+        from poise.quantizers.blocks import from_tensors
+
+        return from_tensors(tensors, self.form, shape, dtype)
+
+
+@dataclass(frozen=True)
+class GgmlQ8(Blocks):
+    """ggml's q8_0: 8.5 bits per weight; blocks of 32 columns."""
+
+    form: ClassVar[str] = "q8_0"
+    bits: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class GgmlQ4(Blocks):
+    """ggml's q4_0: 4.5 bits per weight; blocks of 32 columns."""
+
+    form: ClassVar[str] = "q4_0"
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class GgmlQ4K(Blocks):
+    """ggml's Q4_K: 4.5 bits per weight; blocks of 256 columns; ggml searches for codes (`poise[ggml]`)."""
+
+    form: ClassVar[str] = "q4_k"
+    bits: ClassVar[int] = 4
+    searches: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class GgmlQ3K(Blocks):
+    """ggml's Q3_K: 3.44 bits per weight; blocks of 256 columns; ggml searches for codes (`poise[ggml]`)."""
+
+    form: ClassVar[str] = "q3_k"
+    bits: ClassVar[int] = 3
+    searches: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class GgmlQ2K(Blocks):
+    """ggml's Q2_K: 2.63 bits per weight; blocks of 256 columns; ggml searches for codes (`poise[ggml]`)."""
+
+    form: ClassVar[str] = "q2_k"
+    bits: ClassVar[int] = 2
+    searches: ClassVar[bool] = True
 
 
 def format_of(quantizer: Any) -> dict[str, Any]:

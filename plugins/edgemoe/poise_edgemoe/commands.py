@@ -13,6 +13,8 @@ from typing import Any
 
 from poise.errors import ConfigError
 from poise.options import check_options, option, options_of
+from poise_edgemoe.store.layouts import LAYOUTS
+from poise_edgemoe.store.schemes import HOTS
 
 MEMORY = "most bytes that the engine holds, 900MB or 4GB; without: room for all experts"
 TOTAL = "most bytes of the whole process, in place of --memory"
@@ -26,13 +28,15 @@ class Convert:
 
     model: str = option(help="a transformers directory")
     store: str = option(help="the folder to make")
-    bits: int | None = option(None, "of experts, 4 without; 16 and 32 are not quantized",
+    bits: int | None = option(None, "of experts; without: 4, or the scheme's; 16 and 32 are not quantized",
                               choices=(2, 3, 4, 8, 16, 32))
     scheme: str | None = option(None, "asym_group (without), asym_channel, sym_group, sym_channel, or a "
                                       "quantizer")
     group: int | None = option(None, "columns that share a scale, 64 without", low=1)
     hot: str | None = option(None, "the rest: bf16 (without); raw, the model's own type, which 32 bits "
-                                   "imply; 8 or 4 bits", choices=("bf16", "raw", "8", "4"))
+                                   "imply; 8 or 4 bits; one of ggml's formats", choices=HOTS)
+    layout: str | None = option(None, "order of packed bytes, which changes no value: auto (without), "
+                                      "plain, ggml, torch (for this processor)", choices=LAYOUTS)
     plan: str | None = option(None, "JSON file: names or patterns of experts' matrices to bits")
 
     def __post_init__(self) -> None:
@@ -45,10 +49,12 @@ class Convert:
         from poise_edgemoe.store.writer import convert
 
         plan = self._plan()
-        check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot, plan=plan)
+        check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot, plan=plan,
+                      layout=self.layout)
         check_bits(self.bits, self.model, plan)
         hot: Any = int(self.hot) if self.hot in ("8", "4") else self.hot
-        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot, "plan": plan}
+        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot, "plan": plan,
+                 "layout": self.layout}
         with parts("layers written") as tell:
             print(convert(self.model, self.store, progress=tell,
                           **{k: v for k, v in given.items() if v is not None}))

@@ -12,6 +12,8 @@ from poise.hooks import Input
 from poise.interfaces import Parts
 from poise.models.components import DTYPES, CausalLM
 from poise.options import check_options, make, option, options_of
+from poise_edgemoe.store.layouts import LAYOUTS
+from poise_edgemoe.store.schemes import HOTS
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,13 @@ class EdgeMoEStore:
     path: str | None = option(None, "a transformers directory; null: the byte model")
     byte_moe: dict[str, Any] = option({}, "options of the byte model, as model=byte_moe has them")
     store: str | None = option(None, "a store that is there already, in place of a model")
-    bits: int | None = option(None, "of experts; null: 4; 16 and 32 are not quantized",
+    bits: int | None = option(None, "of experts; null: 4, or the scheme's; 16 and 32 are not quantized",
                               choices=(2, 3, 4, 8, 16, 32))
     scheme: str | None = option(None, "how experts are quantized; null: asym_group")
     group: int | None = option(None, "columns that share a scale; null: 64", low=1)
-    hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type",
-                             choices=("bf16", "raw", "8", "4"))
+    hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type", choices=HOTS)
+    layout: str | None = option(None, "order of packed bytes, which changes no value; null: auto",
+                                choices=LAYOUTS)
     memory: str | None = option(None, "most bytes that the engine holds; null: room for all experts")
     total: str | None = option(None, "most bytes of the whole process, in place of memory")
     context: int | None = option(None, "longest prompt and continuation; null: the model's, at most 4096",
@@ -136,7 +139,7 @@ class EdgeMoEStore:
         check_options(self)
         if self.memory is not None and self.total is not None:
             raise ConfigError("memory and total are both given: give one of them")
-        of_model = ("path", "byte_moe", "bits", "scheme", "group", "hot")
+        of_model = ("path", "byte_moe", "bits", "scheme", "group", "hot", "layout")
         if self.store is not None and (bad := [n for n in of_model if getattr(self, n)]):
             raise ConfigError(f"{bad[0]}={getattr(self, bad[0])} has no effect beside store={self.store}, "
                               f"which is converted already: leave one of them out")
@@ -146,7 +149,8 @@ class EdgeMoEStore:
 
         check_trace(self.prefetch, self.trace)
         if self.store is None:
-            check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot)
+            check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot,
+                          layout=self.layout)
         self._byte_moe()
         self._check_policy()
 
@@ -165,7 +169,8 @@ class EdgeMoEStore:
         if self.store is not None:
             return Path(self.store)
         hot = int(self.hot) if self.hot in ("8", "4") else self.hot
-        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot}
+        given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot,
+                 "layout": self.layout}
         how = {k: v for k, v in given.items() if v is not None}
         if self.path is not None:
             return store_of_directory(Path(self.path), how)

@@ -19,7 +19,7 @@ from poise.models.decoding import Source, Step, check_decoder, check_prompt, gen
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
 from poise.quantizers import PackedLinear
-from poise.quantizers.matrix import KERNELS
+from poise.quantizers.sliced import KERNELS
 from poise_edgemoe.ahead import Ahead
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
@@ -117,9 +117,9 @@ class Engine:
         policy : str or Policy
             Which experts leave: a name of `poise_edgemoe.cache.POLICIES`, or one that was made, for options
             (`policy_for(read_index(path), "static", frequencies=...)`).
-        kernel : "auto", "reference", "c" or "torch"
+        kernel : "auto", "reference", "c", "torch" or "ggml"
             What multiplies packed matrices: "reference" makes them in full first, and is exact; "auto"
-            reads them as they are, where that can be done (`poise.quantizers.matrix`), and warns otherwise.
+            reads them as they are, where that can be done (`poise.quantizers.sliced`), and warns otherwise.
             Where experts are multiplied so, norms and attention of a token are ours too (`fused`).
         direct : bool
             Whether to read past the page cache where the file system allows it.

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poise.quantizers.matrix import PackedMatrix, multiply, multiply_stacked
+from poise.quantizers.matrix import multiply_stacked
+from poise.quantizers.sliced import SlicedMatrix, multiply
 from poise_edgemoe.cache.slots import ExpertCache, Held
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.store.schemes import RawMatrix
@@ -155,7 +156,7 @@ class StoredExperts(nn.Module):
         """Return x W^T + bias for each (x, W, bias)."""
         if not self.cache.forms.fast:
             return [self._product(*one) for one in of]
-        quick = [isinstance(w, PackedMatrix) and w.fits(x) for x, w, _ in of]
+        quick = [isinstance(w, SlicedMatrix) and w.fits(x) for x, w, _ in of]
         made = iter(multiply([(w, x) for (x, w, _), q in zip(of, quick) if q]))
         return [_plus(next(made), one[2]) if q else self._product(*one) for one, q in zip(of, quick)]
 
@@ -173,7 +174,7 @@ class StoredExperts(nn.Module):
 
         Matrices that come and go leave an allocator's memory in pieces, hundreds of megabytes of it.
         """
-        if not isinstance(stored, PackedMatrix):
+        if not isinstance(stored, SlicedMatrix):
             return stored.dequantize()
         return stored.dequantize_into(self.cache.scratch("dense", stored))
 

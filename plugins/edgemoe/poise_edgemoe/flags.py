@@ -11,7 +11,7 @@ from poise_edgemoe.store.schemes import RAW, SCHEMES
 
 def check_convert(
     *, bits: int | None, scheme: str | None, group: int | None, hot: str | None,
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None, layout: str | None = None,
 ) -> None:
     """Refuse options without effect, of those that were given (not None).
 
@@ -23,7 +23,7 @@ def check_convert(
         raise ConfigError("plan has no effect: it names nothing; leave it out, or give lines to it")
     widths = [4 if bits is None else bits, *(plan or {}).values()]
     if all(isinstance(w, int) and w in RAW for w in widths):
-        for name, value in (("scheme", scheme), ("group", group)):
+        for name, value in (("scheme", scheme), ("group", group), ("layout", layout)):
             _refuse(name, value, "16 and 32 bits are not quantized: leave it out, or take 8 bits or fewer")
     grouped = [name for name, (_, has) in SCHEMES.items() if has]
     if scheme is not None and scheme not in grouped:

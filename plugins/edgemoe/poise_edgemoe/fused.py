@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from poise.native import FAILURES, built, team
 from poise.quantizers.kernel import KINDS, is_memory
 from poise.quantizers.layers import PackedLinear
-from poise.quantizers.matrix import PackedMatrix, multiply
+from poise.quantizers.sliced import SlicedMatrix, multiply
 from poise_edgemoe.kv import KeptLayer, kept_cache
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -173,7 +173,7 @@ class Attention(_Beside):
         if not all(isinstance(one, PackedLinear) for one in layers):
             return [one(x).contiguous() for one in layers]
         stored = [one.packed.prepared() for one in layers]
-        if not all(isinstance(w, PackedMatrix) for w in stored):
+        if not all(isinstance(w, SlicedMatrix) for w in stored):
             return [one(x).contiguous() for one in layers]
         made = multiply([(w, x) for w in stored])
         return [y if one.bias is None else y + one.bias for y, one in zip(made, layers)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from poise.errors import FileError, require
 from poise.models.serving import steps
-from poise.quantizers import PackedLinear
+from poise.quantizers import PackedLinear, ggml
 from poise.quantizers.kernel import LARGE, kernel
 from poise.registry import build
 from poise.walk import FAMILIES, weights
@@ -31,7 +31,7 @@ from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.models import empty_model, in_full, model_class
 from poise_edgemoe.store.index import CONFIG, HOT, Index, read_index
 from poise_edgemoe.store.reader import mapped
-from poise_edgemoe.store.schemes import read_quantizer
+from poise_edgemoe.store.schemes import BLOCKS, read_quantizer
 
 HEAD_ROWS = 4096
 GENERATION = "generation_config.json"
@@ -57,6 +57,9 @@ def prepare(folder: Path) -> Index:
     _settle(getattr(torch, index.dtype))
     if index.hot or (any(form["entry"] != "raw" for form in index.quantizers) and _widest(index) >= LARGE):
         kernel()  # a compiler, the first time: not when a limit is half used up
+    forms = [*index.quantizers, *([index.hot["quantizer"]] if index.hot else [])]
+    if any(form["entry"] in BLOCKS for form in forms):
+        ggml.kernel()
     give_back()
     return index
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from poise.quantizers import kernel
+from poise.quantizers import ggml, kernel
 from poise_edgemoe import fused
 from poise_edgemoe.cache.slots import ExpertCache
 
@@ -89,6 +89,6 @@ class Statistics:
     def _counters(self) -> tuple[float, ...]:
         cache, counts = self.cache, self.cache.counts
         return (time.perf_counter(), float(counts.stall.sum()),
-                kernel.seconds() + fused.seconds(), cache.reader.bytes_read,
+                kernel.seconds() + ggml.seconds() + fused.seconds(), cache.reader.bytes_read,
                 int(counts.hits.sum()), int(counts.misses.sum()),
                 resource.getrusage(resource.RUSAGE_SELF).ru_majflt)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError, FileError
-from poise.quantizers.matrix import InPlace, PackedMatrix, refusal
+from poise.quantizers.matrix import InPlace, PackedMatrix
+from poise.quantizers.sliced import SlicedMatrix, refusal
 from poise_edgemoe.cache.policy import Key
 from poise_edgemoe.store.index import Index, payload, places
 from poise_edgemoe.store.schemes import Raw, RawMatrix, read_quantizer
@@ -69,12 +70,12 @@ class Forms:
                  for n, _, parts in self.index.blobs() for part, m in parts.items()}
         for form, columns, part in sorted(found):
             quantizer = self._quantizers[form]
-            why = _refusal(quantizer, columns, self.dtype, kernel)
+            why, name = _kernel(quantizer, columns, self.dtype, kernel)
             if why and kernel != "auto":
                 raise ConfigError(f"kernel={kernel} cannot be used with this store: {part}: {why}; "
                                   f"kernel=auto takes what there is")
             if not why:
-                self._kernels[form, columns] = "c" if kernel == "auto" else kernel
+                self._kernels[form, columns] = name
             elif not isinstance(quantizer, Raw):
                 self.slow = self.slow or why
 
@@ -95,13 +96,13 @@ def lasting(matrix: Any) -> bool:
     return type(matrix) in (RawMatrix, PackedMatrix, InPlace)
 
 
-def _refusal(quantizer: Any, columns: int, dtype: torch.dtype, kernel: str) -> str:
-    """Return why a kernel does not take matrices of a quantizer, or nothing."""
+def _kernel(quantizer: Any, columns: int, dtype: torch.dtype, kernel: str) -> tuple[str, str]:
+    """Return why a kernel does not take matrices of a quantizer, or nothing; and the name of the kernel."""
     if isinstance(quantizer, Raw):
-        return "its weights are not packed"
+        return "its weights are not packed", kernel
     tensors = {name: torch.zeros(shape, dtype=kind)
                for name, (shape, kind) in quantizer.layout((16, columns), dtype).items()}
     like = quantizer.from_tensors(tensors, (16, columns), dtype)
-    if not isinstance(like, PackedMatrix):
-        return f"no kernel multiplies a {type(like).__name__}"
-    return refusal(like, kernel)
+    if not isinstance(like, SlicedMatrix):
+        return f"no kernel multiplies a {type(like).__name__}", kernel
+    return refusal(like, kernel), next(iter(like.kernels())) if kernel == "auto" else kernel

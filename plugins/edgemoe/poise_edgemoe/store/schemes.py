@@ -1,4 +1,4 @@
-"""How one matrix is stored: the paper's schemes by name, any registered quantizer, or as it is.
+"""How one matrix is stored: the paper's schemes, ggml's formats, any registered quantizer, or as it is.
 
 Source: EdgeMoE section III-B names a linear quantizer with one scale for each channel (`sym_channel`); the
 others store a minimum too, or a scale for each group of columns.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from poise.errors import ConfigError, DataError, FileError, nearest
 from poise.options import options_of
 from poise.registry import build, entries
+from poise_edgemoe.store.layouts import Laid, laid
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,8 @@ SCHEMES = {  # name: quantizer, whether it has groups
     "sym_channel": ("absmax", False), "asym_channel": ("affine", False),
     "sym_group": ("absmax", True), "asym_group": ("affine", True),
 }
+BLOCKS = {"q8_0": 8, "q4_0": 4, "q4_k": 4, "q3_k": 3, "q2_k": 2}  # ggml's formats, and their bits
+HOTS = ("bf16", "raw", "8", "4", *BLOCKS)  # how all else is stored, by name
 RAW = {16: "bfloat16", 32: "float32"}  # bits that mean: not quantized
 WIDTHS = (2, 3, 4, 8, *RAW)
 
@@ -106,6 +109,11 @@ def scheme_quantizer(scheme: str, bits: int, group: int) -> Any:
     return build("quantizer", scheme).at(bits)
 
 
+def bits_of(scheme: str, bits: int | None) -> int:
+    """Return bits that were given, or else those that a scheme has: 4, or a format's own."""
+    return BLOCKS.get(scheme, 4) if bits is None else bits
+
+
 def _check_bits(bits: Any) -> None:
     if bits not in WIDTHS or isinstance(bits, bool):
         raise ConfigError(f"bits={bits!r} is not allowed: it must be one of {', '.join(map(str, WIDTHS))}")
@@ -138,6 +146,8 @@ def written(quantizer: Any) -> dict[str, Any]:
     """
     if isinstance(quantizer, Raw):
         return {"entry": "raw", "kind": quantizer.kind, "bits": quantizer.bits}
+    if isinstance(quantizer, Laid):
+        return {**written(quantizer.quantizer), "layout": quantizer.tag}
     for entry in entries("quantizer"):
         if entry.load() is type(quantizer):
             return {"entry": entry.name, **options_of(quantizer)}
@@ -151,16 +161,17 @@ def read_quantizer(said: Any, where: str) -> Any:
     Raises
     ------
     FileError
-        For what is not installed here, or options that it does not take.
+        For what is not installed here, options that it does not take, or the byte order of another machine.
     """
     if not isinstance(said, dict) or not isinstance(said.get("entry"), str):
         raise FileError(f"{where} names no quantizer: {said!r}")
-    options = {k: v for k, v in said.items() if k != "entry"}
+    options = {k: v for k, v in said.items() if k not in ("entry", "layout")}
     if said["entry"] == "raw":
         if options.get("kind") not in ("float32", "bfloat16", "float16"):
             raise FileError(f"{where}: raw weights of the type {options.get('kind')!r} are not known here")
         return Raw(options["kind"])
     try:
-        return build("quantizer", said["entry"], **options)
+        found = build("quantizer", said["entry"], **options)
     except (ConfigError, TypeError) as error:
         raise FileError(f"{where}: {error}") from None
+    return laid(found, said["layout"], where) if "layout" in said else found

@@ -47,7 +47,8 @@ from poise_edgemoe.store.index import (
     read_layer,
     write_index,
 )
-from poise_edgemoe.store.schemes import RAW, Raw, scheme_quantizer, stored, written
+from poise_edgemoe.store.layouts import LAYOUTS, check_layout, lay_out
+from poise_edgemoe.store.schemes import BLOCKS, HOTS, RAW, Raw, bits_of, scheme_quantizer, stored, written
 from poise_edgemoe.store.source import MoELayer, Source, open_source
 
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -58,9 +59,9 @@ Progress = Callable[[int, int], None]
 
 
 def convert(
-    model: Any, path: Path | str, bits: int = 4, plan: Mapping[str, Any] | None = None,
+    model: Any, path: Path | str, bits: int | None = None, plan: Mapping[str, Any] | None = None,
     scheme: str = "asym_group", group: int = 64, hot: Any = "bf16",
-    progress: Progress | None = None,
+    progress: Progress | None = None, layout: str = "auto",
 ) -> Path:
     """Write a mixture-of-experts model as a store.
 
@@ -70,21 +71,27 @@ def convert(
         A transformers directory, read tensor by tensor, or a live transformers model.
     path : path
         The folder to make; it must not exist.
-    bits : int
-        Of experts: 2, 3, 4, 8; 16: bfloat16 (float16 for a model that is), 32: float32.
+    bits : int, optional
+        Of experts: 2, 3, 4, 8; 16: bfloat16 (float16 for a model that is), 32: float32. Without: 4, or the
+        only ones of a format of ggml.
     plan : mapping, optional
         Name or pattern of an expert's matrix to bits or a quantizer, as `quantize_model` takes it; what it
         does not name is stored at `bits`.
     scheme : str
-        sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer.
+        sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer; q8_0, q4_0, q4_k, q3_k
+        and q2_k are ggml's blocks, the bytes of a GGUF file.
     group : int
         Columns that share a scale, in the schemes with groups.
-    hot : "bf16", "raw", 8, 4 or a registered quantizer
+    hot : "bf16", "raw", 8, 4, one of ggml's formats, or a registered quantizer
         How the rest is stored, and what is computed in: "bf16", 16 bits (float16 for a model that is);
-        "raw", the model's own type; 8 or 4 bits for its linears, the others as with "bf16". With `bits=32`
-        "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
+        "raw", the model's own type; 8, 4 bits or a format for its linears, the others as with "bf16". With
+        `bits=32` "bf16" means "raw": whoever keeps experts exact wants the rest exact too.
     progress : callable, optional
         Called with layers that are written, from 0 on, and all.
+    layout : "auto", "plain", "ggml" or "torch"
+        In which order bytes of packed experts lie, which changes no value (`layouts.lay_out`): "ggml"
+        interleaves rows of q4_0; "torch" packs 4 bits in groups as torch does for this processor, and only
+        its like can open the store.
 
     Returns
     -------
@@ -103,11 +110,12 @@ def convert(
         For a source that is torn, a disk that is full (the next call goes on), or another process that is
         converting to the same place.
     """
-    path = Path(path)
+    path, bits = Path(path), bits_of(scheme, bits)
     hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
     _refuse_taken(path)
     source = open_source(model)
     forms, dtype = _forms(source, bits, plan, scheme, group), _dtype(source, hot)
+    _check_layout(source, forms, layout)
     partial = path.with_name(f"{path.name}.partial")
     with _full_disk(partial):
         make_folder(path.parent)
@@ -115,7 +123,7 @@ def convert(
             _refuse_taken(path)  # another conversion may have ended since
             reads = hot_reads(source, dtype)
             make_folder(partial)
-            _convert(source, partial, forms, reads, hot, dtype, progress or _untold)
+            _convert(source, partial, forms, reads, hot, dtype, progress or _untold, layout)
             (partial / JOURNAL).unlink()
             os.rename(partial, path)
             sync_folder(path.parent)
@@ -138,8 +146,10 @@ def _hot_form(hot: Any) -> Any:
         return hot
     if hot in (8, 4) and type(hot) is int:
         return build("quantizer", "affine", bits=hot, group=64)
+    if isinstance(hot, str) and hot in BLOCKS:
+        return build("quantizer", hot)
     if hot not in ("bf16", "raw"):
-        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of bf16, raw, 8, 4, or a quantizer")
+        raise ConfigError(f"hot={hot!r} is not allowed: it must be one of {', '.join(HOTS)} or a quantizer")
     return hot
 
 
@@ -191,12 +201,25 @@ def _forms(
         for width in (v for v in plan.values() if isinstance(v, int)):
             scheme_quantizer(scheme, width, group)
         known = {b: _quantizer(scheme, b, group, found[0]) for b in RAW}
-        default = scheme_quantizer(scheme, 4 if bits in RAW else bits, group)
+        default = scheme_quantizer(scheme, bits_of(scheme, None) if bits in RAW else bits, group)
         own = {k: known.get(v, v) if isinstance(v, int) else v for k, v in plan.items()}
         forms |= {w.name: q for w, q in resolve(found, default, own)}
     for q in {id(q): q for q in forms.values()}.values():
         written(q)
     return forms
+
+
+def _check_layout(source: Source, forms: dict[str, Any], layout: str) -> None:
+    """Refuse a layout that some matrix cannot have, before anything is written."""
+    seen = set()
+    for layer in source.layers:
+        for w in (w for one in layer.experts for w in one.values()):
+            if (kind := (id(forms[w.name]), tuple(w.shape))) not in seen:
+                seen.add(kind)
+                try:
+                    check_layout(layout, forms[w.name], w.shape, w.dtype)
+                except ConfigError as error:
+                    raise ConfigError(f"{w.name}: {error}" if layout in LAYOUTS else str(error)) from None
 
 
 def unnamed(model: Any, plan: Mapping[str, Any]) -> list[str]:
@@ -218,9 +241,9 @@ def _quantizer(scheme: str, bits: int, group: int, like: Weight) -> Any:
 
 def _convert(
     source: Source, folder: Path, forms: dict[str, Any], reads: dict[str, Read], hot: Any,
-    dtype: torch.dtype, progress: Progress,
+    dtype: torch.dtype, progress: Progress, layout: str,
 ) -> None:
-    request = _request(source, forms, hot)
+    request = _request(source, forms, hot, layout)
     quantizers: list[dict[str, Any]] = []
     layers = _resumed(folder, request, quantizers)
     biases = source.biases()
@@ -231,7 +254,8 @@ def _convert(
         progress(0, len(source.layers))
         for n, layer in enumerate(source.layers):
             if n >= len(layers):
-                layers.append(_write_layer(f, layer, forms, biases.get(layer.path, {}), quantizers, dtype))
+                own = biases.get(layer.path, {})
+                layers.append(_write_layer(f, layer, forms, own, quantizers, dtype, layout))
                 f.flush()
                 os.fsync(f.fileno())
                 _note(folder, {"layer": asdict(layers[-1]), "quantizers": quantizers})
@@ -267,10 +291,11 @@ def _end(layers: list[Layer]) -> int:
     return max((m.offset + padded(m.nbytes) for m in last), default=0)
 
 
-def _request(source: Source, forms: dict[str, Any], hot: Any) -> str:
+def _request(source: Source, forms: dict[str, Any], hot: Any, layout: str) -> str:
     """Return what two conversions to the same bytes have in common, as a hash."""
     rest = hot if isinstance(hot, str) else written(hot)
-    facts: list[Any] = [VERSION, source.config.to_dict(), rest, [(k, written(q)) for k, q in forms.items()]]
+    facts: list[Any] = [VERSION, source.config.to_dict(), rest, layout]
+    facts.append([(k, written(q)) for k, q in forms.items()])
     if source.directory is None:
         facts.append(os.urandom(8).hex())  # nobody knows whether a live model is still the same
     else:
@@ -311,7 +336,7 @@ def _note(folder: Path, line: dict[str, Any]) -> None:
 
 def _write_layer(
     f: BinaryIO, layer: MoELayer, forms: dict[str, Any], biases: dict[str, Tensor],
-    quantizers: list[dict[str, Any]], dtype: torch.dtype,
+    quantizers: list[dict[str, Any]], dtype: torch.dtype, layout: str,
 ) -> Layer:
     experts = []
     for e, one in enumerate(layer.experts):
@@ -319,7 +344,7 @@ def _write_layer(
         for part, w in one.items():
             name = f"{layer.path}.{part}_proj_bias"
             bias = finite(biases[part][e].to(dtype), name) if part in biases else None
-            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers)
+            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers, layout)
         experts.append(where)
     shapes = {part: list(w.shape) for part, w in layer.experts[0].items()}
     return Layer(layer.path, layer.encoder, shapes, sorted(biases), layer.transposed, experts)
@@ -327,7 +352,7 @@ def _write_layer(
 
 def _write_matrix(
     f: BinaryIO, w: Weight, quantizer: Any, bias: Tensor | None, transposed: bool,
-    quantizers: list[dict[str, Any]],
+    quantizers: list[dict[str, Any]], layout: str,
 ) -> Matrix:
     matrix = w.read()
     if isinstance(quantizer, Raw) and transposed:
@@ -336,6 +361,7 @@ def _write_matrix(
         quantizer, made = stored(quantizer, matrix.contiguous())
     except DataError as error:
         raise DataError(f"weight {w.name} {error}") from None
+    quantizer, made = lay_out(quantizer, made, layout)
     data = bytes_of(made, bias)
     offset = f.tell()
     f.write(data)
