@@ -116,3 +116,17 @@ def test_a_layout_of_what_is_not_packed_is_refused():
         EdgeMoEStore(bits=32, layout="torch")
     with pytest.raises(ConfigError, match="layout=plain has no effect beside store="):
         EdgeMoEStore(store="somewhere", layout="plain")
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    from poise.cli.main import main
+
+    source, store = str(source_of(tmp_path)), str(tmp_path / "s")
+    given = ("moe", "convert", source)
+    assert main([*given, store, "--scheme", "q4_0", "--hot", "q8_0", "--layout", "ggml"]) == 0
+    assert tags(tmp_path / "s") == [GGML_TAG]
+    assert read_index(store).hot["quantizer"] == {"entry": "q8_0"}
+    assert main([*given, str(tmp_path / "no"), "--scheme", "q4_0", "--bits", "8"]) == 2
+    assert "bits=8 is not allowed: q4_0 has 4 bits" in capsys.readouterr().err
+    assert main(["moe", "inspect", store]) == 0
+    assert f"4 bits, q4_0, {GGML_TAG}" in capsys.readouterr().out
