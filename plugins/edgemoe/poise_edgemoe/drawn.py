@@ -23,12 +23,13 @@ from poise.walk.families import holds_experts
 from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
 from poise_edgemoe.loading import expert_shapes
 from poise_edgemoe.models import empty_model, in_full
+from poise_edgemoe.store.blobs import bytes_of
 from poise_edgemoe.store.checksums import crc32
 from poise_edgemoe.store.hot import write_hot
 from poise_edgemoe.store.index import CONFIG, EXPERTS, PAGE, Layer, Matrix, padded
 from poise_edgemoe.store.schemes import scheme_quantizer, written
 from poise_edgemoe.store.source import BIAS, Source
-from poise_edgemoe.store.writer import bytes_of, finish
+from poise_edgemoe.store.writer import finish
 
 DTYPE, SPREAD = torch.bfloat16, 0.02
 Blob = tuple[bytes, int]  # a matrix as it lies in a store, and its checksum

@@ -10,7 +10,7 @@ import ctypes
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from poise.native import FAILURES, built, team
 from poise.quantizers.kernel import KINDS, is_memory
 from poise.quantizers.layers import PackedLinear
 from poise.quantizers.sliced import SlicedMatrix, multiply
-from poise_edgemoe.kv import KeptLayer, kept_cache
+
+if TYPE_CHECKING:
+    from poise_edgemoe.kv import KeptLayer
 
 SOURCE = Path(__file__).with_name("fused.c")
 FEW = 4  # rows of a norm, beyond which torch is as fast
@@ -161,7 +163,7 @@ class Attention(_Beside):
         """Return (rows, 1, hidden) and no weights; prompts, and what has a mask, go through the module."""
         kept = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
         one = hidden_states.shape[1] == 1 and attention_mask is None
-        if not (one and isinstance(kept, KeptLayer) and kept.has_room(len(hidden_states))):
+        if kept is None or not (one and _takes(kept, len(hidden_states))):
             return self._plain[0](hidden_states=hidden_states, position_embeddings=position_embeddings,
                                   attention_mask=attention_mask, past_key_values=past_key_values, **more)
         x = hidden_states[:, 0]
@@ -202,6 +204,8 @@ class Attention(_Beside):
     @torch.no_grad()
     def agrees(self, model: Any) -> bool:
         """Return whether it does what the module does, for a token after a short prompt."""
+        from poise_edgemoe.kv import kept_cache
+
         rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
         if rotary is None or self._clipped():
             return False
@@ -224,6 +228,10 @@ class Attention(_Beside):
 
     def _clipped(self) -> bool:
         return getattr(getattr(self._plain[0], "config", None), "clip_qkv", None) is not None
+
+
+def _takes(kept: Any, rows: int) -> bool:
+    return hasattr(kept, "has_room") and kept.has_room(rows)
 
 
 def _weight(norm: Any) -> tuple[Tensor | None, float]:

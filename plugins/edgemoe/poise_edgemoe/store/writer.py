@@ -28,6 +28,7 @@ from poise.interfaces import Quantizer
 from poise.quantizers.whole import resolve
 from poise.registry import build
 from poise.walk import Weight
+from poise_edgemoe.store.blobs import bytes_of
 from poise_edgemoe.store.checksums import crc32
 from poise_edgemoe.store.hot import Read, finite, hot_reads, write_hot
 from poise_edgemoe.store.index import (
@@ -42,8 +43,6 @@ from poise_edgemoe.store.index import (
     Layer,
     Matrix,
     padded,
-    payload,
-    places,
     read_layer,
     write_index,
 )
@@ -370,19 +369,6 @@ def _write_matrix(
     if said not in quantizers:
         quantizers.append(said)
     return Matrix(offset, len(data), quantizers.index(said), crc32(data))
-
-
-def bytes_of(made: Any, bias: Tensor | None) -> bytearray:
-    """Return a stored matrix and its bias as they lie in a store."""
-    tensors = made.tensors()
-    found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
-                   None if bias is None else (len(bias), bias.dtype))
-    data = bytearray(payload(found))
-    for name, (at, size, _, _) in found.items():
-        tensor = bias if name == "bias" else tensors[name]
-        assert tensor is not None
-        data[at: at + size] = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def finish(
