@@ -148,7 +148,12 @@ def test_attention_and_norms_are_transformers_to_1e_5(family, tmp_path):
         mine = {type(m) for m in engine.model.modules() if isinstance(m, fused.Norm | fused.Attention)}
         assert fused.Attention in mine and (fused.Norm in mine or family == "phimoe")
         made = next(m for m in engine.model.modules() if isinstance(m, fused.Attention))
-        assert made.agrees(engine.model)  # with other random numbers
+        calls, real = [], made._attend
+        made._attend = lambda *given: calls.append(1) or real(*given)
+        assert made.agrees(engine.model) and calls  # with other random numbers
+        calls.clear()
+        engine.generate(ids(), 4)
+        assert calls
 
 
 @pytest.mark.parametrize("what", ["scaling", "head_dim", "rotary", "q_norm", "clip"])

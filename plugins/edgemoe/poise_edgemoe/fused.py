@@ -84,13 +84,17 @@ def fuse(model: Any) -> int:
             fused = _fused(child, it)
             if fused is None:
                 continue
-            kind = type(child), tuple(p.shape for p in child.parameters(recurse=False))
+            kind = type(child), tuple(p.shape for p in child.parameters(recurse=False)), _slides(child)
             if kind not in tried:
                 tried[kind] = fused.agrees(model)
             if tried[kind]:
                 setattr(parent, name, fused)
                 made += 1
     return made
+
+
+def _slides(module: Any) -> bool:
+    return getattr(module, "sliding_window", None) is not None
 
 
 def _fused(module: nn.Module, it: _Library) -> Norm | Attention | None:
@@ -162,7 +166,7 @@ class Attention(_Beside):
     ) -> Any:
         """Return (rows, 1, hidden) and no weights; prompts, and what has a mask, go through the module."""
         kept = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        one = hidden_states.shape[1] == 1 and attention_mask is None
+        one = hidden_states.shape[1] == 1 and _hides_nothing(attention_mask)
         if kept is None or not (one and _takes(kept, len(hidden_states))):
             return self._plain[0](hidden_states=hidden_states, position_embeddings=position_embeddings,
                                   attention_mask=attention_mask, past_key_values=past_key_values, **more)
@@ -204,8 +208,10 @@ class Attention(_Beside):
     @torch.no_grad()
     def agrees(self, model: Any) -> bool:
         """Return whether it does what the module does, for a token after a short prompt."""
-        from poise_edgemoe.kv import kept_cache
+        from poise_edgemoe.kv import KeptLayer, kept_cache
 
+        if not isinstance(kept_cache(model.config, 8).layers[self.layer_idx], KeptLayer):
+            return False  # of a window that slides: nothing would be tried
         rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
         if rotary is None or self._clipped():
             return False
@@ -228,6 +234,12 @@ class Attention(_Beside):
 
     def _clipped(self) -> bool:
         return getattr(getattr(self._plain[0], "config", None), "clip_qkv", None) is not None
+
+
+def _hides_nothing(mask: Tensor | None) -> bool:
+    if mask is None:
+        return True
+    return bool(mask.all() if mask.dtype == torch.bool else not mask.any())
 
 
 def _takes(kept: Any, rows: int) -> bool:
