@@ -162,7 +162,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--llama", default=os.environ.get("POISE_LLAMA"), metavar="PYTHON",
                         help=f"a Python that has llama.cpp (or POISE_LLAMA): {INSTALL}")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="", help="lines whose name holds this")
+    parser.add_argument("--only", action="append", default=[],
+                        help="lines whose name holds this; may be given several times")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--results", type=Path, default=WORKERS / "results")
     args = parser.parse_args()
@@ -188,7 +189,8 @@ def main() -> int:
 def _measure(args: argparse.Namespace, folder: Path) -> str:
     """Measure what is not there yet, in alternating order; return the tables."""
     form = FORMS[args.smoke]
-    chosen = [line for line in lines() if args.only in line.key and (line.smoke or not args.smoke)]
+    wanted = [line for line in lines() if any(o in line.key for o in args.only or [""])]
+    chosen = [line for line in wanted if line.smoke or not args.smoke]
     files = prepare(folder, form.sizes)
     distance = check_gguf(args.llama, folder) if args.llama else None
     runner = Runner(folder, form, files, args.llama)

@@ -14,17 +14,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from poise.caches import cache_folder
 from poise.errors import FileError
 from poise.files import write_bytes
 from poise.trust import read_own, refuse_foreign_folder
 
+T = TypeVar("T")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-std=gnu11")
 LINK = ("-shared",)
-HEADER = Path(__file__).with_name("threads.h")  # that any source may include
+HEADERS = Path(__file__).parent  # threads.h, numbers.h: any source may include them
 TIMEOUT = 120  # seconds
 FAILURES = (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError, FileError)
 
@@ -39,7 +42,7 @@ def built(source: Path, folder: str, libraries: Sequence[str] = (), flags: Seque
     Parameters
     ----------
     source : Path
-        One file of C, which may include headers beside it, and `threads.h`.
+        One file of C, which may include headers beside it, `threads.h` and `numbers.h`.
     folder : str
         Of the cache.
     libraries : list of str
@@ -100,7 +103,7 @@ def _folder(name: str) -> Path:
 
 def _digest(compiler: list[str], source: Path, flags: Sequence[str], libraries: Sequence[str]) -> str:
     asked = subprocess.run([*compiler, "--version"], capture_output=True, timeout=TIMEOUT, check=True)
-    headers = [HEADER, *sorted(source.parent.glob("*.h"))]
+    headers = [*sorted(HEADERS.glob("*.h")), *sorted(source.parent.glob("*.h"))]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in (source, *headers)) + asked.stdout)
     digest.update(repr((compiler[1:], tuple(flags), LINK, tuple(libraries), platform.machine(),
                         _processor())).encode())
@@ -127,7 +130,7 @@ def _compile(
     """Compile into a folder of its own, then move the library into place in one go."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         object_file, library = Path(folder, "kernel.o"), Path(folder, "kernel.so")
-        for command in ([*compile_, f"-I{HEADER.parent}", "-o", str(object_file), str(source)],
+        for command in ([*compile_, f"-I{HEADERS}", "-o", str(object_file), str(source)],
                         [*compiler, *LINK, "-o", str(library), str(object_file), *libraries]):
             done = subprocess.run(command, capture_output=True, text=True, errors="replace",
                                   timeout=TIMEOUT, check=False)
@@ -136,6 +139,42 @@ def _compile(
                 raise RuntimeError(f"{' '.join(compiler)} failed: {last}")
         data = library.read_bytes()
         write_bytes(target, data + hashlib.sha256(data).digest())  # what follows a library is not looked at
+
+
+class Loaded(Generic[T]):
+    """What is made when it is first asked for, once for all threads.
+
+    Parameters
+    ----------
+    make : callable
+        Returns it, or raises one of `FAILURES`.
+
+    Attributes
+    ----------
+    why : str
+        Why it cannot be had; empty while it can, or nobody has asked.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._it: T | None = None
+        self._asked, self.why = False, ""
+
+    def get(self) -> T | None:
+        """Return it; None where it cannot be had."""
+        if not self._asked:
+            with self._lock:
+                if not self._asked:
+                    try:
+                        self._it = self._make()
+                    except FAILURES as error:
+                        self.why = str(error)
+                    self._asked = True
+        return self._it
+
+    def made(self) -> T | None:
+        """Return it if it has been made; nothing is made for that."""
+        return self._it
 
 
 def team() -> ctypes.c_void_p | None:

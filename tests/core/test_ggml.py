@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loads import asked_again
 from torch import nn
 
 import poise
@@ -148,7 +149,8 @@ def test_tensors_that_are_no_blocks():
 
 
 def test_without_the_library_all_but_k_formats_are_made_and_all_are_read(monkeypatch):
-    monkeypatch.setattr(ggml, "_found", {})
+    for name in ("_LIBRARY", "_KERNEL"):
+        monkeypatch.setattr(ggml, name, asked_again(getattr(ggml, name)))
     monkeypatch.setattr(ggml.importlib.util, "find_spec", lambda name: None)
     assert ggml.status() == "no ggml kernel: libggml-python is not installed: pip install 'poise[ggml]'"
     for name in NAMES:
@@ -177,7 +179,8 @@ def other(patch, name, **fields):
 ])
 def test_a_library_that_is_another_is_not_used_and_why_is_said(fault, said, monkeypatch):
     the_library()
-    monkeypatch.setattr(ggml, "_found", {})
+    for name in ("_LIBRARY", "_KERNEL"):
+        monkeypatch.setattr(ggml, name, asked_again(getattr(ggml, name)))
     fault(monkeypatch)
     assert ggml.kernel() is None
     with pytest.raises(ConfigError, match=said):

@@ -9,12 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loads import absent
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from poise.errors import ConfigError
-from poise.native import built
+from poise.native import Loaded, built
 from poise.quantizers import AbsMax, Affine, PackedMatrix, kernel, quantize_model
-from poise.quantizers.matrix import InPlace, TorchPack
+from poise.quantizers.matrix import InPlace, TorchPack, multiply_stacked
 from poise.quantizers.sliced import multiply
 
 SCHEMES, TYPES = (AbsMax, Affine), (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +78,7 @@ def test_other_processors_of_the_family_make_the_same(bits, flags, monkeypatch):
     the_kernel()
     other = kernel.Kernel(built(kernel.SOURCE, "quantizers", flags=[flags]))
     assert other.units == {"-march=x86-64": "portable"}.get(flags, "AVX2")
-    monkeypatch.setitem(kernel._found, "it", other)
+    monkeypatch.setattr(kernel, "_LOADED", Loaded(lambda: other))
     for scheme, group, columns in ((Affine, 64, 1000), (AbsMax, 0, 333), (Affine, 32, 256)):
         packed, x = matrix(scheme, bits, group, columns=columns), torch.randn(5, columns)
         assert share(packed, x, on_c(packed).matmul(x)) < C
@@ -110,9 +114,10 @@ def test_one_large_x_costs_the_others_nothing(bits):
     assert ((error - x.double() @ weight.double().T).abs() < near + 1).all()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_row(bad):
-    packed, x = on_c(matrix(Affine, 4, 64)), torch.randn(3, 512)
+def test_what_is_not_finite_stays_in_its_row(bad, dtype):
+    packed, x = on_c(matrix(Affine, 4, 64)), torch.randn(3, 512).to(dtype)
     good = packed.matmul(x)
     x[1, 77] = bad
     y = packed.matmul(x)
@@ -151,7 +156,7 @@ def on_meta(packed):
 
 
 def test_without_a_compiler_the_reference_is_taken_and_the_reason_said(monkeypatch):
-    monkeypatch.setattr(kernel, "_found", {"it": None, "why": "no compiler"})
+    monkeypatch.setattr(kernel, "_LOADED", absent("no compiler"))
     large = matrix(Affine, 4, 64, rows=256)
     assert type(large.prepared()) is PackedMatrix
     with pytest.raises(ConfigError, match="no compiler"):
@@ -211,3 +216,60 @@ def test_columns_of_x_that_do_not_lie_side_by_side_are_taken_in_another_way():
     assert packed.matmul(torch.randn(0, 512)).shape == (0, 70)
     assert packed.matmul(torch.randn(512)).shape == (70,)
     assert packed.matmul(torch.randn(200, 512)).shape == (200, 70)
+
+
+def warm_layer():
+    """Return a packed layer that has multiplied on the kernel."""
+    the_kernel()
+    layer = nn.Sequential(nn.Linear(512, 256))
+    quantize_model(layer, Affine(4))
+    with torch.no_grad():
+        layer(torch.randn(1, 512))
+    assert type(layer[0].packed.prepared()) is InPlace
+    return layer
+
+
+@torch.no_grad()
+def test_what_torch_records_or_transforms_is_done_by_torch():
+    layer, a, b = warm_layer(), torch.randn(2, 512), torch.randn(2, 512)
+    want = layer(b)
+    assert torch.allclose(make_fx(layer)(a)(b), want, atol=1e-3)
+    for backend in ("eager", "aot_eager"):
+        assert torch.allclose(torch.compile(layer, backend=backend)(b), want, atol=1e-3)
+    with FlopCounterMode(display=False) as counted:
+        layer(a)
+    assert counted.get_total_flops() == 2 * 2 * 256 * 512
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        layer(forward_ad.make_dual(a, torch.ones_like(a)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.vmap(layer)(torch.randn(3, 512))
+    with pytest.raises(RuntimeError):  # a trace of it was not to be had before there was a kernel either
+        torch.jit.trace(layer, (a,), check_trace=False)
+    assert torch.equal(layer(b), want) and type(layer[0].packed.prepared()) is InPlace
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_scales_that_are_no_numbers_give_none_whatever_their_bits(dtype):
+    packed = Affine(4).quantize(torch.randn(1100, 1024).to(dtype))
+    packed.scale.view(torch.int16)[0, 0] = 0x7FFF  # of these bits rounding once made a zero
+    dense = packed.dequantize()
+    assert dense[0, :64].isnan().all() and dense[0, 64:].isfinite().all() and dense[1:].isfinite().all()
+    y = on_c(packed).matmul(torch.randn(1, 1024).to(dtype))
+    assert y[0, 0].isnan() and y[0, 1:].isfinite().all()
+
+
+def test_nothing_is_read_or_written_beyond_its_end():
+    w = on_c(matrix(Affine, 4, 64))
+    out = torch.zeros(2, 70)
+    for narrow in (torch.randn(1, 64), torch.randn(2, 256), torch.randn(1, 1024)):
+        with pytest.raises(RuntimeError):
+            multiply([(w, narrow)])
+        assert not multiply_stacked([w, w], narrow, out, [0, 1])
+    x = torch.randn(2, 512)
+    with pytest.raises(RuntimeError):
+        multiply([(w, x), (on_c(matrix(Affine, 4, 64, columns=256)), x)])
+    assert not multiply_stacked([w, on_c(matrix(Affine, 4, 64, rows=71))], x, out, [0, 1])
+    for wrong in ((out[:, :69].contiguous(), [0, 1]), (out, [0, 2]), (out, [-1, 0])):
+        with pytest.raises(ValueError, match="do not fit"):
+            multiply_stacked([w, w], x, *wrong)
+    assert multiply_stacked([w, w], x, out, [1, 0]) and torch.equal(out[[1, 0]], w.matmul(x))

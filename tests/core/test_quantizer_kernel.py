@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loads import absent, asked_again
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poise.quantizers import AbsMax, Affine, PackedMatrix, kernel, quantize_model
@@ -62,7 +63,7 @@ def test_a_large_matrix_goes_through_it_on_any_number_of_threads(bits, threads, 
     finally:
         torch.set_num_threads(before)
     assert calls[0] == slice(0, 1500) and len(calls) > 2
-    monkeypatch.setattr(kernel, "_found", {"it": None, "why": "a test"})
+    monkeypatch.setattr(kernel, "_LOADED", absent("a test"))
     assert torch.equal(dense, packed.dequantize()) and torch.equal(some, dense[100:700])
     assert torch.equal(product, packed.matmul(x))
 
@@ -70,7 +71,7 @@ def test_a_large_matrix_goes_through_it_on_any_number_of_threads(bits, threads, 
 def test_without_a_compiler_torch_makes_them(monkeypatch, tmp_path):
     packed = Affine(4).quantize(torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)))
     want = packed.dequantize()
-    monkeypatch.setattr(kernel, "_found", {})
+    monkeypatch.setattr(kernel, "_LOADED", asked_again(kernel._LOADED))
     monkeypatch.setenv("POISE_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
     assert torch.equal(packed.dequantize(), want)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from moe_models import ids
 
-from poise.errors import ConfigError
+from poise.errors import ConfigError, FileError
 from poise.testing.families import tiny
 from poise_edgemoe import Engine
 from poise_edgemoe.drawn import drawn_trace, reuse, write_drawn_store
@@ -58,3 +58,15 @@ def test_a_model_without_experts_is_refused(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     with pytest.raises(ConfigError, match="has no routed experts"):
         write_drawn_store(tmp_path / "store", transformers.LlamaConfig(num_hidden_layers=1, **sizes))
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    config = tiny("mixtral").config
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("poise_edgemoe.drawn.finish", full)
+    with pytest.raises(FileError, match="No space left on device"):
+        write_drawn_store(tmp_path / "store", config, group=16)
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from loads import absent
 from moe_models import FAMILIES, ids, saved
 
 from poise.errors import ConfigError
@@ -127,7 +128,7 @@ def test_kernels_that_cannot_be_used_are_errors_and_slow_ones_are_said(tmp_path,
         warnings.simplefilter("error")
         for store in (packed, raw):
             Engine.open(store).close()
-    monkeypatch.setattr(core_kernel, "_found", {"it": None, "why": "no compiler: install gcc"})
+    monkeypatch.setattr(core_kernel, "_LOADED", absent("no compiler: install gcc"))
     with pytest.warns(UserWarning, match="no compiler: install gcc"):
         engine = Engine.open(packed)
     with engine, opened(packed, None, kernel="reference") as exact:
@@ -172,4 +173,30 @@ def test_a_module_that_computes_something_else_is_left(what, tmp_path):
         if what != "clip":
             layer.forward = other.__get__(layer)
         made = fused._fused(layer, fused.library())
+        assert not made.agrees(engine.model)
+
+
+def test_opening_draws_no_numbers_and_any_default_type_will_do(tmp_path):
+    store = store_of(tmp_path, "olmoe")
+    torch.manual_seed(7)
+    want = torch.rand(1)
+    torch.manual_seed(7)
+    with opened(store, 2) as engine:
+        assert torch.equal(torch.rand(1), want)
+        texts = [engine.generate(ids(rows), 6) for rows in (1, 3)]
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = [engine.generate(ids(rows), 6) for rows in (1, 3)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(texts, again, strict=True))
+
+
+def test_a_head_that_turns_in_part_is_left(tmp_path):
+    store = store_of(tmp_path, "qwen3_moe")
+    with opened(store, None, kernel="reference") as engine:
+        made = fused._fused(engine.model.model.layers[0].self_attn, fused.library())
+        assert made.agrees(engine.model)
+        rotary = engine.model.model.rotary_emb
+        rotary.inv_freq = rotary.inv_freq[:3]  # 6 of 32 numbers: C would read on behind them
         assert not made.agrees(engine.model)

@@ -170,6 +170,17 @@ def test_a_run_that_reads_ahead_says_the_same(cache):
     assert texts[0] == texts[1]
 
 
+def test_the_kernel_is_an_option_and_reference_is_another_one(cache):
+    packed = {"bits": 4, "hot": "raw", "group": 32}
+    losses = {name: run(cache / name, kernel=name, **packed)[0]["loss"] for name in ("auto", "reference")}
+    assert abs(losses["auto"] - losses["reference"]) < 1e-4
+    for kernel, fast in (("auto", True), ("reference", False)):
+        with EdgeMoEStore(**GIVEN | packed, kernel=kernel).build() as engine:
+            assert engine.cache.forms.fast == fast
+    with pytest.raises(ConfigError, match="kernel=c cannot be used with this store"):
+        EdgeMoEStore(**GIVEN, kernel="c").build()
+
+
 # ------------------------------------------------------------------ what does not fit
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from loads import absent
 from moe_models import ids, saved
 from test_fast import decoded, opened
 
@@ -74,7 +75,7 @@ def test_auto_interleaves_q4_0_where_the_kernel_is_and_nothing_else(tmp_path, mo
     assert tags(convert(source, tmp_path / "q8", scheme="q8_0", hot="raw")) == [None]
     if ggml.kernel() is not None:
         assert tags(convert(source, tmp_path / "q4", scheme="q4_0", hot="raw")) == [GGML_TAG]
-    monkeypatch.setattr(ggml, "_found", {"library": None, "kernel": None, "why": "of a test"})
+    monkeypatch.setattr(ggml, "_KERNEL", absent("of a test"))
     store = convert(source, tmp_path / "none", scheme="q4_0", hot="raw")
     assert tags(store) == [None]
     mixed = convert(source, tmp_path / "mixed", scheme="q4_0", plan={"*.0.*": 16}, hot="raw", layout="ggml")

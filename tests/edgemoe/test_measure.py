@@ -55,6 +55,11 @@ def test_limits_and_recordings_that_cannot_be_measured(store, tmp_path, capsys):
     recording.write_bytes(b"")
     with pytest.raises(ConfigError, match="can only be simulated, with --simulate"):
         measure(str(recording), [], None, None, None, None)
+    with pytest.raises(ConfigError, match="--max-new-tokens 1 leaves nothing to measure: give 2 or more"):
+        measure(store, [], None, 1, 64, None)
+    switch = convert(saved(tmp_path / "switch", "switch_transformers"), tmp_path / "store", bits=32)
+    with pytest.raises(ConfigError, match="is an encoder-decoder"):
+        measure(str(switch), [], None, 4, 64, None)
     with pytest.raises(ConfigError, match="memory=1kB is too small"):
         measure(store, ["1kB"], None, 4, 64, None)
     for flags, said in ((["--frequencies-out", "f.json"], "-out has no effect without --simulate"),

@@ -15,7 +15,7 @@ from poise.quantizers import ggml
 from poise.quantizers.formats import FORMATS, Format
 from poise.quantizers.kernel import KINDS, is_memory
 from poise.quantizers.packing import grouped
-from poise.quantizers.sliced import MOST_ROWS, SMALL, OnKernel, Pairs, SlicedMatrix
+from poise.quantizers.sliced import SMALL, OnKernel, Pairs, SlicedMatrix
 
 ROWS = 1 << 20  # weights that are quantized at a time
 
@@ -156,14 +156,3 @@ class OnGgml(OnKernel, BlockMatrix):
     def _several(self, library: ggml.Ggml) -> int | None:
         """Return the function that multiplies rows which lie interleaved."""
         return None
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether x is memory that C reads, of few enough rows."""
-        return (x.dtype in KINDS and x.numel() // self.shape[1] <= MOST_ROWS[x.dtype] and is_memory(x))
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return x @ W.T, shape (..., out)."""
-        if not self.fits(x):
-            return super().matmul(x)
-        (y,) = _on_ggml([(self, x.reshape(-1, self.shape[1]))])
-        return y.view(*x.shape[:-1], self.shape[0])

@@ -8,9 +8,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "numbers.h"
 #include "threads.h"
 
-typedef _Float16 half;
 typedef void (*rounding)(const float *, void *, int64_t);
 typedef void (*row_product)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
 typedef void (*rows_product)(int, float *, size_t, const void *, const void *, int, int);
@@ -30,7 +30,7 @@ typedef struct {
     const void *x; /* (rows, columns) */
     void *y;       /* (rows, m->rows) */
     size_t rows;
-    int kind; /* of x and y: 0 float, 1 bfloat16, 2 half */
+    int kind; /* of x and y */
 } product;
 
 typedef struct {
@@ -47,25 +47,6 @@ typedef struct {
 } multiplication;
 
 enum { TILE = 32 /* rows of a matrix that a thread takes at a time */, TOGETHER = 8 };
-
-static float element(const void *p, size_t i, int kind) {
-    if (kind == 0) return ((const float *)p)[i];
-    if (kind == 2) return (float)((const half *)p)[i];
-    uint32_t u = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float v;
-    memcpy(&v, &u, 4);
-    return v;
-}
-
-static void put(void *y, size_t i, float v, int kind) {
-    if (kind == 0) ((float *)y)[i] = v;
-    else if (kind == 2) ((half *)y)[i] = (half)v;
-    else { /* to nearest, ties to even; what is no number stays none */
-        uint32_t u;
-        memcpy(&u, &v, 4);
-        ((uint16_t *)y)[i] = v != v ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-    }
-}
 
 /* Round one row of x, which `row` has room for in full; return its scale. */
 static float make_ready(const product *p, size_t t, float *row, uint8_t *to) {
@@ -100,8 +81,8 @@ static int ready(prepared *one, const prepared *before) {
         return 0;
     }
     float *row = malloc(p->m->whole * sizeof(float));
-    one->ready = malloc(p->rows * p->m->rounded);
-    one->scale = malloc(p->rows * sizeof(float));
+    one->ready = malloc(p->rows * p->m->rounded + 1); /* of no rows, too */
+    one->scale = malloc(p->rows * sizeof(float) + 1);
     one->own = 1;
     int failed = !row || !one->ready || !one->scale;
     for (size_t t = 0; t < p->rows && !failed; t++)

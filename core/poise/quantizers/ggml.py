@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import MissingExtra
-from poise.native import FAILURES, built, processor_flags, team
+from poise.native import Loaded, built, processor_flags, team
 from poise.quantizers.formats import FORMATS, Format
 from poise.quantizers.kernel import GRAIN, KINDS
 
@@ -31,8 +30,6 @@ GEMV = "ggml_gemv_q4_0_8x8_q8_0"  # of 8 interleaved rows
 NEEDS = {"avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi2": "bmi2", "avx_vnni": "avx_vnni",
          "avx512": "avx512f", "avx512_vnni": "avx512_vnni", "avx512_vbmi": "avx512_vbmi",
          "avx512_bf16": "avx512_bf16", "amx_int8": "amx_int8"}  # ggml's names of instructions, and Linux's
-_lock = threading.Lock()
-_found: dict[str, Any] = {}
 
 
 class _Traits(ctypes.Structure):
@@ -213,7 +210,6 @@ class Kernel:
             raise MemoryError("there is no memory for what a product needs")
         return made
 
-
     def rows(self, form: Format, blocks: Tensor, out: Tensor) -> None:
         """Write bytes of rows in full into `out`, (rows, in), of a type in `KINDS`; both contiguous."""
         whole = blocks.shape[1] // form.nbytes * form.columns
@@ -224,47 +220,44 @@ class Kernel:
             raise MemoryError("there is no memory for a row")
 
 
+def _load() -> Ggml:
+    spec = importlib.util.find_spec("libggml")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"libggml-python is not installed: {EXTRA}")
+    return Ggml(Path(next(iter(spec.submodule_search_locations))))
+
+
+def _build() -> Kernel:
+    if (ggml := library()) is None:
+        raise RuntimeError(_LIBRARY.why)
+    return Kernel(ggml, built(SOURCE, "quantizers", ["-lm"]))
+
+
+_LIBRARY, _KERNEL = Loaded(_load), Loaded(_build)
+
+
 def library() -> Ggml | None:
     """Return the library, loaded and tried at the first call; None where it cannot be had (`status`)."""
-    with _lock:
-        if "library" not in _found:
-            _found["library"] = None
-            try:
-                spec = importlib.util.find_spec("libggml")
-                if spec is None or not spec.submodule_search_locations:
-                    raise RuntimeError(f"libggml-python is not installed: {EXTRA}")
-                _found["library"] = Ggml(Path(next(iter(spec.submodule_search_locations))))
-            except FAILURES as error:
-                _found["why"] = str(error)
-        return _found["library"]
+    return _LIBRARY.get()
 
 
 def kernel() -> Kernel | None:
     """Return library and loop, built at the first call; None where they cannot be had."""
-    ggml = library()
-    with _lock:
-        if "kernel" not in _found:
-            _found["kernel"] = None
-            try:
-                if ggml is not None:
-                    _found["kernel"] = Kernel(ggml, built(SOURCE, "quantizers", ["-lm"]))
-            except FAILURES as error:
-                _found["why"] = str(error)
-        return _found["kernel"]
+    return _KERNEL.get()
 
 
 def status() -> str:
     """Return one line for people: which ggml there is, or why none is used."""
     it = kernel()
     if it is None:
-        return f"no ggml kernel: {_found['why']}"
+        return f"no ggml kernel: {_KERNEL.why}"
     other = "" if it.ggml.version == TESTED else f" (tested: {TESTED})"
     return f"ggml {it.ggml.version}{other}, {it.path}"
 
 
 def seconds() -> float:
     """Return the time that products have taken in this process."""
-    it = _found.get("kernel")
+    it = _KERNEL.made()
     return it.seconds if it is not None else 0.0
 
 
@@ -278,7 +271,7 @@ def searched(form: Format, values: Tensor) -> Tensor:
     """
     it = library()
     if it is None:
-        why = _found["why"]
+        why = _LIBRARY.why
         more = "" if EXTRA in why else f" (another version? tested: {TESTED}; {EXTRA})"
         raise MissingExtra(f"{form.name} is made by ggml, which is not to be had: {why}{more}")
     return it.quantize(form, values)

@@ -10,9 +10,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "numbers.h"
 #include "threads.h"
-
-typedef _Float16 half;
 
 typedef struct {
     const uint8_t *codes;
@@ -80,14 +79,6 @@ static void row_in_full(const matrix *m, size_t r, uint8_t *codes, float *out) {
 }
 #pragma GCC pop_options
 
-static void as_bfloat(const float *from, uint16_t *to, size_t n) { /* to nearest, ties to even */
-    for (size_t i = 0; i < n; i++) {
-        uint32_t u;
-        memcpy(&u, from + i, 4);
-        to[i] = (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-    }
-}
-
 enum { ROWS = 32 }; /* that a thread takes at a time */
 
 typedef struct {
@@ -109,9 +100,11 @@ static void take(void *shared) {
         if (at >= m->rows) break;
         for (size_t r = at; r < (end < m->rows ? end : m->rows); r++) {
             row_in_full(m, r, codes, w->kind ? row : (float *)w->out + r * m->columns);
-            if (w->kind == 1) as_bfloat(row, (uint16_t *)w->out + r * m->columns, m->columns);
+            void *out = (uint16_t *)w->out + r * m->columns;
+            if (w->kind == 1)
+                for (size_t c = 0; c < m->columns; c++) put(out, c, row[c], 1);
             if (w->kind == 2)
-                for (size_t c = 0; c < m->columns; c++) ((half *)w->out)[r * m->columns + c] = (half)row[c];
+                for (size_t c = 0; c < m->columns; c++) put(out, c, row[c], 2);
         }
     }
     free(codes);

@@ -7,7 +7,6 @@ processor's library), `kernel()` is None and torch makes the rows.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from poise.native import FAILURES, built, team
+from poise.native import Loaded, built, team
 
 SOURCE = Path(__file__).with_name("kernel.c")
 LARGE = 1 << 20  # weights below which torch is fast enough
 GRAIN = 1 << 18  # weights for each thread below which another one does not pay
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_lock = threading.Lock()
-_found: dict[str, Any] = {}
 
 
 class _Matrix(ctypes.Structure):
@@ -117,43 +115,47 @@ class Kernel:
 
 
 def takes(packed: Any, out: Tensor) -> bool:
-    """Whether a matrix and a place for its rows are real memory that C reads and writes, of types it knows.
-
-    While a program is traced or compiled there is none: tensors are then of classes of their own.
-    """
-    if torch.compiler.is_compiling() or out.dtype not in KINDS or out.dtype != packed.dtype:
+    """Whether a matrix and a place for its rows are memory that C reads and writes, of types it knows."""
+    if out.dtype not in KINDS or out.dtype != packed.dtype:
         return False
     return all(is_memory(t) for t in (*packed.tensors().values(), out))
 
 
 def is_memory(t: Tensor) -> bool:
-    """Whether a tensor is plain memory that C reads; while a program is compiled there is none."""
+    """Whether a tensor is plain memory that C reads; while torch watches what is done there is none."""
     return (type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and t.device.type == "cpu"
-            and t.is_contiguous() and not torch.compiler.is_compiling())
+            and t.is_contiguous() and not watched())
+
+
+def watched() -> bool:
+    """Whether torch records or transforms what is done to tensors: what C does, it would not see.
+
+    Compiling, exporting, tracing (also by a dispatch mode: make_fx, a counter of operations), forward
+    differentiation and torch.func's transforms.
+    """
+    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+            or torch._C._functorch.maybe_current_level() is not None)
+
+
+_LOADED = Loaded(lambda: Kernel(built(SOURCE, "quantizers")))
 
 
 def kernel() -> Kernel | None:
     """Return the kernel, built at the first call; None where it cannot be had."""
-    if "it" not in _found:
-        with _lock:
-            if "it" not in _found:
-                try:
-                    _found["it"] = Kernel(built(SOURCE, "quantizers"))
-                except FAILURES as error:
-                    _found.update(it=None, why=str(error))
-    return _found["it"]
+    return _LOADED.get()
 
 
 def seconds() -> float:
     """Return the time that products have taken in this process."""
-    it = _found.get("it")
+    it = _LOADED.made()
     return it.seconds if it is not None else 0.0
 
 
 def status() -> str:
     """Return one line for people: where the kernel is, or why there is none."""
     it = kernel()
-    return f"C kernel, {it.path}" if it is not None else f"torch, no C kernel: {_found['why']}"
+    return f"C kernel, {it.path}" if it is not None else f"torch, no C kernel: {_LOADED.why}"
 
 
 def _described(packed: Any, rows: slice) -> _Matrix:

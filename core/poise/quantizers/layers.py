@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from poise.errors import FileError
 from poise.hooks import Preparable
 from poise.quantizers.components import format_of
+from poise.quantizers.kernel import watched
 from poise.walk import Product, Weight
 
 FORMAT = "poise_format"
@@ -157,11 +158,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, shape (..., out)."""
-        y = packed_matmul(x, self.packed.get()) if torch.is_grad_enabled() else self._product(x)
+        seen = torch.is_grad_enabled() or watched()
+        y = packed_matmul(x, self.packed.get()) if seen else self._product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        """Return x W^T where nothing is differentiated."""
+        """Return x W^T where nothing is differentiated, traced or compiled."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.packed.prepared().matmul(x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import FileError
-from poise.quantizers.kernel import KINDS, LARGE, Kernel, Told, is_memory, kernel, status, takes
+from poise.quantizers.kernel import LARGE, Kernel, Told, is_memory, kernel, status, takes
 from poise.quantizers.packing import layout, unpack
 from poise.quantizers.sliced import MOST_ROWS, OnKernel, Pairs, SlicedMatrix
 
@@ -116,7 +116,7 @@ class PackedMatrix(SlicedMatrix):
 
 
 def multiply_stacked(matrices: Sequence[Any], x: Tensor, out: Tensor, rows: Sequence[int]) -> bool:
-    """Write x W^T of matrices of one shape into rows of `out`; False: not all of them are on kernel `c`.
+    """Write x W^T of matrices of one shape into rows of `out`; False: kernel `c` does not take all of it.
 
     Parameters
     ----------
@@ -125,8 +125,13 @@ def multiply_stacked(matrices: Sequence[Any], x: Tensor, out: Tensor, rows: Sequ
     out : Tensor, (any, out)
         Of x's type, contiguous.
     """
-    if not (all(type(w) is InPlace for w in matrices) and is_memory(x) and x.dtype in KINDS):
+    shape = matrices[0].shape
+    if not all(type(w) is InPlace and w.shape == shape for w in matrices) or not matrices[0].fits(x):
         return False
+    inside = 0 <= min(rows) <= max(rows) < len(out)
+    if len(x) not in (1, len(matrices)) or out.shape[1] != shape[0] or not inside:
+        raise ValueError(f"x {tuple(x.shape)}, out {tuple(out.shape)} and rows {list(rows)} do not fit "
+                         f"{len(matrices)} matrices {shape}")
     _library().stacked([w.told for w in matrices], x, out, rows)
     return True
 
@@ -170,17 +175,6 @@ class InPlace(_OnKernel):
         """What the library knows of it."""
         return Told(self)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether x is memory that C reads, of few enough rows."""
-        return (x.dtype in KINDS and x.numel() // self.shape[1] <= MOST_ROWS[x.dtype] and is_memory(x))
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return x @ W.T, shape (..., out)."""
-        if not self.fits(x):
-            return super().matmul(x)
-        (y,) = _on_c([(self, x.reshape(-1, self.shape[1]))])
-        return y.view(*x.shape[:-1], self.shape[0])
-
 
 @dataclass(frozen=True)
 class _Torch:
@@ -188,8 +182,23 @@ class _Torch:
     scales: Tensor
 
 
+def _on_torch(pairs: Pairs) -> list[Tensor]:
+    made = []
+    for w, x in pairs:
+        kept = w._made
+        y = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), kept.pack, w.group, kept.scales)
+        made.append(y.to(x.dtype))
+    return made
+
+
 class TorchPack(_OnKernel):
-    """On torch's own product of 4 bits, for machines without a compiler; keeps a copy in its order."""
+    """On torch's own product of 4 bits, for machines without a compiler; keeps a copy in its order.
+
+    x is rounded to bfloat16.
+    """
+
+    together = staticmethod(_on_torch)
+    most_rows = dict.fromkeys((*MOST_ROWS, torch.float64), MOST_ROWS[torch.bfloat16])
 
     @classmethod
     def refuses(cls, packed: PackedMatrix, *, auto: bool = False) -> str:
@@ -215,15 +224,3 @@ class TorchPack(_OnKernel):
     def resident_bytes(self) -> int:
         """Bytes of both."""
         return self.nbytes + sum(t.numel() * t.element_size() for t in (self._made.pack, self._made.scales))
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether x is in this machine's memory, of few enough rows."""
-        return x.numel() // self.shape[1] <= MOST_ROWS[torch.bfloat16] and is_memory(x)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return x @ W.T, shape (..., out), of x rounded to bfloat16."""
-        if not self.fits(x):
-            return super().matmul(x)
-        made, rows = self._made, x.reshape(-1, self.shape[1])
-        y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), made.pack, self.group, made.scales)
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])

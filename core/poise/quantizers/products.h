@@ -117,15 +117,6 @@ static int formed(const matrix *m, form *f) {
                               : m->group % columns == 0;
 }
 
-static inline float element(const void *p, size_t i, int kind) { /* 0 float, 1 bfloat16, 2 half */
-    if (kind == 0) return ((const float *)p)[i];
-    if (kind == 2) return (float)((const half *)p)[i];
-    uint32_t u = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float v;
-    memcpy(&v, &u, 4);
-    return v;
-}
-
 /* Make a row of x ready: for each block n vectors of high bytes, n of low ones and scales; then sums over groups. */
 static void make_ready(const matrix *m, const form *f, const float *x, uint8_t *to) {
     const int n = f->n, lane = 4 * n;
@@ -281,7 +272,7 @@ static int ready(prepared *one, const prepared *before) {
         return 0;
     }
     float *row = malloc(p->m->columns * sizeof(float));
-    one->ready = aligned_alloc(64, (p->rows * one->f.size + 63) / 64 * 64);
+    one->ready = aligned_alloc(64, (p->rows * one->f.size + 64) / 64 * 64); /* of no rows, too */
     one->own = 1;
     if (row && one->ready)
         for (size_t t = 0; t < p->rows; t++) {
@@ -291,12 +282,6 @@ static int ready(prepared *one, const prepared *before) {
     int failed = !row || !one->ready;
     free(row);
     return failed;
-}
-
-static void put(void *y, size_t i, float v, int kind) {
-    if (kind == 0) ((float *)y)[i] = v;
-    else if (kind == 1) as_bfloat(&v, (uint16_t *)y + i, 1);
-    else ((half *)y)[i] = (half)v;
 }
 
 /* Rows of one matrix, from `at` on, times all rows of x. */

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError
+from poise.quantizers.kernel import is_memory
+from poise.quantizers.names import KERNELS
 
 PIECE = 1 << 16  # weights unpacked at a time: larger pieces are left scattered by the allocator
 SLICE_WEIGHTS = 1 << 18  # weights dequantized at a time: 1 MiB of fp32 stays in cache
-KERNELS = ("auto", "reference", "c", "torch", "ggml")
 SMALL = 1 << 16  # weights that torch unpacks in a moment
 MOST_ROWS = {torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}  # beyond, a dense product is faster
 Pairs = Sequence[tuple[Any, Tensor]]
@@ -41,7 +42,7 @@ class SlicedMatrix:
     called: ClassVar[str] = "such a matrix"
     """What a message calls it."""
     together: ClassVar[Callable[[Pairs], list[Tensor]] | None] = None
-    """Multiplies many (matrix, x) at once, where there is a kernel that does."""
+    """Multiplies many (matrix, x) that fit at once; of one on a kernel."""
 
     @classmethod
     def kernels(cls) -> Mapping[str, type[Any]]:
@@ -131,10 +132,26 @@ class SlicedMatrix:
         return total
 
 
-class OnKernel:
-    """Beside a `SlicedMatrix`: one on a kernel, of which a copy is told anew where things lie."""
+class OnKernel(SlicedMatrix):
+    """Before a `SlicedMatrix` of a kind: one on a kernel, of which a copy is told anew where things lie."""
 
     plain_type: ClassVar[type[Any]]
+    most_rows: ClassVar[Mapping[torch.dtype, int]] = MOST_ROWS
+    """Of x, by its type; others are not taken."""
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x is memory that C reads, as wide as the matrix, of few enough rows."""
+        return (x.ndim > 0 and x.shape[-1] == self.shape[1] and is_memory(x)
+                and x.numel() <= self.most_rows.get(x.dtype, -1) * self.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Return x @ W.T, shape (..., out)."""
+        if not self.fits(x):
+            return super().matmul(x)
+        together = type(self).together
+        assert together is not None
+        (y,) = together([(self, x.reshape(-1, self.shape[1]))])
+        return y.view(*x.shape[:-1], self.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return values_of(self, self.plain_type)
@@ -201,13 +218,13 @@ def multiply(pairs: Pairs) -> list[Tensor]:
     pairs : list of (matrix, x)
         x of shape (rows, in).
     """
-    looked: tuple[Any, Any, bool] = (None, None, False)
+    looked: tuple[Any, Any, int, bool] = (None, None, 0, False)
     made: list[Any] = [None] * len(pairs)
     groups: dict[Any, list[int]] = {}
     for n, (w, x) in enumerate(pairs):
-        if looked[0] is not x or looked[1] is not w.together:  # many matrices, one x
-            looked = x, w.together, w.together is not None and w.fits(x)
-        if looked[2]:
+        if looked[:3] != (id(x), w.together, w.shape[1]):  # many matrices, one x
+            looked = id(x), w.together, w.shape[1], w.together is not None and w.fits(x)
+        if looked[3]:
             groups.setdefault(w.together, []).append(n)
         else:
             made[n] = w.matmul(x)

@@ -13,6 +13,7 @@ from typing import Any
 
 from poise.errors import ConfigError
 from poise.options import check_options, option, options_of
+from poise.quantizers.names import KERNELS
 from poise_edgemoe.store.layouts import LAYOUTS
 from poise_edgemoe.store.schemes import HOTS
 
@@ -127,6 +128,8 @@ class Generate:
     prefetch: str | None = option(None, "who says what the next layer will use, to be read ahead; none "
                                         "without", choices=("none", "lookahead", "oracle"))
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
+    kernel: str | None = option(None, "what multiplies packed matrices; auto without; reference: each made "
+                                      "in full, exact", choices=KERNELS)
     max_new_tokens: int = option(128, "most tokens that are made", low=1)
     do_sample: bool = option(False, "draw tokens; otherwise the likeliest are taken")
     temperature: float | None = option(None, "what logits are divided by before a draw, 1 without", above=0)
@@ -156,7 +159,8 @@ class Generate:
         sampling = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, [])}
         policy = chosen_policy(read_index(self.store), self.policy, self.frequencies, self.freq_source)
         with Engine.open(self.store, memory=self.memory, total=self.total, context=self.context,
-                         policy=policy, prefetch=self.prefetch or "none", trace=self.trace) as engine:
+                         policy=policy, prefetch=self.prefetch or "none", trace=self.trace,
+                         kernel=self.kernel or "auto") as engine:
             print(engine.opening(), file=sys.stderr, flush=True)
             with parts("prompt") as engine.progress:
                 # what is wrong is refused before anything is printed

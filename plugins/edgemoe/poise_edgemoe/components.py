@@ -12,6 +12,7 @@ from poise.hooks import Input
 from poise.interfaces import Parts
 from poise.models.components import DTYPES, CausalLM
 from poise.options import check_options, make, option, options_of
+from poise.quantizers.names import KERNELS
 from poise_edgemoe.store.layouts import LAYOUTS
 from poise_edgemoe.store.schemes import HOTS
 
@@ -131,6 +132,8 @@ class EdgeMoEStore:
     prefetch: str = option("none", "who says what the next layer will use, to be read ahead",
                            choices=("none", "lookahead", "oracle"))
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
+    kernel: str = option("auto", "what multiplies packed matrices; reference: each made in full, exact",
+                         choices=KERNELS)
 
     trained: ClassVar[bool] = True
     form: ClassVar[str] = "served"
@@ -159,7 +162,7 @@ class EdgeMoEStore:
         from poise_edgemoe.stores import open_store
 
         names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source", "prefetch",
-                 "trace")
+                 "trace", "kernel")
         return open_store(self.folder(), **{n: getattr(self, n) for n in names})
 
     def folder(self) -> Path:

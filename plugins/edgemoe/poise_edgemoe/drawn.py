@@ -7,7 +7,6 @@ and quantized, and written again and again; routing is to be replayed (`poise_ed
 from __future__ import annotations
 
 import os
-import shutil
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.errors import ConfigError
+from poise.errors import ConfigError, FileError
 from poise.files import make_folder, sync_folder, write_json
 from poise.registry import build
 from poise.walk import FAMILIES
@@ -30,6 +29,7 @@ from poise_edgemoe.store.index import CONFIG, EXPERTS, PAGE, Layer, Matrix, padd
 from poise_edgemoe.store.schemes import scheme_quantizer, written
 from poise_edgemoe.store.source import BIAS, Source
 from poise_edgemoe.store.writer import finish
+from poise_edgemoe.synthetic import removed_on_failure
 
 DTYPE, SPREAD = torch.bfloat16, 0.02
 Blob = tuple[bytes, int]  # a matrix as it lies in a store, and its checksum
@@ -58,28 +58,41 @@ def write_drawn_store(
     ------
     ConfigError
         For a path that exists, or a configuration without experts.
+    FileError
+        When it cannot be written; nothing is left of it.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise ConfigError(f"{path} exists: remove it first, or name another store")
+    partial = path.with_name(f"{path.name}.partial")
+    for taken in (path, partial):
+        if os.path.lexists(taken):
+            raise ConfigError(f"{taken} exists: remove it first, or name another store")
     model = empty_model(config, DTYPE)
     blocks = {name: module for name, module in model.named_modules() if holds_experts(name)}
     if not blocks:
         raise ConfigError(f"{type(config).__name__} has no routed experts: a store is for those")
-    partial = path.with_name(f"{path.name}.partial")
-    make_folder(path.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    quantizer = scheme_quantizer("asym_group", bits, group)
-    draw = torch.Generator().manual_seed(seed)
-    layers = _write_experts(partial, config, blocks, quantizer, distinct, draw)
-    packed = write_hot(Source(config, [], lambda: iter(())), _reads(model, config, draw), partial, DTYPE,
-                       build("quantizer", "affine", bits=hot, group=64))
-    write_json(partial / CONFIG, config.to_dict())
-    finish(partial, config.model_type, DTYPE, [written(quantizer)], layers, packed)
-    os.rename(partial, path)
-    sync_folder(path.parent)
+    try:
+        make_folder(path.parent)
+        partial.mkdir()
+        with removed_on_failure(partial):
+            quantizer = scheme_quantizer("asym_group", bits, group)
+            _write(partial, config, model, blocks, quantizer, hot, distinct,
+                   torch.Generator().manual_seed(seed))
+            os.rename(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise FileError(f"cannot write {partial}: {error.strerror or error}") from error
     return path
+
+
+def _write(
+    folder: Path, config: Any, model: Any, blocks: dict[str, Any], quantizer: Any, hot: int, distinct: int,
+    draw: torch.Generator,
+) -> None:
+    layers = _write_experts(folder, config, blocks, quantizer, distinct, draw)
+    packed = write_hot(Source(config, [], lambda: iter(())), _reads(model, config, draw), folder, DTYPE,
+                       build("quantizer", "affine", bits=hot, group=64))
+    write_json(folder / CONFIG, config.to_dict())
+    finish(folder, config.model_type, DTYPE, [written(quantizer)], layers, packed)
 
 
 def _write_experts(

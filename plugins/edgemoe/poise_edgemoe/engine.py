@@ -19,7 +19,7 @@ from poise.models.decoding import Source, Step, check_decoder, check_prompt, gen
 from poise.models.serving import ends_of, steps
 from poise.models.tokenizers import load_tokenizer
 from poise.quantizers import PackedLinear
-from poise.quantizers.sliced import KERNELS
+from poise.quantizers.names import KERNELS
 from poise_edgemoe.ahead import Ahead
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for

@@ -75,7 +75,8 @@ class StoredExperts(nn.Module):
         with self.cache.layer(self.number, experts) as held:
             for group in self._groups(experts, held):
                 self._put_outputs(every, group, [experts[n] for n in group], hidden, held)
-        return (torch.tensor([[w for _, w in chosen]]) @ every.float()).to(hidden.dtype)
+        shares = torch.tensor([[w for _, w in chosen]], dtype=torch.float32)
+        return (shares @ every.float()).to(hidden.dtype)
 
     def _put_outputs(
         self, every: Tensor, rows: list[int], experts: list[int], x: Tensor, held: Held
@@ -100,8 +101,8 @@ class StoredExperts(nn.Module):
         experts, xs = [e for e, _, _ in routed], [hidden[token] for _, token, _ in routed]
         every = torch.cat(self._in_groups(experts, xs, held))
         token, slot = torch.cat([t for _, t, _ in routed]), torch.cat([s for _, _, s in routed])
-        weighted = every.float() * weights[token, slot, None]
-        out += torch.zeros(out.shape).index_add_(0, token, weighted).to(out.dtype)
+        weighted = every.float() * weights[token, slot, None].float()
+        out += torch.zeros_like(out, dtype=torch.float32).index_add_(0, token, weighted).to(out.dtype)
 
     def _in_groups(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
         """Return the outputs of experts: of those that are there at once, then of each of the others."""

@@ -7,47 +7,33 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "numbers.h"
 #include "threads.h"
 
-typedef _Float16 half;
+/* A call for a kind that is known when it is compiled. */
+#define OF_KIND(kind, call, ...) \
+    ((kind) == 0 ? call(__VA_ARGS__, 0) : (kind) == 1 ? call(__VA_ARGS__, 1) : call(__VA_ARGS__, 2))
+
+static inline __attribute__((always_inline)) void widen_kind(const void *from, size_t at, float *to, size_t n, int kind) {
+    for (size_t i = 0; i < n; i++) to[i] = element(from, at + i, kind);
+}
+
+static inline __attribute__((always_inline)) void narrow_kind(const float *from, void *to, size_t at, size_t n, int kind) {
+    for (size_t i = 0; i < n; i++) put(to, at + i, from[i], kind);
+}
 
 static inline void widen(const void *from, size_t at, float *to, size_t n, int kind) {
-    if (kind == 0) memcpy(to, (const float *)from + at, n * sizeof(float));
-    else if (kind == 1) {
-        const uint16_t *p = (const uint16_t *)from + at;
-        uint32_t *u = (uint32_t *)to;
-        for (size_t i = 0; i < n; i++) u[i] = (uint32_t)p[i] << 16;
-    } else
-        for (size_t i = 0; i < n; i++) to[i] = (float)((const half *)from + at)[i];
+    OF_KIND(kind, widen_kind, from, at, to, n);
 }
 
 static inline void narrow(const float *from, void *to, size_t at, size_t n, int kind) {
-    if (kind == 0) memcpy((float *)to + at, from, n * sizeof(float));
-    else if (kind == 1) {
-        const uint32_t *u = (const uint32_t *)from;
-        uint16_t *p = (uint16_t *)to + at;
-        for (size_t i = 0; i < n; i++) {
-            uint16_t rounded = (uint16_t)((u[i] + 0x7fff + ((u[i] >> 16) & 1)) >> 16);
-            p[i] = from[i] == from[i] ? rounded : 0x7fc0;
-        }
-    } else
-        for (size_t i = 0; i < n; i++) ((half *)to + at)[i] = (half)from[i];
-}
-
-/* A number of the kind; in a loop over numbers of one kind it becomes part of a vector. */
-static inline float kept(const void *p, size_t i, int kind) {
-    if (kind == 0) return ((const float *)p)[i];
-    if (kind == 2) return (float)((const half *)p)[i];
-    uint32_t u = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float v;
-    memcpy(&v, &u, 4);
-    return v;
+    OF_KIND(kind, narrow_kind, from, to, at, n);
 }
 
 static inline __attribute__((always_inline)) float dot_kept(const float *a, const void *p, size_t at, size_t n, int kind) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += a[i] * kept(p, at + i, kind);
+    for (size_t i = 0; i < n; i++) sum += a[i] * element(p, at + i, kind);
     return sum;
 }
 
@@ -55,12 +41,8 @@ static inline __attribute__((always_inline)) void add_kept(
     float *sums, float share, const void *p, size_t at, size_t n, int kind
 ) {
 #pragma omp simd
-    for (size_t i = 0; i < n; i++) sums[i] += share * kept(p, at + i, kind);
+    for (size_t i = 0; i < n; i++) sums[i] += share * element(p, at + i, kind);
 }
-
-/* A call for a kind that is known when it is compiled. */
-#define KIND(call, ...) \
-    (a->kind == 0 ? call(__VA_ARGS__, 0) : a->kind == 1 ? call(__VA_ARGS__, 1) : call(__VA_ARGS__, 2))
 
 static inline float dot(const float *a, const float *b, size_t n) {
     float sum = 0;
@@ -148,7 +130,7 @@ static void attend(const attention *a, const float *q, size_t pair, float *score
     q += (row * a->heads + head) * a->width;
     for (size_t t = 0; t < n; t++)
         for (size_t g = 0; g < group; g++)
-            scores[g * n + t] = KIND(dot_kept, q + g * a->width, a->keys, first + t * a->width, a->width) * a->scaling;
+            scores[g * n + t] = OF_KIND(a->kind, dot_kept, q + g * a->width, a->keys, first + t * a->width, a->width) * a->scaling;
     for (size_t g = 0; g < group; g++) {
         float *s = scores + g * n, largest = a->sinks ? a->sinks[head + g] : s[0], total;
         for (size_t t = 0; t < n; t++) largest = s[t] > largest ? s[t] : largest;
@@ -160,7 +142,7 @@ static void attend(const attention *a, const float *q, size_t pair, float *score
     memset(sums, 0, group * a->width * sizeof(float));
     for (size_t t = 0; t < n; t++)
         for (size_t g = 0; g < group; g++)
-            KIND(add_kept, sums + g * a->width, scores[g * n + t], a->values, first + t * a->width, a->width);
+            OF_KIND(a->kind, add_kept, sums + g * a->width, scores[g * n + t], a->values, first + t * a->width, a->width);
     narrow(sums, a->out, (row * a->heads + head) * a->width, group * a->width, a->kind);
 }
 

@@ -7,7 +7,6 @@ precision slowly. A module is replaced where a trial gives what it gives; prompt
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from poise.native import FAILURES, built, team
+from poise.native import Loaded, built, team
 from poise.quantizers.kernel import KINDS, is_memory
 from poise.quantizers.layers import PackedLinear
 from poise.quantizers.sliced import SlicedMatrix, multiply
@@ -28,8 +27,6 @@ FEW = 4  # rows of a norm, beyond which torch is as fast
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx", "scaling")
 GRAIN = 1 << 18  # numbers of keys and values for each thread
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest number of a trial
-_found: dict[str, Any] = {}
-_lock = threading.Lock()
 
 
 class _Attention(ctypes.Structure):
@@ -52,27 +49,24 @@ class _Library:
         self.norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float, number]
 
 
+_LOADED = Loaded(lambda: _Library(built(SOURCE, "edgemoe")))
+
+
 def library() -> _Library | None:
     """Return the library, built at the first call; None where it cannot be had."""
-    with _lock:
-        if "it" not in _found:
-            try:
-                _found["it"] = _Library(built(SOURCE, "edgemoe"))
-            except FAILURES as error:
-                _found.update(it=None, why=str(error))
-        return _found["it"]
+    return _LOADED.get()
 
 
 def seconds() -> float:
     """Return the time that attention of tokens has taken in this process."""
-    it = _found.get("it")
+    it = _LOADED.made()
     return it.seconds if it is not None else 0.0
 
 
 def fuse(model: Any) -> int:
     """Put fused modules in the place of a causal model's attention and norms; return how many there are.
 
-    Those that compute something else stay: they are tried once for each class.
+    Those that compute something else stay: each class is tried once, with the same numbers always.
     """
     it, config = library(), model.config
     if it is None or config.is_encoder_decoder or next(model.parameters()).dtype not in KINDS:
@@ -86,7 +80,9 @@ def fuse(model: Any) -> int:
                 continue
             kind = type(child), tuple(p.shape for p in child.parameters(recurse=False)), _slides(child)
             if kind not in tried:
-                tried[kind] = fused.agrees(model)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    tried[kind] = fused.agrees(model)
             if tried[kind]:
                 setattr(parent, name, fused)
                 made += 1
@@ -213,7 +209,7 @@ class Attention(_Beside):
         if not isinstance(kept_cache(model.config, 8).layers[self.layer_idx], KeptLayer):
             return False  # of a window that slides: nothing would be tried
         rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
-        if rotary is None or self._clipped():
+        if rotary is None or self._clipped() or not self._turns(rotary, model):
             return False
         x = torch.randn(2, 5, model.config.hidden_size, dtype=next(model.parameters()).dtype)
         found = []
@@ -231,6 +227,12 @@ class Attention(_Beside):
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return False  # a module that is called in another way
         return all(_close(a, b) for a, b in zip(*found))
+
+    def _turns(self, rotary: Any, model: Any) -> bool:
+        """Return whether angles are of all pairs (i, i + half) of a head: C reads as many."""
+        x = torch.zeros(1, 1, model.config.hidden_size)
+        angles = rotary(x, torch.zeros(1, 1, dtype=torch.long))
+        return isinstance(angles, tuple) and angles[0].shape[-1] in (self.head_dim, self.head_dim // 2)
 
     def _clipped(self) -> bool:
         return getattr(getattr(self._plain[0], "config", None), "clip_qkv", None) is not None

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from poise.errors import FileError, require
 from poise.models.serving import steps
 from poise.quantizers import PackedLinear, ggml
-from poise.quantizers.kernel import LARGE, kernel
+from poise.quantizers.kernel import kernel
 from poise.registry import build
 from poise.walk import FAMILIES, weights
 from poise.walk.families import holds_experts
+from poise_edgemoe import fused
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.models import empty_model, in_full, model_class
 from poise_edgemoe.store.index import CONFIG, HOT, Index, read_index
@@ -55,17 +56,14 @@ def prepare(folder: Path) -> Index:
     index = read_index(folder)
     model_class(read_config(folder))
     _settle(getattr(torch, index.dtype))
-    if index.hot or (any(form["entry"] != "raw" for form in index.quantizers) and _widest(index) >= LARGE):
-        kernel()  # a compiler, the first time: not when a limit is half used up
     forms = [*index.quantizers, *([index.hot["quantizer"]] if index.hot else [])]
+    if any(form["entry"] != "raw" for form in forms):  # compilers, the first time: not under a limit
+        kernel()
+        fused.library()
     if any(form["entry"] in BLOCKS for form in forms):
         ggml.kernel()
     give_back()
     return index
-
-
-def _widest(index: Index) -> int:
-    return max(out * columns for layer in index.layers for out, columns in layer.shapes.values())
 
 
 @cache

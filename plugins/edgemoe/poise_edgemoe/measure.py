@@ -32,7 +32,7 @@ from poise_edgemoe.store.index import Index, read_index
 from poise_edgemoe.store.reader import Request, mapped
 
 SHARES = (25, 50, 75, 100)  # % of the experts, where no limit is given
-NEW, WARM = 32, 4  # tokens; of them not counted
+NEW, WARM, LEAST = 32, 4, 2  # tokens; of them not counted; the first comes of the prompt
 BLOBS, ROUNDS = 16, 3  # reads to calibrate with
 SOURCES = ("none", "lookahead", "oracle")
 
@@ -83,11 +83,17 @@ def measure(
     Raises
     ------
     ConfigError
-        For a recording, which cannot be run, or a limit that is too small.
+        For a recording, which cannot be run, an encoder-decoder, too few tokens, or a limit that is too
+        small.
     """
     if not Path(source).is_dir():
         raise ConfigError(f"{source} is no store: a recording can only be simulated, with --simulate")
-    index, new = read_index(source), max_new_tokens or NEW
+    index, new = read_index(source), NEW if max_new_tokens is None else max_new_tokens
+    if any(layer.encoder for layer in index.layers):
+        raise ConfigError(f"{source} is an encoder-decoder, whose tokens are not measured: --simulate its "
+                          f"routing")
+    if new < LEAST:
+        raise ConfigError(f"--max-new-tokens {new} leaves nothing to measure: give {LEAST} or more")
     trace = record(source, index, (), prompt, new, context)
     sizes = memory or [f"{share} %" for share in SHARES]
     ways = [(size, name) for size in sizes for name in _ways(source, index, size, context)]
@@ -117,8 +123,7 @@ def _ways(source: str, index: Index, size: str, context: int | None) -> list[str
     if share_kept(index, _budget(source, index, size, context)) == 1:
         return ["none"]
     raw = all(form["entry"] == "raw" for form in index.quantizers)
-    encoder = any(layer.encoder for layer in index.layers)
-    return [*SOURCES[: 1 if encoder else None], "IO-EXP" if raw else "IO-QEXP", "STI"]
+    return [*SOURCES, "IO-EXP" if raw else "IO-QEXP", "STI"]
 
 
 def _budget(source: str, index: Index, size: str, context: int | None) -> Any:

@@ -66,7 +66,7 @@ def write_olmoe(
     try:
         make_folder(path.parent)
         partial.mkdir()
-        with _removed_on_failure(partial):
+        with removed_on_failure(partial):
             write_shards(_tensors(config, seed), partial, shard_bytes=SHARD)
             write_json(partial / "config.json", config.to_dict())
             os.rename(partial, path)
@@ -77,7 +77,8 @@ def write_olmoe(
 
 
 @contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that is not whole."""
     try:
         yield
     except BaseException:

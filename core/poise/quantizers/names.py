@@ -1,0 +1,3 @@
+"""Names that options allow, without torch."""
+
+KERNELS = ("auto", "reference", "c", "torch", "ggml")
