@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GROUPED, EAGER = "grouped_mm", "eager"
+BUDGETS = ("45 %", "56 %", "65 %", "75 %", "90 %", "none")  # more memory is never slower
 BASELINES = (("IO-FREE", "raw"), ("IO-QFREE", "q8"), ("IO-EXP", "raw"), ("IO-QEXP", "q4"))
 
 
@@ -22,7 +23,7 @@ class Line:
     needs : str
         The file or folder that it runs on.
     limit : str
-        Key of a limit: "none", "75 %", "56 %" (of the GGUF file), "3 GB".
+        Key of a limit: "none", "3 GB", or a share of the GGUF file, such as "75 %".
     more : dict
         What else the worker is asked for.
     smoke : bool
@@ -55,6 +56,9 @@ def lines() -> list[Line]:
             for name, options in (("lru", {"policy": "lru"}), ("lookahead", {"prefetch": "lookahead"})):
                 found.append(Line(f"ours, {name}", "engine", "q4", limit, 1, {"options": options}))
             found.append(Line("STI-like", "baseline", "q4", limit, 1, {"baseline": "STI"}))
+    others = sorted({*BUDGETS} - {"none", "75 %", "56 %"})
+    found += [Line("ours", "engine", "q4", limit) for limit in others]
+    found += [Line("prompt, 50 % cached", "prefill", "q4", more={"share": 0.5})]
     found += [Line("llama.cpp repacked", "llama", "gguf", "none", t, {"repack": True}) for t in (1, 2)]
     found += [Line("llama.cpp repacked", "llama", "gguf", "75 %", 1, {"repack": True})]
     found += [Line(name, "baseline", needs, "none", 1, {"baseline": name}, name == "IO-EXP")

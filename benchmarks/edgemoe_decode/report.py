@@ -7,12 +7,13 @@ import io
 import platform
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from lines import Line
+from lines import BUDGETS, Line
 
 from poise.cli.doctor import vector_units
 from poise.files import write_bytes, write_json
@@ -40,7 +41,9 @@ SHARES = (  # name, how a line begins, what is shown, what is asked for
     ("reader / raw device, at an expert's size", "device", "reader_of_raw", ">= 0.85"),
     ("share of the roofline, no prefetch", "replayed, none", "of_roofline", ""),
     ("share of the roofline, lookahead", "replayed, lookahead", "of_roofline", ""),
-    ("share of the roofline, oracle", "replayed, oracle", "of_roofline", ">= 0.9"))
+    ("share of the roofline, oracle", "replayed, oracle", "of_roofline", ">= 0.9"),
+    ("prompt / the longer of computing and reading", "prompt", "of_bound", "<= 1.5"),
+    ("reads of an expert per layer and chunk", "prompt", "reads_of_an_expert", "<= 1"))
 PICTURED = {
     "ours": "#0b6e99", "llama.cpp mmap": "#d1495b", "llama.cpp repacked": "#edae49", "STI-like": "#7a9e7e",
     "accelerate bf16, disk": "#8d6a9f", "transformers bf16, grouped_mm": "#222222"}
@@ -110,7 +113,17 @@ def ratios(measured: Measured) -> list[dict[str, Any]]:
         key = measured.best(starts, what)
         found.append({"name": name, "asked": asked, "of": [key],
                       "measured": None if key is None else measured.median(key, what)})
-    return found
+    return [*found, _growing(measured)]
+
+
+def _growing(measured: Measured) -> dict[str, Any]:
+    """Return what becomes of the speed with the next larger budget, where it is worst."""
+    keys = [f"ours, {limit}, -t 1" for limit in BUDGETS]
+    known = [key for key in keys if measured.rows.get(key) and measured.median(key, RATE)]
+    steps = [(measured.ratio(b, a, RATE) or 0.0, [b, a]) for a, b in pairwise(known)]
+    worst, of = min(steps, default=(None, [None]))
+    return {"name": "a larger budget / the one before, at worst", "measured": worst, "asked": ">= 0.95",
+            "of": of}
 
 
 def picture(measured: Measured, limits: dict[str, int], target: Path) -> None:
@@ -121,7 +134,7 @@ def picture(measured: Measured, limits: dict[str, int], target: Path) -> None:
     axes = figure.subplots()
     for name, colour in PICTURED.items():
         dots = []
-        for limit in ("56 %", "75 %", "3 GB", "none"):
+        for limit in (*BUDGETS[:-1], "3 GB", "none"):
             key = measured.best(f"{name}, {limit},")
             if key is not None:
                 at = limits[limit] / 1e6 if limit in limits else measured.median(key, "peak_mb")

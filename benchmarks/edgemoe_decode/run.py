@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from files import FULL, SMALL, check_gguf, missing_disk, prepare
-from lines import Line, lines
+from lines import BUDGETS, Line, lines
 from measuring import WORKERS, control_group, forget
 from report import finish
 
@@ -42,6 +42,7 @@ class Form:
         Of the context, and fed after it one by one.
     limits : tuple of float
         Of "75 %" and "56 %", shares of the GGUF file; in the smoke form bytes: so little is too little.
+        Other shares are what their name says.
     """
 
     sizes: dict[str, int]
@@ -59,7 +60,8 @@ class Form:
         """Return a limit in bytes."""
         if key in ("none", "3 GB"):
             return None if key == "none" else 3 * 10**9
-        share = self.limits[key == "56 %"]
+        named = dict(zip(("75 %", "56 %"), self.limits, strict=True))
+        share = named.get(key, float(key.removesuffix(" %")) / 100)
         return int(share * gguf.stat().st_size) if share < 1 else int(share)
 
 
@@ -199,7 +201,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> str:
             if not runner.measured(line, repeat):
                 print(_said(runner.measure(line, repeat)), flush=True)
     more = {"gguf_distance": distance, "model_bytes": files["gguf"].stat().st_size,
-            "limits": {key: form.limit(key, files["gguf"]) for key in ("75 %", "56 %", "3 GB")}}
+            "limits": {key: form.limit(key, files["gguf"]) for key in (*BUDGETS, "3 GB") if key != "none"}}
     return finish(chosen, runner.rows, more, folder if args.smoke else args.results)
 
 

@@ -2,6 +2,7 @@
 
     engine    a store, under `memory` or with all experts in memory
     replayed  the same with the routing of a recorded trace, half of the experts cached, and its roofline
+    prefill   a prompt, half of the experts cached, and what no engine can pass
     baseline  a store as `open_baseline` opens it
     memory    transformers, bfloat16, by `experts`: eager or grouped_mm
     offload   the same, the experts of all layers on disk (accelerate)
@@ -118,6 +119,32 @@ def replayed(asked: dict[str, Any]) -> dict[str, Any]:
                   "roofline": bound, "of_roofline": row["tokens_per_second"] / bound}
 
 
+def prefill(asked: dict[str, Any]) -> dict[str, Any]:
+    """Measure a prompt, whose experts are not there, against computing it and reading them."""
+    with Engine.open(asked["path"], context=asked["context"]) as whole:
+        fed(whole, asked)  # reads all of them
+        computing = fed(whole, asked)
+    memory = memory_for(asked["path"], asked["context"], asked["share"])
+    with Engine.open(asked["path"], memory=memory, context=asked["context"]) as engine:
+        seconds, read = fed(engine, asked), engine.cache.reader.bytes_read
+        chunks = -(-len(asked["prompt"]) // engine.budget.chunk)
+        most = max(engine.cache.counts.misses.tolist()) / len(engine.index.layers[0].experts) / chunks
+    speed = device(asked)["raw_gb_per_second"]
+    reading = read / speed / 1e9
+    return {"prompt_seconds": seconds, "computing_seconds": computing, "reading_seconds": reading,
+            "read_mb": read / 1e6, "reads_of_an_expert": most, "chunks": chunks,
+            "of_bound": seconds / max(computing, reading)}
+
+
+@torch.no_grad()
+def fed(engine: Engine, asked: dict[str, Any]) -> float:
+    """Return the seconds in which an engine takes a prompt."""
+    first, step = engine.source.start(torch.tensor([asked["prompt"]]))
+    started = time.perf_counter()
+    step(first)
+    return time.perf_counter() - started
+
+
 def memory_for(path: str, context: int, share: float) -> int:
     """Return the limit under which that share of the experts' bytes is kept."""
     index = read_index(path)
@@ -207,8 +234,8 @@ def _read(reader: Reader, buffer: mmap.mmap, at: int, size: int) -> None:
     request.wait()
 
 
-WORKERS = {"engine": engine, "baseline": baseline, "replayed": replayed, "memory": in_memory,
-           "offload": in_memory, "device": device}
+WORKERS = {"engine": engine, "baseline": baseline, "replayed": replayed, "prefill": prefill,
+           "memory": in_memory, "offload": in_memory, "device": device}
 
 if __name__ == "__main__":
     asked = given()

@@ -1,8 +1,4 @@
-/* Rows of a packed matrix in full, bit for bit what torch makes of them, and its products, without such rows.
- *
- * A code of `bits` bits stands for scale * (code - offset) + low, with scale and low of its group of columns. In a
- * row codes follow each other from the lowest bit of the first byte.
- */
+/* Rows of a packed matrix in full, bit for bit what torch makes of them, and its products, without such rows. */
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -11,15 +7,7 @@
 #include <immintrin.h>
 #endif
 #include "numbers.h"
-#include "threads.h"
-
-typedef struct {
-    const uint8_t *codes;
-    const void *scale, *low;           /* low: NULL in the symmetric scheme, whose offset is 2^(bits - 1) */
-    size_t rows, columns, width;       /* width: bytes of a row */
-    size_t group, groups, stride;      /* columns of a group, groups of a row, numbers from row to row */
-    int bits, wide;                    /* wide: scale and low are float, not half */
-} matrix;
+#include "packed.h"
 
 static inline float number(const void *p, size_t i, int wide) {
     return wide ? ((const float *)p)[i] : (float)((const half *)p)[i];

@@ -63,6 +63,7 @@ class Kernel:
         library.poise_units.restype = ctypes.c_char_p
         self.units = library.poise_units().decode()  # vector instructions of products
         self._team = team()
+        self.multiplier = ctypes.cast(self._products, ctypes.c_void_p)  # for other C: `packed.h`
         self.seconds = 0.0  # in products so far
 
     def multiplies(self, packed: Any) -> bool:

@@ -233,15 +233,6 @@ static void widened(const matrix *m, const void *from, size_t r, float *to) {
     }
 }
 
-/* One matrix, and rows of x that it is multiplied with; what one call takes is spread over threads as a whole. */
-typedef struct {
-    const matrix *m;
-    const void *x; /* (rows, columns) */
-    void *y;       /* (rows, m->rows) */
-    size_t rows;
-    int x_kind, y_kind; /* 0 float, 1 bfloat16, 2 half */
-} product;
-
 typedef struct {
     const product *of;
     form f;

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from poise.errors import ConfigError
 from poise_edgemoe.cache.counts import Counts
@@ -110,7 +109,7 @@ class Ahead:
         self._hidden: Tensor | None = None
         self._said: tuple[int, list[Guess]] = 0, []  # a layer, and those of its guesses that were not there
         for entrance in found or ():
-            entrance.norm.register_forward_pre_hook(self._enters)
+            entrance.listen(self._enters)
         cache.announce = self.layer_known
 
     def layer_known(self, n: int, experts: Sequence[int]) -> None:
@@ -149,8 +148,8 @@ class Ahead:
                                   f"{chance!r}: experts are 0 to {experts - 1}, chances 0 to 1")
         return found
 
-    def _enters(self, module: nn.Module, given: tuple[Any, ...]) -> None:
-        self._hidden = given[0] if self.cache.length == 1 else None
+    def _enters(self, hidden: Tensor) -> None:
+        self._hidden = hidden if self.cache.length == 1 else None
 
 
 def following(encoder: Sequence[bool]) -> list[int]:

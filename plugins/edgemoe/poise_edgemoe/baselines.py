@@ -20,9 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from poise.errors import ConfigError
 from poise_edgemoe.budget import Budget, parse_bytes, plan_memory
@@ -176,7 +173,7 @@ class Stream(ExpertCache):
             if request.error is None:
                 self._checked.update((held.key, part) for part in request.matrices)
         self.counts.stall[held.key[0]] += time.perf_counter() - started
-        held.matrices.clear()
+        held.forget()
         self._empty.append(self._ahead.popleft().place)
         self._read_on()
 
@@ -194,8 +191,9 @@ class Passing(Held):
     def __init__(self, cache: Stream, n: int) -> None:
         self.cache, self.n = cache, n
 
-    def __call__(self, e: int, part: str) -> tuple[Any, Tensor | None]:
-        return self.cache._matrix(self.cache._reach((self.n, e)), part)
+    def reach(self, e: int) -> Resident:
+        """Return an expert; those before it have passed."""
+        return self.cache._reach((self.n, e))
 
     def ready(self, e: int) -> bool:
         """Return False: they are taken one after the other."""

@@ -26,8 +26,8 @@ from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
-from poise_edgemoe.fused import fuse
 from poise_edgemoe.kernels import bound_kernels
+from poise_edgemoe.layers import fuse
 from poise_edgemoe.loading import give_back, load_hot, prepare
 from poise_edgemoe.prefetch import Predictor, check_prefetch, entrances, source_of, trace_for
 from poise_edgemoe.statistics import Statistics
@@ -89,7 +89,7 @@ class Engine:
         self._done = self._parts = 0
         self._telling = False
         for module in self.experts:
-            module.register_forward_hook(self._layer_done)
+            module.done = self._layer_done
         self._lock, self._pid, self._run, self._closed = threading.RLock(), os.getpid(), 0, False
 
     @classmethod
@@ -277,7 +277,7 @@ class Engine:
         if self._kept is not None:
             self._kept.reset()
 
-    def _layer_done(self, *_: Any) -> None:
+    def _layer_done(self) -> None:
         if self._done < self._parts:
             self._done += 1
             self._tell()

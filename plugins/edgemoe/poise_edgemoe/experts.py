@@ -6,7 +6,7 @@ read first (the order is that of transformers' `eager` implementation).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ class StoredExperts(nn.Module):
     number : int
         Of the block among those with experts.
     cache : ExpertCache
+
+    Attributes
+    ----------
+    chooser : callable or None
+        In place of the router: given the layer, the number of tokens and k, it returns experts (tokens, k),
+        which all weigh the same.
+    done : callable or None
+        Called when the experts of a prompt are computed.
     """
 
     def __init__(self, like: nn.Module, number: int, cache: ExpertCache) -> None:
@@ -41,6 +49,8 @@ class StoredExperts(nn.Module):
         self.number, self.cache = number, cache
         self.transposed = cache.index.layers[number].transposed
         self.switch = isinstance(like, nn.ModuleDict)
+        self.chooser: Callable[[int, int, int], Tensor] | None = None
+        self.done: Callable[[], None] | None = None
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of experts, (tokens, hidden).
@@ -52,6 +62,9 @@ class StoredExperts(nn.Module):
             Experts of each token, (tokens, k); of Switch Transformers one-hot, (tokens, 1, experts).
         weights : Tensor, (tokens, k)
         """
+        if self.chooser is not None:
+            index = self.chooser(self.number, len(hidden_states), index.shape[1])
+            weights = weights.new_full(index.shape, 1 / max(1, index.shape[1]))
         if len(hidden_states) == 1 and self.cache.forms.fast and not self.switch:
             return self._of_one_token(hidden_states, index, weights)
         out = torch.zeros_like(hidden_states)
@@ -65,6 +78,8 @@ class StoredExperts(nn.Module):
                     out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
         if len(out) > FEW:
             give_back()
+        if self.done is not None:
+            self.done()
         return out
 
     def _of_one_token(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -73,7 +88,7 @@ class StoredExperts(nn.Module):
         experts = [e for e, _ in chosen]
         every = hidden.new_empty((len(experts), hidden.shape[1]))
         with self.cache.layer(self.number, experts) as held:
-            for group in self._groups(experts, held):
+            for group in self.groups(experts, held):
                 self._put_outputs(every, group, [experts[n] for n in group], hidden, held)
         shares = torch.tensor([[w for _, w in chosen]], dtype=torch.float32)
         return (shares @ every.float()).to(hidden.dtype)
@@ -107,11 +122,11 @@ class StoredExperts(nn.Module):
     def _in_groups(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
         """Return the outputs of experts: of those that are there at once, then of each of the others."""
         found: dict[int, Tensor] = {}
-        for group in self._groups(experts, held):
+        for group in self.groups(experts, held):
             found |= zip(group, self._experts([experts[n] for n in group], [xs[n] for n in group], held))
         return [found[n] for n in range(len(experts))]
 
-    def _groups(self, experts: list[int], held: Held) -> Iterator[list[int]]:
+    def groups(self, experts: list[int], held: Held) -> Iterator[list[int]]:
         """Yield which of the experts to compute next: those that are there, then each of the others."""
         ready = [n for n, e in enumerate(experts) if held.ready(e)]
         if ready:

@@ -1,177 +1,11 @@
-/* What a layer does to one token besides products: norms, rotation by position, attention over kept keys and values.
- *
- * All is computed in float, whatever the type of what is read and written: 0 float, 1 bfloat16, 2 half.
- */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#include "numbers.h"
-#include "threads.h"
+/* What a layer does to one token: alone, norms and attention; as a whole, all but waiting for its experts. */
+#include "layer.h"
 
-/* A call for a kind that is known when it is compiled. */
-#define OF_KIND(kind, call, ...) \
-    ((kind) == 0 ? call(__VA_ARGS__, 0) : (kind) == 1 ? call(__VA_ARGS__, 1) : call(__VA_ARGS__, 2))
+/* Functions return 0, or 1 where there is no memory. */
 
-static inline __attribute__((always_inline)) void widen_kind(const void *from, size_t at, float *to, size_t n, int kind) {
-    for (size_t i = 0; i < n; i++) to[i] = element(from, at + i, kind);
-}
+int poise_attend(const attention *a, int threads, team run) { return attention_of_token(a, threads, run); }
 
-static inline __attribute__((always_inline)) void narrow_kind(const float *from, void *to, size_t at, size_t n, int kind) {
-    for (size_t i = 0; i < n; i++) put(to, at + i, from[i], kind);
-}
-
-static inline void widen(const void *from, size_t at, float *to, size_t n, int kind) {
-    OF_KIND(kind, widen_kind, from, at, to, n);
-}
-
-static inline void narrow(const float *from, void *to, size_t at, size_t n, int kind) {
-    OF_KIND(kind, narrow_kind, from, to, at, n);
-}
-
-static inline __attribute__((always_inline)) float dot_kept(const float *a, const void *p, size_t at, size_t n, int kind) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += a[i] * element(p, at + i, kind);
-    return sum;
-}
-
-static inline __attribute__((always_inline)) void add_kept(
-    float *sums, float share, const void *p, size_t at, size_t n, int kind
-) {
-#pragma omp simd
-    for (size_t i = 0; i < n; i++) sums[i] += share * element(p, at + i, kind);
-}
-
-static inline float dot(const float *a, const float *b, size_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* x = weight x / sqrt(mean of squares + eps), of each `width` numbers. */
-static void norm(float *x, size_t n, const float *weight, size_t width, float eps) {
-    for (size_t at = 0; weight && at < n; at += width) {
-        float scale = 1 / sqrtf(dot(x + at, x + at, width) / (float)width + eps);
-        for (size_t i = 0; i < width; i++) x[at + i] *= scale * weight[i];
-    }
-}
-
-/* Rotate pairs (i, i + half) of a head. */
-static void rotate(float *head, size_t width, const float *cosine, const float *sine) {
-    for (size_t i = 0, h = width / 2; i < h; i++) {
-        float a = head[i], b = head[i + h];
-        head[i] = a * cosine[i] - b * sine[i];
-        head[i + h] = b * cosine[i] + a * sine[i];
-    }
-}
-
-/* e^x for x <= 0, to 2e-7: what libm has is not made of vectors. */
-static inline float exponential(float x) {
-    float t = x * 1.44269504f, whole, part;
-    t = t < -126 ? -126 : t;
-    whole = rintf(t);
-    part = (t - whole) * 0.69314718f;
-    float p = 1 + part * (1 + part * (0.5f + part * (0.16666667f + part * (0.041666667f + part * (0.0083333333f
-              + part * 0.0013888889f)))));
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float two;
-    memcpy(&two, &bits, 4);
-    return x == x ? p * two : x;
-}
-
-typedef struct {
-    const void *q, *k, *v;             /* (rows, heads x width), (rows, kv_heads x width) */
-    void *keys, *values, *out;         /* (rows, kv_heads, context, width); out like q */
-    const float *q_norm, *k_norm;      /* or NULL */
-    const float *cosine, *sine;        /* (rows, angle_stride), half of the width is read */
-    const float *sinks;                /* (heads,), or NULL */
-    size_t rows, heads, kv_heads, width, context, at, q_norm_width, k_norm_width, angle_stride;
-    float scaling, q_eps, k_eps;
-    int kind;
-} attention;
-
-typedef struct {
-    const attention *a;
-    const float *q; /* all queries, ready */
-    size_t next;
-    int failed;
-} attending;
-
-/* Queries of all rows normed and rotated; keys and values of the token put where they are kept. */
-static void take_in(const attention *a, float *q, float *scratch) {
-    const size_t wide = a->heads * a->width, narrower = a->kv_heads * a->width;
-    for (size_t r = 0; r < a->rows; r++) {
-        const float *cosine = a->cosine + r * a->angle_stride, *sine = a->sine + r * a->angle_stride;
-        float *mine = q + r * wide;
-        widen(a->q, r * wide, mine, wide, a->kind);
-        norm(mine, wide, a->q_norm, a->q_norm_width, a->q_eps);
-        for (size_t h = 0; h < a->heads; h++) rotate(mine + h * a->width, a->width, cosine, sine);
-        widen(a->k, r * narrower, scratch, narrower, a->kind);
-        norm(scratch, narrower, a->k_norm, a->k_norm_width, a->k_eps);
-        for (size_t h = 0; h < a->kv_heads; h++) {
-            size_t place = ((r * a->kv_heads + h) * a->context + a->at) * a->width;
-            rotate(scratch + h * a->width, a->width, cosine, sine);
-            narrow(scratch + h * a->width, a->keys, place, a->width, a->kind);
-        }
-        widen(a->v, r * narrower, scratch, narrower, a->kind);
-        for (size_t h = 0; h < a->kv_heads; h++)
-            narrow(scratch + h * a->width, a->values, ((r * a->kv_heads + h) * a->context + a->at) * a->width,
-                   a->width, a->kind);
-    }
-}
-
-/* All query heads of one head of keys and values. */
-static void attend(const attention *a, const float *q, size_t pair, float *scores, float *sums) {
-    const size_t group = a->heads / a->kv_heads, n = a->at + 1, first = pair * a->context * a->width;
-    const size_t row = pair / a->kv_heads, head = pair % a->kv_heads * group;
-    q += (row * a->heads + head) * a->width;
-    for (size_t t = 0; t < n; t++)
-        for (size_t g = 0; g < group; g++)
-            scores[g * n + t] = OF_KIND(a->kind, dot_kept, q + g * a->width, a->keys, first + t * a->width, a->width) * a->scaling;
-    for (size_t g = 0; g < group; g++) {
-        float *s = scores + g * n, largest = a->sinks ? a->sinks[head + g] : s[0], total;
-        for (size_t t = 0; t < n; t++) largest = s[t] > largest ? s[t] : largest;
-        for (size_t t = 0; t < n; t++) s[t] = exponential(s[t] - largest);
-        total = a->sinks ? exponential(a->sinks[head + g] - largest) : 0;
-        for (size_t t = 0; t < n; t++) total += s[t];
-        for (size_t t = 0; t < n; t++) s[t] /= total;
-    }
-    memset(sums, 0, group * a->width * sizeof(float));
-    for (size_t t = 0; t < n; t++)
-        for (size_t g = 0; g < group; g++)
-            OF_KIND(a->kind, add_kept, sums + g * a->width, scores[g * n + t], a->values, first + t * a->width, a->width);
-    narrow(sums, a->out, (row * a->heads + head) * a->width, group * a->width, a->kind);
-}
-
-static void take(void *shared) {
-    attending *w = shared;
-    const attention *a = w->a;
-    const size_t group = a->heads / a->kv_heads;
-    float *room = malloc((a->at + 1 + a->width) * group * sizeof(float));
-    if (!room) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
-    while (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) {
-        size_t pair = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED);
-        if (pair >= a->rows * a->kv_heads) break;
-        attend(a, w->q, pair, room, room + (a->at + 1) * group);
-    }
-    free(room);
-}
-
-/* Returns 0, or 1 where there is no memory. */
-int poise_attend(const attention *a, int threads, team run) {
-    float *q = malloc((a->rows * a->heads + a->kv_heads) * a->width * sizeof(float));
-    if (!q) return 1;
-    take_in(a, q, q + a->rows * a->heads * a->width);
-    attending w = {a, q, 0, 0};
-    on_threads(take, &w, threads, run);
-    free(q);
-    return w.failed;
-}
-
-/* Rows of x, normed; returns 0, or 1 where there is no memory. */
+/* Rows of x, normed. */
 int poise_norm(const void *x, void *y, const float *weight, size_t rows, size_t width, float eps, int kind) {
     float *row = malloc(width * sizeof(float));
     if (!row) return 1;
@@ -182,4 +16,81 @@ int poise_norm(const void *x, void *y, const float *weight, size_t rows, size_t 
     }
     free(row);
     return 0;
+}
+
+/* What is before experts: `state`, `normed`, `experts` and `weights` are set. */
+int poise_before(const layer *l, const void *x, int kind) {
+    const attention *a = &l->attention;
+    const linear *in[] = {&l->q, &l->k, &l->v}, *out = &l->o;
+    float *const made[] = {(float *)a->q, (float *)a->k, (float *)a->v};
+    float *const back = l->normed;
+    widen(x, 0, l->state, l->hidden, kind);
+    memcpy(l->normed, l->state, l->hidden * sizeof(float));
+    norm(l->normed, l->hidden, l->first_norm, l->hidden, l->first_eps);
+    if (apply(l, in, 3, l->normed, made)) return 1;
+    if (attention_of_token(a, threads_for(l, 2 * a->kv_heads * a->width * (a->at + 1)), l->run)) return 1;
+    if (apply(l, &out, 1, a->out, &back)) return 1;
+    for (size_t i = 0; i < l->hidden; i++) l->normed[i] = l->state[i] += l->normed[i];
+    norm(l->normed, l->hidden, l->second_norm, l->hidden, l->second_eps);
+    return route(l, l->normed, l->experts, l->weights);
+}
+
+/* Whom the router would choose if x were what enters its norm. */
+int poise_route(const layer *l, const void *x, int kind, int32_t *experts, float *weights) {
+    float *normed = malloc(l->hidden * sizeof(float));
+    if (!normed) return 1;
+    widen(x, 0, normed, l->hidden, kind);
+    norm(normed, l->hidden, l->second_norm, l->hidden, l->second_eps);
+    int failed = route(l, normed, experts, weights);
+    free(normed);
+    return failed;
+}
+
+static float silu(float g, float alpha) {
+    float e = exponential(-fabsf(alpha * g));
+    return g * (g >= 0 ? 1 / (1 + e) : e / (1 + e));
+}
+
+void poise_gated(const layer *l, const float *from, float *to, size_t n) {
+    if (l->gate == 0)
+        for (size_t i = 0; i < n; i++) to[i] = silu(from[i], 1) * from[n + i];
+    else
+        for (size_t i = 0; i < n; i++) {
+            float g = from[2 * i], up = from[2 * i + 1], most = l->limit;
+            g = g > most ? most : g;
+            up = up > most ? most : up < -most ? -most : up;
+            to[i] = (up + 1) * silu(g, l->alpha);
+        }
+}
+
+/* Outputs of experts of one shape, into rows of `every`, (any, hidden). */
+int poise_outputs(const layer *l, const expert *const *all, const int32_t *rows, int count, float *every) {
+    const size_t wide = all[0]->first->rows, inner = all[0]->second->columns, work = count * l->hidden;
+    product *products = malloc(count * sizeof(product));
+    float *first = malloc(count * (wide + inner) * sizeof(float)), *second = first + count * wide;
+    int failed = !products || !first;
+    for (int i = 0; i < count && !failed; i++)
+        products[i] = (product){all[i]->first, l->normed, first + i * wide, 1, 0, 0};
+    failed = failed || l->multiply(products, count, threads_for(l, work * wide), l->run);
+    for (int i = 0; i < count && !failed; i++) {
+        add_bias(first + i * wide, all[i]->first_bias, wide, all[i]->kind);
+        poise_gated(l, first + i * wide, second + i * inner, inner);
+        products[i] = (product){all[i]->second, second + i * inner, every + rows[i] * l->hidden, 1, 0, 0};
+    }
+    failed = failed || l->multiply(products, count, threads_for(l, work * inner), l->run);
+    for (int i = 0; i < count && !failed; i++)
+        add_bias(every + rows[i] * l->hidden, all[i]->second_bias, l->hidden, all[i]->kind);
+    free(products);
+    free(first);
+    return failed;
+}
+
+/* What leaves the layer: its state and the weighted outputs of experts, added in their order. */
+void poise_after(const layer *l, const float *every, const float *weights, int count, void *out, int kind) {
+    float *sum = l->normed;
+    memset(sum, 0, l->hidden * sizeof(float));
+    for (int i = 0; i < count; i++)
+        for (size_t c = 0; c < l->hidden; c++) sum[c] += weights[i] * every[i * l->hidden + c];
+    for (size_t c = 0; c < l->hidden; c++) sum[c] += l->state[c];
+    narrow(sum, out, 0, l->hidden, kind);
 }

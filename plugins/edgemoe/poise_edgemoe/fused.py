@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,30 +30,39 @@ GRAIN = 1 << 18  # numbers of keys and values for each thread
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest number of a trial
 
 
-class _Attention(ctypes.Structure):
+class AttentionCall(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in ("q", "k", "v", "keys", "values", "out", "q_norm", "k_norm",
                                          "cosine", "sine", "sinks")),
         *((n, ctypes.c_size_t) for n in ("rows", "heads", "kv_heads", "width", "context", "at",
                                          "q_norm_width", "k_norm_width", "angle_stride")),
-        *((n, ctypes.c_float) for n in ("scaling", "q_eps", "k_eps")), ("kind", ctypes.c_int),
+        *((n, ctypes.c_float) for n in ("scaling", "q_eps", "k_eps")),
+        *((n, ctypes.c_int) for n in ("kind", "kept_kind", "angle_kind")),
     ]
 
 
-class _Library:
+class Library:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        self.attend, self.norm, self.team = library.poise_attend, library.poise_norm, team()
-        self.attend.argtypes = [pointer, number, pointer]
-        self.seconds = 0.0  # in attention so far
-        self.norm.argtypes = [pointer, pointer, pointer, size, size, ctypes.c_float, number]
+        self.team, self.seconds = team(), 0.0  # in attention and layers so far
+        for name, arguments in {
+            "attend": [pointer, number, pointer],
+            "norm": [pointer, pointer, pointer, size, size, ctypes.c_float, number],
+            "before": [pointer, pointer, number], "route": [pointer, pointer, number, pointer, pointer],
+            "gated": [pointer, pointer, pointer, size],
+            "outputs": [pointer, pointer, pointer, number, pointer],
+            "after": [pointer, pointer, pointer, number, pointer, number],
+        }.items():
+            function = getattr(library, f"poise_{name}")
+            function.argtypes = arguments
+            setattr(self, name, function)
 
 
-_LOADED = Loaded(lambda: _Library(built(SOURCE, "edgemoe")))
+_LOADED = Loaded(lambda: Library(built(SOURCE, "edgemoe")))
 
 
-def library() -> _Library | None:
+def library() -> Library | None:
     """Return the library, built at the first call; None where it cannot be had."""
     return _LOADED.get()
 
@@ -63,7 +73,7 @@ def seconds() -> float:
     return it.seconds if it is not None else 0.0
 
 
-def fuse(model: Any) -> int:
+def fuse_modules(model: Any) -> int:
     """Put fused modules in the place of a causal model's attention and norms; return how many there are.
 
     Those that compute something else stay: each class is tried once, with the same numbers always.
@@ -78,7 +88,7 @@ def fuse(model: Any) -> int:
             fused = _fused(child, it)
             if fused is None:
                 continue
-            kind = type(child), tuple(p.shape for p in child.parameters(recurse=False)), _slides(child)
+            kind = type(child), tuple(p.shape for p in child.parameters(recurse=False)), slides(child)
             if kind not in tried:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
@@ -89,11 +99,12 @@ def fuse(model: Any) -> int:
     return made
 
 
-def _slides(module: Any) -> bool:
+def slides(module: Any) -> bool:
+    """Return whether attention looks back over a window only."""
     return getattr(module, "sliding_window", None) is not None
 
 
-def _fused(module: nn.Module, it: _Library) -> Norm | Attention | None:
+def _fused(module: nn.Module, it: Library) -> Norm | Attention | None:
     if type(module).__name__.endswith("RMSNorm") and _eps(module) is not None:
         return Norm(module, it)
     if all(hasattr(module, name) for name in ATTENTION):
@@ -106,7 +117,7 @@ def _eps(norm: Any) -> float | None:
     return found if isinstance(found, float) and isinstance(getattr(norm, "weight", None), Tensor) else None
 
 
-class _Beside(nn.Module):
+class Beside(nn.Module):
     """Stands for a module, which keeps its weights and their names."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -122,10 +133,10 @@ class _Beside(nn.Module):
             return getattr(self.__dict__["_plain"][0], name)
 
 
-class Norm(_Beside):
+class Norm(Beside):
     """Root mean square norm of few rows."""
 
-    def __init__(self, module: Any, it: _Library) -> None:
+    def __init__(self, module: Any, it: Library) -> None:
         super().__init__(module)
         self._it, self._eps, self._scale = it, _eps(module), module.weight.detach().float()
 
@@ -143,13 +154,13 @@ class Norm(_Beside):
     def agrees(self, model: Any) -> bool:
         """Return whether it does what the module does."""
         x = 3 * torch.randn(2, len(self._scale), dtype=self.weight.dtype)
-        return _close(self(x), self._plain[0](x))
+        return close(self(x), self._plain[0](x))
 
 
-class Attention(_Beside):
+class Attention(Beside):
     """Attention of one token of each row."""
 
-    def __init__(self, module: Any, it: _Library) -> None:
+    def __init__(self, module: Any, it: Library) -> None:
         super().__init__(module)
         self._it = it
         self._norms = [_weight(getattr(module, name, None)) for name in ("q_norm", "k_norm")]
@@ -162,8 +173,9 @@ class Attention(_Beside):
     ) -> Any:
         """Return (rows, 1, hidden) and no weights; prompts, and what has a mask, go through the module."""
         kept = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        one = hidden_states.shape[1] == 1 and _hides_nothing(attention_mask)
-        if kept is None or not (one and _takes(kept, len(hidden_states))):
+        one = (hidden_states.shape[1] == 1 and hides_nothing(attention_mask)
+               and not any(heard(module) for module in self._modules.values()))
+        if kept is None or not (one and takes(kept, len(hidden_states))):
             return self._plain[0](hidden_states=hidden_states, position_embeddings=position_embeddings,
                                   attention_mask=attention_mask, past_key_values=past_key_values, **more)
         x = hidden_states[:, 0]
@@ -182,17 +194,10 @@ class Attention(_Beside):
 
     def _attend(self, projected: list[Tensor], angles: Any, kept: KeptLayer) -> Tensor:
         q, k, v = projected
-        cosine, sine = (t.float().reshape(-1, t.shape[-1]) for t in angles)
-        keys, values, at = kept.grow()
-        out = torch.empty_like(q)
-        width, rows = self.head_dim, len(q)
-        (q_norm, q_eps), (k_norm, k_eps) = self._norms
-        told = _Attention(
-            *(t.data_ptr() for t in (q, k, v, keys, values, out)), *map(_address, (q_norm, k_norm)),
-            cosine.data_ptr(), sine.data_ptr(), _address(self._sinks), rows, q.shape[1] // width,
-            k.shape[1] // width, width, keys.shape[2], at, _length(q_norm), _length(k_norm),
-            cosine.shape[1] if len(cosine) > 1 else 0, self.scaling, q_eps, k_eps, KINDS[q.dtype])
-        work = 2 * rows * k.shape[1] * (at + 1)
+        out, angles = torch.empty_like(q), [readable(t) for t in angles]
+        told, at = self.call([t.data_ptr() for t in (q, k, v, out)], len(q)), kept.get_seq_length()
+        self.tell(told, angles, kept, KINDS[q.dtype])
+        work = 2 * k.numel() * (at + 1)
         threads = max(1, min(torch.get_num_threads(), work // GRAIN))
         started = time.perf_counter()
         failed = self._it.attend(ctypes.addressof(told), threads, self._it.team)
@@ -201,6 +206,27 @@ class Attention(_Beside):
             raise MemoryError("there is no memory for attention scores")
         return out
 
+    def call(self, places: Sequence[int], rows: int) -> AttentionCall:
+        """Return what C is told of it; places of queries, keys, values and what comes out."""
+        (q_norm, q_eps), (k_norm, k_eps) = self._norms
+        heads, kv_heads = (one.out_features // self.head_dim for one in (self.q_proj, self.k_proj))
+        q, k, v, out = places
+        return AttentionCall(
+            q=q, k=k, v=v, out=out, q_norm=address(q_norm), k_norm=address(k_norm),
+            sinks=address(self._sinks), rows=rows, heads=heads, kv_heads=kv_heads, width=self.head_dim,
+            q_norm_width=_length(q_norm), k_norm_width=_length(k_norm), scaling=self.scaling,
+            q_eps=q_eps, k_eps=k_eps)
+
+    @staticmethod
+    def tell(told: AttentionCall, angles: Any, kept: KeptLayer, kind: int) -> None:
+        """Say where the next token is: its angles, (rows or 1, 1, width), and the place of its keys."""
+        cosine, sine = angles
+        keys, values, told.at = kept.grow()
+        told.keys, told.values, told.context = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        told.cosine, told.sine = cosine.data_ptr(), sine.data_ptr()
+        told.angle_stride = cosine.shape[-1] if len(cosine) > 1 else 0
+        told.kind, told.kept_kind, told.angle_kind = kind, KINDS[keys.dtype], KINDS[cosine.dtype]
+
     @torch.no_grad()
     def agrees(self, model: Any) -> bool:
         """Return whether it does what the module does, for a token after a short prompt."""
@@ -208,25 +234,15 @@ class Attention(_Beside):
 
         if not isinstance(kept_cache(model.config, 8).layers[self.layer_idx], KeptLayer):
             return False  # of a window that slides: nothing would be tried
-        rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
+        rotary = rotary_of(model)
         if rotary is None or self._clipped() or not self._turns(rotary, model):
             return False
         x = torch.randn(2, 5, model.config.hidden_size, dtype=next(model.parameters()).dtype)
-        found = []
         try:
-            for module in (self._plain[0], self):
-                cache = kept_cache(model.config, 8)
-                for at in (range(4), range(4, 5)):
-                    part = x[:, at.start : at.stop]
-                    out = module(
-                        hidden_states=part, past_key_values=cache,
-                        position_embeddings=rotary(part, torch.arange(at.start, at.stop)[None]),
-                        attention_mask=_causal(part) if len(at) > 1 else None)[0]
-                layer = cache.layers[self.layer_idx]
-                found.append((out, layer.keys, layer.values))
+            mine, its = (after_prompt(m, model, self.layer_idx, x) for m in (self, self._plain[0]))
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return False  # a module that is called in another way
-        return all(_close(a, b) for a, b in zip(*found))
+        return all(close(a, b) for a, b in zip(mine, its))
 
     def _turns(self, rotary: Any, model: Any) -> bool:
         """Return whether angles are of all pairs (i, i + half) of a head: C reads as many."""
@@ -238,13 +254,45 @@ class Attention(_Beside):
         return getattr(getattr(self._plain[0], "config", None), "clip_qkv", None) is not None
 
 
-def _hides_nothing(mask: Tensor | None) -> bool:
+def rotary_of(model: Any) -> Any:
+    """Return the module that makes angles of positions."""
+    return next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
+def after_prompt(module: Any, model: Any, layer: int, x: Tensor) -> list[Tensor]:
+    """Return what a module makes of a token after a prompt, and the keys and values that it has kept.
+
+    Parameters
+    ----------
+    layer : int
+        Of attention, as the module calls it.
+    x : Tensor, (rows, 5, hidden)
+    """
+    from poise_edgemoe.kv import kept_cache
+
+    rotary, cache = rotary_of(model), kept_cache(model.config, 8)
+    for part, at in ((x[:, :4], range(4)), (x[:, 4:], range(4, 5))):
+        out = module(
+            hidden_states=part.contiguous(), past_key_values=cache,
+            position_embeddings=rotary(part, torch.arange(at.start, at.stop)[None]),
+            attention_mask=causal(part) if len(at) > 1 else None)[0]
+    return [out, cache.layers[layer].keys, cache.layers[layer].values]
+
+
+def heard(module: Any) -> bool:
+    """Return whether somebody listens to a module: what is done in its place would not be heard."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def hides_nothing(mask: Tensor | None) -> bool:
+    """Return whether a mask hides none of what is kept."""
     if mask is None:
         return True
     return bool(mask.all() if mask.dtype == torch.bool else not mask.any())
 
 
-def _takes(kept: Any, rows: int) -> bool:
+def takes(kept: Any, rows: int) -> bool:
+    """Return whether kept keys have room for a token of so many rows."""
     return hasattr(kept, "has_room") and kept.has_room(rows)
 
 
@@ -253,16 +301,23 @@ def _weight(norm: Any) -> tuple[Tensor | None, float]:
     return (None, 0.0) if eps is None else (norm.weight.detach().float(), eps)
 
 
-def _causal(x: Tensor) -> Tensor:
+def causal(x: Tensor) -> Tensor:
     n = x.shape[1]
     return torch.full((1, 1, n, n), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors agree, to what their type allows."""
     return a.shape == b.shape and bool(((a - b).abs().max() <= CLOSE[b.dtype] * b.abs().max()).item())
 
 
-def _address(t: Tensor | None) -> int | None:
+def readable(t: Tensor) -> Tensor:
+    """Return a tensor as C reads it."""
+    return t if t.is_contiguous() and t.dtype in KINDS else t.float().contiguous()
+
+
+def address(t: Tensor | None) -> int | None:
+    """Return where a tensor lies; None: nowhere."""
     return None if t is None else t.data_ptr()
 
 

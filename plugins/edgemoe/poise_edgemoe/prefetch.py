@@ -7,7 +7,7 @@ next router is Mixtral offloading's way (arXiv 2312.17238).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -55,16 +55,32 @@ class Predictor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Entrance:
+class Entrance(Protocol):
     """How hidden states enter a block with experts: through a norm, and its router."""
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        """Return the experts that the router would choose, (rows, k); hidden: (rows, 1, width)."""
+        ...
+
+    def listen(self, entered: Callable[[Tensor], None]) -> None:
+        """Have a function called with what enters the norm, (rows, time, width)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Modules:
+    """An entrance of two modules."""
 
     norm: nn.Module
     router: Any
     switch: bool
 
+    def listen(self, entered: Callable[[Tensor], None]) -> None:
+        """Have a function called with what enters the norm."""
+        self.norm.register_forward_pre_hook(lambda _, given: entered(given[0]))
+
     def chosen(self, hidden: Tensor) -> Tensor:
-        """Return the experts that the router would choose, (rows, k), in its order.
+        """Return the experts that the router would choose, in its order.
 
         `forward` and not a call: nobody who listens to the modules is to hear of it.
         """
@@ -76,15 +92,18 @@ class Entrance:
 
 def entrances(model: nn.Module, index: Index) -> list[Entrance] | None:
     """Return the entrance of every block with experts, by the structure of its modules; None: not found."""
-    found = []
+    found: list[Any] = []
     for layer in index.layers:
         block, _, _ = layer.path.rpartition(".")
         around, _, _ = block.rpartition(".")
-        norm, router = (_child(model.get_submodule(path), names) for path, names in (
-            (around, NORMS), (block, ROUTERS)))
+        whole = model.get_submodule(around)
+        if hasattr(whole, "chosen"):  # a layer of ours
+            found.append(whole)
+            continue
+        norm, router = _child(whole, NORMS), _child(model.get_submodule(block), ROUTERS)
         if norm is None or router is None:
             return None
-        found.append(Entrance(norm, router, "wi" in layer.shapes))
+        found.append(Modules(norm, router, "wi" in layer.shapes))
     return found
 
 

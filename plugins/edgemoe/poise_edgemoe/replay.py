@@ -19,7 +19,6 @@ from poise.errors import ConfigError
 from poise_edgemoe.cache.policy import Key
 from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
 from poise_edgemoe.engine import Engine
-from poise_edgemoe.experts import StoredExperts
 
 Token = list[list[int]]  # by layer, experts in ascending order
 
@@ -107,28 +106,20 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
     if engine.ahead is not None:
         engine.ahead.token = 0  # an oracle begins anew, too
     state = Replay(trace, len(layers), min(len(layer.experts) for layer in layers))
-    hooks = [engine.model.register_forward_pre_hook(_begins(state), with_kwargs=True)]
-    hooks += [m.register_forward_pre_hook(_routed(state)) for m in engine.model.modules()
-              if isinstance(m, StoredExperts)]
+    hook = engine.model.register_forward_pre_hook(_begins(state), with_kwargs=True)
+    for module in engine.experts:
+        module.chooser = state.choose
     try:
         yield state
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        for module in engine.experts:
+            module.chooser = None
 
 
 def _begins(state: Replay) -> Any:
     def hook(module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         state.begin(named["input_ids"].shape[1])
-
-    return hook
-
-
-def _routed(state: Replay) -> Any:
-    def hook(module: Any, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, index, weights = given
-        chosen = state.choose(module.number, len(hidden), index.shape[1])
-        return hidden, chosen, weights.new_full(chosen.shape, 1 / max(1, chosen.shape[1]))
 
     return hook
 

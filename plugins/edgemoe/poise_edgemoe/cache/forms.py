@@ -64,6 +64,12 @@ class Forms:
         form, layer = self.index.layers[key[0]].experts[key[1]][part].form, self.index.layers[key[0]]
         return form, *layer.shapes[part], part in layer.biased, layer.transposed
 
+    def on(self, kernel: str) -> bool:
+        """Return whether a kernel multiplies all matrices."""
+        found = {(m.form, self.index.layers[n].shapes[part][1])
+                 for n, _, parts in self.index.blobs() for part, m in parts.items()}
+        return all(self._kernels.get(one) == kernel for one in found)
+
     def _choose(self, kernel: str) -> None:
         """See which forms a kernel takes; raise for those that one asked for by name does not."""
         found = {(m.form, self.index.layers[n].shapes[part][1], part)

@@ -29,6 +29,8 @@ class Resident:
         Whether a failure of these reads is nobody's: they were made ahead, and are made again when needed.
     matrices : dict
         Part to (stored matrix, bias or None), views of the place, made when it is first used.
+    told : object or None
+        What C is told of them all (`layers.Told`).
     """
 
     key: Key
@@ -37,6 +39,7 @@ class Resident:
     guessed: bool = False
     spare: bool = False
     matrices: dict[str, tuple[Any, Tensor | None]] = field(default_factory=dict)
+    told: Any = None
 
     def request(self, part: str) -> Request:
         """Return the reading of a matrix."""
@@ -45,6 +48,11 @@ class Resident:
     def ready(self) -> bool:
         """Return whether all of it has been read, or has failed."""
         return all(r.done.is_set() for r in self.requests)
+
+    def forget(self) -> None:
+        """Let go of what was made of its bytes."""
+        self.matrices.clear()
+        self.told = None
 
     def settle(self) -> None:
         """Return when its memory is no longer written to, come what may."""

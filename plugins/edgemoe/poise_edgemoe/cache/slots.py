@@ -287,7 +287,7 @@ class ExpertCache:
             self.counts.wasted[n] += 1
             self.counts.wasted_bytes[n] += len(held.place)
         held.settle()  # memory that is being read into is nobody's yet
-        held.matrices.clear()
+        held.forget()
         self._guesses.discard(key)
         self._taken[self._group(key)] -= len(held.place)
         self._free.setdefault(len(held.place), []).append(held.place)
@@ -370,8 +370,11 @@ class Held:
         self.cache, self.n, self.stage = cache, n, stage
 
     def __call__(self, e: int, part: str) -> tuple[Any, Tensor | None]:
-        held = self.cache.resident.get((self.n, e)) or self.stage.reach((self.n, e))
-        return self.cache._matrix(held, part)
+        return self.cache._matrix(self.reach(e), part)
+
+    def reach(self, e: int) -> Resident:
+        """Return an expert, which may still be being read."""
+        return self.cache.resident.get((self.n, e)) or self.stage.reach((self.n, e))
 
     def ready(self, e: int) -> bool:
         """Return whether all of an expert is there, so that nobody waits for it."""

@@ -1,0 +1,401 @@
+"""A layer with experts as one token goes through it: a call of C before them, one for those that are there.
+
+As many small steps of Python and torch take a millisecond and more: their own memory is cold, since weights
+have passed through the processor's caches. A layer is replaced where trials give what it gives; prompts,
+several rows, and modules that somebody listens to go through the module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.quantizers.kernel import KINDS, is_memory, kernel
+from poise.quantizers.layers import PackedLinear
+from poise.quantizers.sliced import SlicedMatrix, on_kernel, refusal
+from poise_edgemoe.cache.slots import Held
+from poise_edgemoe.experts import StoredExperts
+from poise_edgemoe.fused import (
+    Attention,
+    AttentionCall,
+    Beside,
+    Library,
+    Norm,
+    address,
+    after_prompt,
+    close,
+    fuse_modules,
+    heard,
+    hides_nothing,
+    library,
+    readable,
+    slides,
+    takes,
+)
+
+ROUTERS = ("gate", "router")
+NAMES = ("self_attn", "input_layernorm", "post_attention_layernorm")
+TRIALS, LEAST = 64, 16  # tokens whose routing is compared, and how many must have a clear choice
+MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of logits' deviation
+SMALL = 0.05  # what enters a layer in a trial: what is added to it must be seen
+SILU, CLAMPED = 0, 1  # ways to gate: silu(first half) * second half, and gpt-oss's
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in ("packed", "full", "bias")),
+                *((n, ctypes.c_size_t) for n in ("rows", "columns")), ("kind", ctypes.c_int)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("multiply", ctypes.c_void_p), ("run", ctypes.c_void_p), ("attention", AttentionCall),
+        *((n, _Linear) for n in ("q", "k", "v", "o", "router")),
+        *((n, ctypes.c_void_p) for n in ("first_norm", "second_norm", "state", "normed", "experts",
+                                         "weights")),
+        *((n, ctypes.c_size_t) for n in ("hidden", "chosen")),
+        *((n, ctypes.c_float) for n in ("first_eps", "second_eps", "alpha", "limit")),
+        *((n, ctypes.c_int) for n in ("threads", "of_all", "gate")),
+    ]
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in ("first", "second", "first_bias", "second_bias")),
+                ("kind", ctypes.c_int)]
+
+
+class Told:
+    """What C is told of an expert, for as long as it is in memory."""
+
+    def __init__(self, first: tuple[Any, Tensor | None], second: tuple[Any, Tensor | None]) -> None:
+        self._held = (a, a_bias), (b, b_bias) = first, second
+        self._expert = _Expert(a.told.address, b.told.address, address(a_bias), address(b_bias),
+                               KINDS[a.dtype])
+        self.address = ctypes.addressof(self._expert)
+
+
+class Scratch:
+    """Memory for numbers of one token, the same for all layers."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, name: str, size: int) -> Tensor:
+        """Return `size` floats."""
+        if (name, size) not in self._held:
+            self._held[name, size] = torch.empty(size, dtype=torch.float32)
+        return self._held[name, size]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Modules that a layer is made of."""
+
+    attention: Attention
+    first: Norm
+    second: Norm
+    router: Any
+    experts: StoredExperts
+    block: nn.Module
+
+    def linears(self) -> list[Any]:
+        """Return those that are products: q, k, v, o and the router."""
+        return [*(getattr(self.attention, f"{n}_proj") for n in "qkvo"), self.router]
+
+    def kind(self, layer: nn.Module) -> Any:
+        """Return what layers have in common that compute the same."""
+        types = [type(m) for m in (layer, self.block, self.router, *self.experts._like, *self.linears())]
+        plain = type(self.attention._plain[0]), type(self.first._plain[0])
+        return *types, *plain, slides(self.attention), self.first._eps, self.second._eps, self.router.top_k
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a layer weighs experts, and gates within one.
+
+    Parameters
+    ----------
+    of_all : bool
+        Whether a weight is an expert's share among all, not among those that are chosen.
+    gate : int
+        SILU or CLAMPED, this with alpha and limit.
+    """
+
+    of_all: bool = False
+    gate: int = SILU
+    alpha: float = 1.0
+    limit: float = 0.0
+
+
+def fuse(model: Any) -> int:
+    """Put fused modules and layers in the place of a causal model's; return how many layers there are."""
+    if not fuse_modules(model) or (it := library()) is None or (native := kernel()) is None:
+        return 0
+    ways: dict[Any, Way | None] = {}
+    scratch, made = Scratch(), 0
+    for parent in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for name, child in list(parent.named_children()):
+            if (layer := _layer(child, it, native.multiplier, scratch)) is None:
+                continue
+            kind = layer.parts.kind(child)
+            if kind not in ways:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    ways[kind] = layer.way(model)
+            if (way := ways[kind]) is not None:
+                layer.go(way)
+                setattr(parent, name, layer)
+                made += 1
+    return made
+
+
+def _layer(module: nn.Module, it: Library, multiplier: Any, scratch: Scratch) -> Layer | None:
+    parts = parts_of(module)
+    if parts is None or not parts.experts.cache.forms.on("c"):
+        return None
+    kept: list[Any] = []
+    linears = [_linear(one, kept) for one in parts.linears()]
+    if not all(linears):
+        return None
+    return Layer(module, it, parts, _described(parts, linears, it, multiplier, scratch), scratch, kept)
+
+
+def parts_of(module: nn.Module) -> Parts | None:
+    """Return the parts of a layer, by their names and kinds; None: it has others."""
+    attention, first, second = (getattr(module, name, None) for name in NAMES)
+    if not (isinstance(attention, Attention) and isinstance(first, Norm) and isinstance(second, Norm)):
+        return None
+    others = [child for name, child in module.named_children() if name not in NAMES]
+    held = dict(others[0].named_children()) if len(others) == 1 else {}
+    router, experts = next((held[n] for n in ROUTERS if n in held), None), held.get("experts")
+    if len(held) != 2 or not isinstance(getattr(router, "top_k", None), int):
+        return None  # of shared experts, too
+    if not isinstance(experts, StoredExperts) or experts.switch:
+        return None
+    return Parts(attention, first, second, router, experts, others[0])
+
+
+def _linear(module: Any, kept: list[Any]) -> _Linear | None:
+    """Return a product as C reads it, whose memory is put into `kept`; None: it cannot."""
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        kept.append(bias := bias.detach().float().contiguous())
+    if isinstance(module, PackedLinear):
+        plain = module.packed.get()
+        if not isinstance(plain, SlicedMatrix) or refusal(plain, "c"):
+            return None
+        kept.append(w := on_kernel(plain, "c"))
+        return _Linear(w.told.address, None, address(bias), *w.shape, 0)
+    w = getattr(module, "weight", None)
+    if not isinstance(w, Tensor) or w.ndim != 2 or not is_memory(w) or w.dtype not in KINDS:
+        return None
+    kept.append(w)
+    return _Linear(None, address(w), address(bias), *w.shape, KINDS[w.dtype])
+
+
+def _described(parts: Parts, linears: list[Any], it: Library, multiplier: Any, scratch: Scratch) -> _Layer:
+    q, k, v, o, router = linears
+    hidden = len(parts.first._scale)
+    sizes = {"q": q.rows, "k": k.rows, "v": v.rows, "out": o.columns}
+    attention = parts.attention.call([scratch(n, size).data_ptr() for n, size in sizes.items()], 1)
+    return _Layer(
+        multiplier, it.team, attention, q, k, v, o, router, address(parts.first._scale),
+        address(parts.second._scale), address(scratch("state", hidden)), address(scratch("normed", hidden)),
+        None, None, hidden, parts.router.top_k, parts.first._eps, parts.second._eps)
+
+
+class Layer(Beside):
+    """A layer with experts, for one token.
+
+    Whom its router would choose can be asked: it is an `Entrance` of `prefetch`, too.
+    """
+
+    def __init__(
+        self, module: Any, it: Library, parts: Parts, told: _Layer, scratch: Scratch, kept: list[Any]
+    ) -> None:
+        super().__init__(module)
+        self.parts, self._it, self._told, self._scratch, self._kept = parts, it, told, scratch, kept
+        self._address, self._hidden = ctypes.addressof(told), told.hidden
+        n = told.router.rows
+        self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
+        told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
+        self._places = [(holder._modules, name, one) for holder in (module, parts.attention, parts.block)
+                        for name, one in holder._modules.items() if one is not None]
+        self._entered: Callable[[Tensor], None] | None = None
+
+    def forward(
+        self, hidden_states: Tensor, *given: Any, position_embeddings: Any = None,
+        attention_mask: Tensor | None = None, past_key_values: Any = None, **more: Any,
+    ) -> Tensor:
+        """Return what leaves the layer, (1, 1, hidden); of several tokens what the module returns."""
+        kept = None if past_key_values is None else past_key_values.layers[self.parts.attention.layer_idx]
+        if given or kept is None or not self._takes(hidden_states, attention_mask, kept):
+            return self._plainly(hidden_states, *given, position_embeddings=position_embeddings,
+                                 attention_mask=attention_mask, past_key_values=past_key_values, **more)
+        self._begin(hidden_states, position_embeddings, kept)
+        every, weights, count = self._mixture(hidden_states)
+        out = torch.empty_like(hidden_states)
+        self._it.after(self._address, every.data_ptr(), weights, count, out.data_ptr(), KINDS[out.dtype])
+        return out
+
+    # ------------------------------------------------------------ an entrance
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        """Return the experts that the router would choose, (rows, k), the likeliest first."""
+        x = readable(hidden.flatten(0, -2))
+        found = torch.empty(len(x), self._told.chosen, dtype=torch.int32)
+        weights = torch.empty(found.shape, dtype=torch.float32)
+        for row, experts, shares in zip(x, found, weights):
+            self._done(self._it.route(self._address, row.data_ptr(), KINDS[x.dtype], experts.data_ptr(),
+                                      shares.data_ptr()))
+        return found.gather(1, weights.argsort(1, descending=True))
+
+    def listen(self, entered: Callable[[Tensor], None]) -> None:
+        """Have a function called with what enters the norm before the router, (rows, time, hidden)."""
+        self._entered = entered
+
+    # ------------------------------------------------------------ a token
+
+    def _takes(self, x: Tensor, mask: Tensor | None, kept: Any) -> bool:
+        one = x.numel() == self._hidden and x.dtype in KINDS and is_memory(x)
+        return one and takes(kept, 1) and hides_nothing(mask) and not self._changed()
+
+    def _changed(self) -> bool:
+        """Return whether a module is another one than at first, or somebody listens to it."""
+        return any(held.get(name) is not one or heard(one) for held, name, one in self._places)
+
+    def _plainly(self, *given: Any, **named: Any) -> Tensor:
+        if self._entered is None:
+            return self._plain[0](*given, **named)
+        hook = self.parts.second.register_forward_pre_hook(lambda _, x: self._entered(x[0]))  # type: ignore[misc]
+        try:
+            return self._plain[0](*given, **named)
+        finally:
+            hook.remove()
+
+    def _begin(self, x: Tensor, angles: Any, kept: Any) -> None:
+        """Do what is before the experts."""
+        angles, told = [readable(t) for t in angles], self._told
+        told.threads = torch.get_num_threads()
+        Attention.tell(told.attention, angles, kept, KINDS[torch.float32])
+        started = time.perf_counter()
+        failed = self._it.before(self._address, x.data_ptr(), KINDS[x.dtype])
+        self._it.seconds += time.perf_counter() - started
+        self._done(failed)
+
+    def _mixture(self, x: Tensor) -> tuple[Tensor, Any, int]:
+        """Return outputs of experts, in ascending order, their weights, and how many there are."""
+        stored = self.parts.experts
+        experts, weights = self._experts[: self._told.chosen], self._weights
+        if stored.chooser is not None:
+            experts = sorted(stored.chooser(stored.number, 1, len(experts))[0].tolist())
+            weights = (ctypes.c_float * len(experts))(*[1 / max(1, len(experts))] * len(experts))
+        every = self._scratch("every", max(1, len(experts)) * self._hidden)
+        if self._entered is not None:
+            self._entered(self._scratch("state", self._hidden).to(x.dtype, copy=True).view(1, 1, -1))
+        with stored.cache.layer(stored.number, experts) as held:
+            for rows in stored.groups(experts, held):
+                self._put_outputs(rows, [told_of(held, experts[n]) for n in rows], every)
+        return every, weights, len(experts)
+
+    def _put_outputs(self, rows: list[int], experts: list[Told], every: Tensor) -> None:
+        n = len(rows)
+        started = time.perf_counter()
+        failed = self._it.outputs(
+            self._address, (ctypes.c_void_p * n)(*[one.address for one in experts]),
+            (ctypes.c_int32 * n)(*rows), n, every.data_ptr())
+        self._it.seconds += time.perf_counter() - started
+        self._done(failed)
+
+    def _done(self, failed: int) -> None:
+        if failed:
+            raise MemoryError("there is no memory for a token's numbers")
+
+    # ------------------------------------------------------------ trials
+
+    @torch.no_grad()
+    def way(self, model: Any) -> Way | None:
+        """Return how to do what the module does; None: it does something else."""
+        found = [way for way in self._gates() if self._routes_alike(way) and self._agrees(model, way)]
+        return found[0] if found else None
+
+    def go(self, way: Way) -> None:
+        """Compute in this way."""
+        told = self._told
+        told.of_all, told.gate, told.alpha, told.limit = way.of_all, way.gate, way.alpha, way.limit
+        for one in self.parts.linears():
+            if isinstance(one, PackedLinear):
+                one.packed.kernel = "c"  # small ones too: a prompt's products are a token's
+
+    def _gates(self) -> Iterator[Way]:
+        """Yield ways that gate as the experts do."""
+        (like,), dtype = self.parts.experts._like, self.parts.first.weight.dtype
+        made = 3 * torch.randn(1, 64, dtype=dtype)
+        alpha, limit = (float(getattr(like, name, 1.0)) for name in ("alpha", "limit"))
+        for way in (Way(gate=SILU), Way(gate=CLAMPED, alpha=alpha, limit=limit)):
+            self.go(way)
+            x, y = made.float(), torch.empty(1, 32)
+            self._it.gated(self._address, x.data_ptr(), y.data_ptr(), 32)
+            if hasattr(like, "_apply_gate") and close(y.to(dtype), like._apply_gate(made)):
+                yield from (replace(way, of_all=of_all) for of_all in (False, True))
+
+    def _routes_alike(self, way: Way) -> bool:
+        """Return whether experts and weights are the router's, wherever its choice is clear."""
+        self.go(way)
+        x = torch.randn(TRIALS, self._hidden, dtype=self.parts.first.weight.dtype)
+        try:
+            entering = self.parts.second.forward(x)
+            logits, weights, index = self.parts.router(entering)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        k, ordered = index.shape[1], logits.float().sort(-1, descending=True).values
+        ordered = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf)
+        apart = ordered[:, k - 1] - ordered[:, k]
+        clear = (apart > MARGIN[x.dtype] * logits.float().std()).nonzero()[:, 0].tolist()
+        return len(clear) >= LEAST and all(self._routes(x[t], index[t], weights[t]) for t in clear)
+
+    def _routes(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
+        self._done(self._it.route(self._address, x.data_ptr(), KINDS[x.dtype], self._told.experts,
+                                  self._told.weights))
+        index, order = index.sort()
+        got = torch.tensor(self._weights[: len(index)]).to(x.dtype)  # Mixtral's own stay float
+        return self._experts[: len(index)] == index.tolist() and close(got, weights[order].to(x.dtype))
+
+    def _agrees(self, model: Any, way: Way) -> bool:
+        """Return whether all but experts is the module's, for a token after a short prompt."""
+        self.go(way)
+        stored, found = self.parts.experts, []
+        mixed = SMALL * torch.randn(1, self._hidden, dtype=self.parts.first.weight.dtype)
+        x, normed = SMALL * torch.randn(1, 5, self._hidden, dtype=mixed.dtype), list[Tensor]()
+
+        def instead(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            normed.append(hidden[-1:].clone())
+            return mixed.expand(len(hidden), -1)
+
+        def mixture(x: Tensor) -> tuple[Tensor, Any, int]:
+            normed.append(self._scratch("normed", self._hidden)[None].to(x.dtype, copy=True))
+            return mixed.float(), (ctypes.c_float * 1)(1.0), 1
+
+        stored.forward, self._mixture = instead, mixture  # type: ignore[method-assign]
+        try:
+            for module in (self._plain[0], self):
+                found += [*after_prompt(module, model, self.parts.attention.layer_idx, x), normed.pop()]
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+            return False  # a module that is called in another way
+        finally:
+            del stored.forward, self._mixture
+        half = len(found) // 2
+        return all(close(a, b) for a, b in zip(found[half:], found[:half]))
+
+
+def told_of(held: Held, e: int) -> Told:
+    """Return what C is told of an expert, once it is there."""
+    resident = held.reach(e)
+    if resident.told is None:
+        resident.told = Told(held(e, "gate_up"), held(e, "down"))
+    return resident.told
