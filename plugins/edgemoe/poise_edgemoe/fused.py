@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.native import Loaded, built, team
-from poise.quantizers.kernel import KINDS, is_memory
+from poise.quantizers.kernel import KINDS, is_memory, watched
 from poise.quantizers.layers import PackedLinear
 from poise.quantizers.sliced import SlicedMatrix, multiply
 
@@ -173,7 +173,7 @@ class Attention(Beside):
     ) -> Any:
         """Return (rows, 1, hidden) and no weights; prompts, and what has a mask, go through the module."""
         kept = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        one = (hidden_states.shape[1] == 1 and hides_nothing(attention_mask)
+        one = (hidden_states.shape[1] == 1 and not watched() and hides_nothing(attention_mask)
                and not any(heard(module) for module in self._modules.values()))
         if kept is None or not (one and takes(kept, len(hidden_states))):
             return self._plain[0](hidden_states=hidden_states, position_embeddings=position_embeddings,

@@ -31,7 +31,6 @@ from poise_edgemoe.fused import (
     after_prompt,
     close,
     fuse_modules,
-    heard,
     hides_nothing,
     library,
     readable,
@@ -224,7 +223,8 @@ class Layer(Beside):
         n = told.router.rows
         self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
         told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
-        self._places = [(holder._modules, name, one) for holder in (module, parts.attention, parts.block)
+        self._places = [(holder._modules, name, one, one._forward_pre_hooks, one._forward_hooks)
+                        for holder in (module, parts.attention, parts.block)
                         for name, one in holder._modules.items() if one is not None]
         self._entered: Callable[[Tensor], None] | None = None
 
@@ -267,7 +267,10 @@ class Layer(Beside):
 
     def _changed(self) -> bool:
         """Return whether a module is another one than at first, or somebody listens to it."""
-        return any(held.get(name) is not one or heard(one) for held, name, one in self._places)
+        for held, name, one, before, after in self._places:
+            if held.get(name) is not one or before or after:
+                return True
+        return False
 
     def _plainly(self, *given: Any, **named: Any) -> Tensor:
         if self._entered is None:
@@ -299,16 +302,18 @@ class Layer(Beside):
         if self._entered is not None:
             self._entered(self._scratch("state", self._hidden).to(x.dtype, copy=True).view(1, 1, -1))
         with stored.cache.layer(stored.number, experts) as held:
-            for rows in stored.groups(experts, held):
-                self._put_outputs(rows, [told_of(held, experts[n]) for n in rows], every)
+            places = [told_of(held, e).address if held.ready(e) else 0 for e in experts]
+            if ready := [n for n, place in enumerate(places) if place]:
+                self._put_outputs(ready, [places[n] for n in ready], every)
+            for n in (n for n, place in enumerate(places) if not place):
+                self._put_outputs([n], [told_of(held, experts[n]).address], every)
         return every, weights, len(experts)
 
-    def _put_outputs(self, rows: list[int], experts: list[Told], every: Tensor) -> None:
+    def _put_outputs(self, rows: list[int], experts: list[int], every: Tensor) -> None:
         n = len(rows)
         started = time.perf_counter()
-        failed = self._it.outputs(
-            self._address, (ctypes.c_void_p * n)(*[one.address for one in experts]),
-            (ctypes.c_int32 * n)(*rows), n, every.data_ptr())
+        told, rows_ = (ctypes.c_void_p * n)(*experts), (ctypes.c_int32 * n)(*rows)
+        failed = self._it.outputs(self._address, told, rows_, n, every.data_ptr())
         self._it.seconds += time.perf_counter() - started
         self._done(failed)
 
@@ -341,7 +346,8 @@ class Layer(Beside):
             self.go(way)
             x, y = made.float(), torch.empty(1, 32)
             self._it.gated(self._address, x.data_ptr(), y.data_ptr(), 32)
-            if hasattr(like, "_apply_gate") and close(y.to(dtype), like._apply_gate(made)):
+            gate = getattr(like, "_apply_gate", None)
+            if gate is not None and close(y.to(dtype), gate(made)):
                 yield from (replace(way, of_all=of_all) for of_all in (False, True))
 
     def _routes_alike(self, way: Way) -> bool:
@@ -356,7 +362,7 @@ class Layer(Beside):
         k, ordered = index.shape[1], logits.float().sort(-1, descending=True).values
         ordered = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf)
         apart = ordered[:, k - 1] - ordered[:, k]
-        clear = (apart > MARGIN[x.dtype] * logits.float().std()).nonzero()[:, 0].tolist()
+        clear = torch.where(apart > MARGIN[x.dtype] * logits.float().std())[0].tolist()
         return len(clear) >= LEAST and all(self._routes(x[t], index[t], weights[t]) for t in clear)
 
     def _routes(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:

@@ -6,7 +6,7 @@ An engine and the simulator use the same objects; see `Policy` for how they are 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -137,13 +137,41 @@ class Expected(_ByDistance):
         self._kept = 0.5 ** (1 / self.half_life)
         self._rate = np.zeros((layers, experts))
         self._wait = self._waits(self._rate)
+        self._noted: list[tuple[int, Sequence[int]]] = []  # uses of a layer's experts, not put down yet
 
     def used(self, key: Key) -> None:
+        self._settle()
         super().used(key)
         self._rate[key] += 1 - self._kept
         self._wait[key] = self._waits(self._rate[key])
 
+    def used_together(self, layer: int, experts: Sequence[int]) -> None:
+        if any(layer == n for n, _ in self._noted):
+            self._settle()
+        self._noted.append((layer, experts))
+
+    def added(self, key: Key) -> None:
+        self._settle()
+        super().added(key)
+
+    def _settle(self) -> None:
+        """Put down uses that were noted: of several layers in one, as long as nobody asks for scores."""
+        if not self._noted:
+            return
+        for n, experts in self._noted:
+            if n != self.layer:
+                self.layer, self._began = n, self._time
+            self._time += len(experts)
+        at = tuple(np.array(one, dtype=np.int64) for one in zip(
+            *((n, e) for n, experts in self._noted for e in experts)))
+        self._noted.clear()
+        if at:
+            self._last[at] = np.arange(self._time - len(at[0]), self._time) + 1
+            self._rate[at] += 1 - self._kept
+            self._wait[at] = self._waits(self._rate[at])
+
     def next_token(self) -> None:
+        self._settle()
         super().next_token()
         self._rate *= self._kept
         self._wait = self._waits(self._rate)
@@ -156,6 +184,7 @@ class Expected(_ByDistance):
         return self.S * (1 / np.maximum(rate, self.floor) - 1)
 
     def decoder_scores(self) -> np.ndarray:
+        self._settle()
         return self._wait + self.distance()
 
 

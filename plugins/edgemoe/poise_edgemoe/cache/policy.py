@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -65,6 +65,11 @@ class Policy:
         if key[0] != self.layer:
             self.layer, self._began = key[0], self._time
         self._stamp(key)
+
+    def used_together(self, layer: int, experts: Sequence[int]) -> None:
+        """Note that a layer asks for some experts, one after the other."""
+        for e in experts:
+            self.used((layer, e))
 
     def added(self, key: Key) -> None:
         """Note that `key` is resident; one that the current layer did not ask for counts as used now."""

@@ -47,7 +47,7 @@ class Resident:
 
     def ready(self) -> bool:
         """Return whether all of it has been read, or has failed."""
-        return all(r.done.is_set() for r in self.requests)
+        return self.told is not None or all(r.done.is_set() for r in self.requests)
 
     def forget(self) -> None:
         """Let go of what was made of its bytes."""

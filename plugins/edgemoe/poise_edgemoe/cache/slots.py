@@ -95,14 +95,11 @@ class ExpertCache:
             Experts that there is no room for are to be asked for in ascending order; each is gone when the
             next but one is.
         """
-        self._pinned = pinned = {(n, e) for e in experts}
-        self._drop_guesses(pinned)
-        missed = self.counts.misses[n]
-        streamed = sorted(k for k in self._in_order([(n, e) for e in experts]) if not self._keep(k))
-        if self.counts.misses[n] > missed:
-            self.counts.demands[n] += 1
-            self.counts.blocked[n] += bool(self._stray)
-        stage = Stage(self.read, streamed, self._stages)
+        keys = [(n, e) for e in experts]
+        self._pinned = set(keys)
+        if self._guesses or self._stray:
+            self._drop_guesses(self._pinned)
+        stage = Stage(self.read, self._ask(n, keys), self._stages)
         try:
             if self.announce is not None:
                 self.announce(n, experts)
@@ -192,16 +189,34 @@ class ExpertCache:
             elif not held.ready():
                 self._stray.add(key)
 
-    def _keep(self, key: Key) -> bool:
-        """Count the use of an expert, and see to it that it is read; False: there is no room to keep it."""
-        self.policy.used(key)
+    def _ask(self, n: int, keys: list[Key]) -> list[Key]:
+        """Count the use of a layer's experts, and see to it that they are read.
+
+        Returns
+        -------
+        list of Key
+            Those that there is no room to keep, in ascending order.
+        """
+        if all(k in self.resident for k in keys):
+            missing = []
+        else:
+            keys = self._in_order(keys)
+            missing = [k for k in keys if k not in self.resident]
+        self.policy.used_together(n, [e for _, e in keys])
         if self.recorded is not None:
-            self.recorded.append(key)
-        if key in self.resident:
-            self.counts.hits[key[0]] += 1
-            if self.resident[key].guessed:
+            self.recorded += keys
+        self.counts.hits[n] += len(keys) - len(missing)
+        for key in keys:
+            if key in self.resident and self.resident[key].guessed:
                 self._claim(self.resident[key])
-            return True
+        if not missing:
+            return missing
+        self.counts.demands[n] += 1
+        self.counts.blocked[n] += bool(self._stray)
+        return sorted(k for k in missing if not self._fetch(k))
+
+    def _fetch(self, key: Key) -> bool:
+        """Have an expert read that is not there; False: there is no room to keep it."""
         self.counts.misses[key[0]] += 1
         self.counts.needed_bytes[key[0]] += self._size(key)
         place = self._place(key)
