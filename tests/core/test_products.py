@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from poise.errors import ConfigError
-from poise.native import Loaded, built
+from poise.native import Loaded, built, processor_flags
 from poise.quantizers import AbsMax, Affine, PackedMatrix, kernel, quantize_model
 from poise.quantizers.matrix import InPlace, TorchPack, multiply_stacked
 from poise.quantizers.sliced import multiply
@@ -70,14 +70,25 @@ def test_products_are_those_of_the_weights_in_full(
     assert share(packed, x, y) < C
 
 
+# vectors of 32 bytes with products in them: of processors that have AVX-512, its instruction does the same
+AVX_VNNI = {"avx_vnni": ["-march=alderlake"],
+            "avx512_vnni": ["-march=haswell", "-mavx512vl", "-mavx512vnni", "-D__AVXVNNI__=1",
+                            "-D_mm256_dpbusd_avx_epi32=_mm256_dpbusd_epi32"]}
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("flags", ["-march=haswell", "-march=skylake-avx512", "-march=x86-64"])
-def test_other_processors_of_the_family_make_the_same(bits, flags, monkeypatch):
+@pytest.mark.parametrize("units", ["AVX2", "AVX2, AVX-512 without products", "AVX-VNNI", "portable"])
+def test_other_processors_of_the_family_make_the_same(bits, units, monkeypatch):
     if platform.machine() != "x86_64":
         pytest.skip("of x86-64")
     the_kernel()
-    other = kernel.Kernel(built(kernel.SOURCE, "quantizers", flags=[flags]))
-    assert other.units == {"-march=x86-64": "portable"}.get(flags, "AVX2")
+    here = next((flags for name, flags in AVX_VNNI.items() if name in processor_flags()), None)
+    if units == "AVX-VNNI" and here is None:
+        pytest.skip("no processor with such products, nor one that can stand for it")
+    flags = {"AVX2": ["-march=haswell"], "portable": ["-march=x86-64"], "AVX-VNNI": here}.get(
+        units, ["-march=skylake-avx512"])
+    other = kernel.Kernel(built(kernel.SOURCE, "quantizers", flags=flags))
+    assert other.units == units.partition(",")[0]
     monkeypatch.setattr(kernel, "_LOADED", Loaded(lambda: other))
     for scheme, group, columns in ((Affine, 64, 1000), (AbsMax, 0, 333), (Affine, 32, 256)):
         packed, x = matrix(scheme, bits, group, columns=columns), torch.randn(5, columns)
