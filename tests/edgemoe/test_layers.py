@@ -1,4 +1,4 @@
-"""A layer as one token goes through it in C: transformers' layer to rounding, and left alone where it is not."""
+"""A layer as one token goes through it in C: transformers' to rounding, and left alone where it is another."""
 
 from __future__ import annotations
 
@@ -171,6 +171,37 @@ def test_recorded_routing_takes_the_place_of_its_own(tmp_path):
                 found.append((decoded(one, new=4), one.cache.recorded))
         assert found[0][1] == found[1][1]
         assert (found[0][0] - found[1][0]).abs().max() < 1e-5 * found[1][0].abs().max()
+
+
+@pytest.mark.parametrize("experts", [0, 1, 3, None])
+def test_c_knows_those_experts_that_are_in_memory_and_no_others(experts, tmp_path):
+    store = store_of(tmp_path, "qwen3_moe")
+    with opened(store, experts) as engine, opened(store, experts) as plain:
+        through_modules(plain)
+        prompt, step = engine._start(ids())
+        _, other = plain._start(ids())
+        logits, want = step(prompt), other(prompt)
+        for _ in range(20):
+            token = logits.argmax(-1, keepdim=True)
+            logits, want = step(token), other(token)
+            assert (logits - want).abs().max() < 1e-5 * want.abs().max()
+            told = {key: held.told.address for key, held in engine.cache.resident.items() if held.told}
+            known = {(layer.parts.experts.number, e): place for layer in ours(engine)
+                     for e, place in enumerate(layer._there) if place}
+            assert known == told
+        assert known or not experts
+        assert engine.stats()["hits"] == plain.stats()["hits"]
+
+
+@pytest.mark.parametrize("name", ["STI", "IO-QEXP", "IO-QFREE"])
+def test_baselines_go_through_it_too(name, tmp_path):
+    from poise_edgemoe.baselines import open_baseline
+
+    store = store_of(tmp_path, "qwen3_moe")
+    with opened(store, None) as engine:
+        want = decoded(engine)
+    with open_baseline(name, store) as engine:
+        assert ours(engine) and torch.equal(decoded(engine), want)
 
 
 def test_a_failed_read_is_an_error_and_the_next_call_reads_again(tmp_path, monkeypatch):

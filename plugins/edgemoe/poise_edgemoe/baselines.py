@@ -143,6 +143,7 @@ class Stream(ExpertCache):
         while len(self._ahead) > self._room:
             gone = self._ahead.pop()
             gone.settle()
+            gone.forget()
             self.let_go(gone.place)
             self._next = (self._next - 1) % len(self._order)
         while len(self._empty) > max(0, self._room - len(self._ahead)):
@@ -154,6 +155,8 @@ class Stream(ExpertCache):
 
     def close(self) -> None:
         """Let go of all memory; the reader must have ended."""
+        for held in self._ahead:
+            held.forget()
         self._ahead.clear()
         self._empty.clear()
         super().close()

@@ -1,6 +1,8 @@
 /* What a layer does to one token: alone, norms and attention; as a whole, all but waiting for its experts. */
 #include "layer.h"
 
+enum { MOST_AT_ONCE = 64 }; /* experts of a token that need no one to list them */
+
 /* Functions return 0, or 1 where there is no memory. */
 
 int poise_attend(const attention *a, int threads, team run) { return attention_of_token(a, threads, run); }
@@ -19,7 +21,7 @@ int poise_norm(const void *x, void *y, const float *weight, size_t rows, size_t 
 }
 
 /* What is before experts: `state`, `normed`, `experts` and `weights` are set. */
-int poise_before(const layer *l, const void *x, int kind) {
+static int before_experts(const layer *l, const void *x, int kind) {
     const attention *a = &l->attention;
     const linear *in[] = {&l->q, &l->k, &l->v}, *out = &l->o;
     float *const made[] = {(float *)a->q, (float *)a->k, (float *)a->v};
@@ -93,4 +95,27 @@ void poise_after(const layer *l, const float *every, const float *weights, int c
         for (size_t c = 0; c < l->hidden; c++) sum[c] += weights[i] * every[i * l->hidden + c];
     for (size_t c = 0; c < l->hidden; c++) sum[c] += l->state[c];
     narrow(sum, out, 0, l->hidden, kind);
+}
+
+/* Outputs of all experts that are chosen, and their sum; 0 where one of them is not there. */
+static int finished(const layer *l, void *out, int kind, int *failed) {
+    const expert *all[MOST_AT_ONCE];
+    int32_t rows[MOST_AT_ONCE];
+    if (!l->there || l->chosen > MOST_AT_ONCE) return 0;
+    for (size_t i = 0; i < l->chosen; i++) {
+        if (!(all[i] = l->there[l->experts[i]])) return 0;
+        rows[i] = (int32_t)i;
+    }
+    *failed = poise_outputs(l, all, rows, (int)l->chosen, l->every);
+    poise_after(l, l->every, l->weights, (int)l->chosen, out, kind);
+    return 1;
+}
+
+enum { WAITS = 0, NO_MEMORY = 1, DONE = 2 };
+
+/* A token through a layer: DONE; or WAITS, where it has chosen experts that are not there, or nobody may look. */
+int poise_layer(const layer *l, const void *x, void *out, int kind) {
+    int failed = before_experts(l, x, kind);
+    int done = !failed && finished(l, out, kind, &failed);
+    return failed ? NO_MEMORY : done ? DONE : WAITS;
 }

@@ -49,7 +49,8 @@ class Library:
         for name, arguments in {
             "attend": [pointer, number, pointer],
             "norm": [pointer, pointer, pointer, size, size, ctypes.c_float, number],
-            "before": [pointer, pointer, number], "route": [pointer, pointer, number, pointer, pointer],
+            "layer": [pointer, pointer, pointer, number],
+            "route": [pointer, pointer, number, pointer, pointer],
             "gated": [pointer, pointer, pointer, size],
             "outputs": [pointer, pointer, pointer, number, pointer],
             "after": [pointer, pointer, pointer, number, pointer, number],

@@ -17,25 +17,27 @@ typedef struct {
 } linear;
 
 typedef struct {
+    const matrix *first, *second;
+    const void *first_bias, *second_bias; /* or NULL */
+    int kind;                             /* of biases */
+} expert;
+
+typedef struct {
     multiplier multiply;
     team run;
     attention attention; /* q, k, v and out are float */
     linear q, k, v, o, router;
     const float *first_norm, *second_norm;
-    float *state, *normed;  /* (hidden,) */
-    int32_t *experts;       /* (router.rows,), the first `chosen` are set, in ascending order */
-    float *weights;         /* of them */
+    float *state, *normed;       /* (hidden,) */
+    float *every;                /* (chosen, hidden) */
+    int32_t *experts;            /* (router.rows,), the first `chosen` are set, in ascending order */
+    float *weights;              /* of them */
+    const expert *const *there;  /* (router.rows,): experts that are in memory; NULL: nobody may look */
     size_t hidden, chosen;
     float first_eps, second_eps, alpha, limit;
-    int threads, of_all;    /* of_all: a weight is the share among all experts, not those that are chosen */
-    int gate;               /* 0: silu(first half) * second half; 1: that of gpt-oss, of neighbours */
+    int threads, of_all;         /* of_all: a weight is the share among all experts, not those that are chosen */
+    int gate;                    /* 0: silu(first half) * second half; 1: that of gpt-oss, of neighbours */
 } layer;
-
-typedef struct {
-    const matrix *first, *second;
-    const void *first_bias, *second_bias; /* or NULL */
-    int kind;                             /* of biases */
-} expert;
 
 static int threads_for(const layer *l, size_t work) {
     size_t most = work / GRAIN;

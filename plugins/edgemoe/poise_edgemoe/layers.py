@@ -43,6 +43,7 @@ NAMES = ("self_attn", "input_layernorm", "post_attention_layernorm")
 TRIALS, LEAST = 64, 16  # tokens whose routing is compared, and how many must have a clear choice
 MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of logits' deviation
 SMALL = 0.05  # what enters a layer in a trial: what is added to it must be seen
+NO_MEMORY, DONE = 1, 2  # what C says; 0: a token waits for experts
 SILU, CLAMPED = 0, 1  # ways to gate: silu(first half) * second half, and gpt-oss's
 
 
@@ -55,8 +56,8 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         ("multiply", ctypes.c_void_p), ("run", ctypes.c_void_p), ("attention", AttentionCall),
         *((n, _Linear) for n in ("q", "k", "v", "o", "router")),
-        *((n, ctypes.c_void_p) for n in ("first_norm", "second_norm", "state", "normed", "experts",
-                                         "weights")),
+        *((n, ctypes.c_void_p) for n in ("first_norm", "second_norm", "state", "normed", "every",
+                                         "experts", "weights", "there")),
         *((n, ctypes.c_size_t) for n in ("hidden", "chosen")),
         *((n, ctypes.c_float) for n in ("first_eps", "second_eps", "alpha", "limit")),
         *((n, ctypes.c_int) for n in ("threads", "of_all", "gate")),
@@ -69,13 +70,20 @@ class _Expert(ctypes.Structure):
 
 
 class Told:
-    """What C is told of an expert, for as long as it is in memory."""
+    """What C is told of an expert for as long as it is in memory: it stands in the layer's table."""
 
-    def __init__(self, first: tuple[Any, Tensor | None], second: tuple[Any, Tensor | None]) -> None:
-        self._held = (a, a_bias), (b, b_bias) = first, second
+    def __init__(
+        self, table: Any, e: int, first: tuple[Any, Tensor | None], second: tuple[Any, Tensor | None]
+    ) -> None:
+        self._table, self._e, self._held = table, e, (first, second)
+        (a, a_bias), (b, b_bias) = first, second
         self._expert = _Expert(a.told.address, b.told.address, address(a_bias), address(b_bias),
                                KINDS[a.dtype])
-        self.address = ctypes.addressof(self._expert)
+        self.address = table[e] = ctypes.addressof(self._expert)
+
+    def gone(self) -> None:
+        """Take it out of the table: its memory becomes another's."""
+        self._table[self._e] = None
 
 
 class Scratch:
@@ -205,7 +213,8 @@ def _described(parts: Parts, linears: list[Any], it: Library, multiplier: Any, s
     return _Layer(
         multiplier, it.team, attention, q, k, v, o, router, address(parts.first._scale),
         address(parts.second._scale), address(scratch("state", hidden)), address(scratch("normed", hidden)),
-        None, None, hidden, parts.router.top_k, parts.first._eps, parts.second._eps)
+        address(scratch("every", parts.router.top_k * hidden)), None, None, None, hidden,
+        parts.router.top_k, parts.first._eps, parts.second._eps)
 
 
 class Layer(Beside):
@@ -222,6 +231,7 @@ class Layer(Beside):
         self._address, self._hidden = ctypes.addressof(told), told.hidden
         n = told.router.rows
         self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
+        self._there = (ctypes.c_void_p * n)()
         told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
         self._places = [(holder._modules, name, one, one._forward_pre_hooks, one._forward_hooks)
                         for holder in (module, parts.attention, parts.block)
@@ -237,10 +247,12 @@ class Layer(Beside):
         if given or kept is None or not self._takes(hidden_states, attention_mask, kept):
             return self._plainly(hidden_states, *given, position_embeddings=position_embeddings,
                                  attention_mask=attention_mask, past_key_values=past_key_values, **more)
-        self._begin(hidden_states, position_embeddings, kept)
-        every, weights, count = self._mixture(hidden_states)
+        self._tell(position_embeddings, kept)
         out = torch.empty_like(hidden_states)
-        self._it.after(self._address, every.data_ptr(), weights, count, out.data_ptr(), KINDS[out.dtype])
+        if not self._alone(hidden_states, out):
+            every, weights, count = self._mixture(hidden_states)
+            kind = KINDS[out.dtype]
+            self._it.after(self._address, every.data_ptr(), weights, count, out.data_ptr(), kind)
         return out
 
     # ------------------------------------------------------------ an entrance
@@ -281,15 +293,25 @@ class Layer(Beside):
         finally:
             hook.remove()
 
-    def _begin(self, x: Tensor, angles: Any, kept: Any) -> None:
-        """Do what is before the experts."""
-        angles, told = [readable(t) for t in angles], self._told
+    def _tell(self, angles: Any, kept: Any) -> None:
+        """Say where the token is, and whether nobody has to be asked for experts that are there."""
+        told, stored = self._told, self.parts.experts
         told.threads = torch.get_num_threads()
-        Attention.tell(told.attention, angles, kept, KINDS[torch.float32])
+        self._angles = [readable(t) for t in angles]
+        Attention.tell(told.attention, self._angles, kept, KINDS[torch.float32])
+        free = self._entered is None and stored.chooser is None and stored.cache.announce is None
+        told.there = ctypes.addressof(self._there) if free else None
+
+    def _alone(self, x: Tensor, out: Tensor) -> bool:
+        """Compute the layer, or as much of it as is before its experts: False."""
         started = time.perf_counter()
-        failed = self._it.before(self._address, x.data_ptr(), KINDS[x.dtype])
+        said = self._it.layer(self._address, x.data_ptr(), out.data_ptr(), KINDS[x.dtype])
         self._it.seconds += time.perf_counter() - started
-        self._done(failed)
+        self._done(said == NO_MEMORY)
+        if said == DONE:
+            stored = self.parts.experts
+            stored.cache.used(stored.number, self._experts[: self._told.chosen])
+        return said == DONE
 
     def _mixture(self, x: Tensor) -> tuple[Tensor, Any, int]:
         """Return outputs of experts, in ascending order, their weights, and how many there are."""
@@ -302,12 +324,19 @@ class Layer(Beside):
         if self._entered is not None:
             self._entered(self._scratch("state", self._hidden).to(x.dtype, copy=True).view(1, 1, -1))
         with stored.cache.layer(stored.number, experts) as held:
-            places = [told_of(held, e).address if held.ready(e) else 0 for e in experts]
+            places = [self._told_of(held, e).address if held.ready(e) else 0 for e in experts]
             if ready := [n for n, place in enumerate(places) if place]:
                 self._put_outputs(ready, [places[n] for n in ready], every)
             for n in (n for n, place in enumerate(places) if not place):
-                self._put_outputs([n], [told_of(held, experts[n]).address], every)
+                self._put_outputs([n], [self._told_of(held, experts[n]).address], every)
         return every, weights, len(experts)
+
+    def _told_of(self, held: Held, e: int) -> Told:
+        """Return what C is told of an expert, once it is there."""
+        resident = held.reach(e)
+        if resident.told is None:
+            resident.told = Told(self._there, e, held(e, "gate_up"), held(e, "down"))
+        return resident.told
 
     def _put_outputs(self, rows: list[int], experts: list[int], every: Tensor) -> None:
         n = len(rows)
@@ -317,7 +346,7 @@ class Layer(Beside):
         self._it.seconds += time.perf_counter() - started
         self._done(failed)
 
-    def _done(self, failed: int) -> None:
+    def _done(self, failed: bool | int) -> None:
         if failed:
             raise MemoryError("there is no memory for a token's numbers")
 
@@ -397,11 +426,3 @@ class Layer(Beside):
             del stored.forward, self._mixture
         half = len(found) // 2
         return all(close(a, b) for a, b in zip(found[half:], found[:half]))
-
-
-def told_of(held: Held, e: int) -> Told:
-    """Return what C is told of an expert, once it is there."""
-    resident = held.reach(e)
-    if resident.told is None:
-        resident.told = Told(held(e, "gate_up"), held(e, "down"))
-    return resident.told

@@ -52,7 +52,9 @@ class Resident:
     def forget(self) -> None:
         """Let go of what was made of its bytes."""
         self.matrices.clear()
-        self.told = None
+        if self.told is not None:
+            self.told.gone()
+            self.told = None
 
     def settle(self) -> None:
         """Return when its memory is no longer written to, come what may."""
@@ -82,8 +84,8 @@ class Stage:
         n = self.keys.index(key)
         if n > self.at:
             self.at = n
-            if n >= 1:
-                self.held.pop(self.keys[n - 1], None)
+            if n >= 1 and (gone := self.held.pop(self.keys[n - 1], None)) is not None:
+                gone.forget()
             if n >= 1 and n + 1 < len(self.keys):
                 following = self.keys[n + 1]
                 self.held[following] = self.read(following, self.places[(n + 1) % STAGES])
@@ -93,4 +95,5 @@ class Stage:
         """Wait for what is still being read: its memory is used again."""
         for held in self.held.values():
             held.settle()
+            held.forget()
         self.held.clear()

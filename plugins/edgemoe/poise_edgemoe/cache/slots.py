@@ -161,6 +161,8 @@ class ExpertCache:
     def close(self) -> None:
         """Let go of all memory; the reader must have ended."""
         self.announce = None
+        for held in self.resident.values():
+            held.forget()
         self.resident.clear()
         self._free.clear()
         self._views.clear()
@@ -202,10 +204,7 @@ class ExpertCache:
         else:
             keys = self._in_order(keys)
             missing = [k for k in keys if k not in self.resident]
-        self.policy.used_together(n, [e for _, e in keys])
-        if self.recorded is not None:
-            self.recorded += keys
-        self.counts.hits[n] += len(keys) - len(missing)
+        self.used(n, [e for _, e in keys], len(missing))
         for key in keys:
             if key in self.resident and self.resident[key].guessed:
                 self._claim(self.resident[key])
@@ -214,6 +213,13 @@ class ExpertCache:
         self.counts.demands[n] += 1
         self.counts.blocked[n] += bool(self._stray)
         return sorted(k for k in missing if not self._fetch(k))
+
+    def used(self, n: int, experts: Sequence[int], missing: int = 0) -> None:
+        """Count the use of a layer's experts, of which some were not there."""
+        self.policy.used_together(n, experts)
+        if self.recorded is not None:
+            self.recorded += [(n, e) for e in experts]
+        self.counts.hits[n] += len(experts) - missing
 
     def _fetch(self, key: Key) -> bool:
         """Have an expert read that is not there; False: there is no room to keep it."""
