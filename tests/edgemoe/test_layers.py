@@ -1,4 +1,4 @@
-"""A layer as one token goes through it in C: transformers' to rounding, and left alone where it is another."""
+"""A layer as one token goes through it in C: what transformers makes of it, or left alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moe_models import ids
 from test_fast import _compiler, decoded, opened, store_of  # noqa: F401 - a fixture for every test
 
 from poise.quantizers.kernel import kernel
-from poise_edgemoe import fused, layers
+from poise_edgemoe import body, fused, layer_parts, layers
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.prefetch import Modules
 from poise_edgemoe.replay import replay
@@ -21,6 +21,8 @@ def ours(engine):
 
 
 def through_modules(engine):
+    inner = engine.model.model
+    engine.model.model = inner._plain[0] if isinstance(inner, body.Body) else inner
     for layer in ours(engine):
         layer._takes = lambda *given: False
 
@@ -31,6 +33,7 @@ def test_a_token_is_what_the_modules_make_of_it(family, dtype, tmp_path):
     store = store_of(tmp_path, family, dtype)
     with opened(store, 2) as engine, opened(store, 2) as plain:
         assert len(ours(engine)) == OURS[family]
+        assert isinstance(engine.model.model, body.Body) == (family != "gpt_oss")
         through_modules(plain)
         got, want = decoded(engine), decoded(plain)
         if dtype == torch.float32:
@@ -107,9 +110,47 @@ def test_a_layer_that_computes_something_else_is_left(change, tmp_path):
         plain = ours(engine)[0]._plain[0]
         if change is not None:
             change(plain, plain.mlp)
-        made = layers._layer(plain, fused.library(), kernel().multiplier, layers.Scratch())
+        made = layers._layer(plain, fused.library(), kernel().multiplier, layer_parts.Scratch())
         way = None if made is None else made.way(engine.model)
         assert (way == layers.Way(of_all=True)) if change is None else way is None
+
+
+@pytest.mark.parametrize("what", [None, "embedding", "norm", "a part more", "a layer of another kind"])
+def test_a_model_that_computes_something_else_around_its_layers_is_left(what, tmp_path):
+    with opened(store_of(tmp_path, "qwen3_moe"), 2) as engine:
+        inner = engine.model.model._plain[0]
+        engine.model.model = inner
+        if what == "embedding":
+            real = inner.forward
+            inner.forward = lambda input_ids, **more: real(
+                inputs_embeds=2 * inner.embed_tokens(input_ids), **more)
+        elif what == "norm":
+            real = inner.forward
+
+            def scaled(**more):
+                out = real(**more)
+                out.last_hidden_state *= 1.01
+                return out
+
+            inner.forward = scaled
+        elif what == "a part more":
+            inner.adapter = torch.nn.Linear(2, 2)
+        elif what == "a layer of another kind":
+            inner.layers[1] = inner.layers[1]._plain[0]
+        body.put_body(engine.model)
+        assert isinstance(engine.model.model, body.Body) == (what is None)
+
+
+        module = engine.model.model.get_submodule(name)
+        hook = module.register_forward_hook(lambda *given: heard.append(1))
+def test_who_listens_around_the_layers_hears_of_it(name, tmp_path):
+    with opened(store_of(tmp_path, "qwen3_moe"), 2) as engine:
+        want, heard = decoded(engine), []
+        hook = engine.model.model.get_submodule(name).register_forward_hook(lambda *given: heard.append(1))
+        assert (decoded(engine) - want).abs().max() < 1e-5 * want.abs().max()
+        assert len(heard) == 11
+        hook.remove()
+        assert torch.equal(decoded(engine), want)
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "self_attn", "self_attn.q_proj", "self_attn.q_norm",

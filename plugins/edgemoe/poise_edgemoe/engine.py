@@ -21,13 +21,13 @@ from poise.models.tokenizers import load_tokenizer
 from poise.quantizers import PackedLinear
 from poise.quantizers.names import KERNELS
 from poise_edgemoe.ahead import Ahead
+from poise_edgemoe.body import fuse
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.kernels import bound_kernels
-from poise_edgemoe.layers import fuse
 from poise_edgemoe.loading import give_back, load_hot, prepare
 from poise_edgemoe.prefetch import Predictor, check_prefetch, entrances, source_of, trace_for
 from poise_edgemoe.statistics import Statistics

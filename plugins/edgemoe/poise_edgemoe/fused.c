@@ -119,3 +119,11 @@ int poise_layer(const layer *l, const void *x, void *out, int kind) {
     int done = !failed && finished(l, out, kind, &failed);
     return failed ? NO_MEMORY : done ? DONE : WAITS;
 }
+
+/* A token through some layers, in place, until one says something else than DONE: that, and how many are done. */
+int poise_layers(const layer *const *all, int count, void *x, int kind, int *said) {
+    int n = 0;
+    for (*said = DONE; n < count; n++)
+        if ((*said = poise_layer(all[n], x, x, kind)) != DONE) break;
+    return n;
+}

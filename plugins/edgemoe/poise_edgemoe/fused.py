@@ -50,6 +50,7 @@ class Library:
             "attend": [pointer, number, pointer],
             "norm": [pointer, pointer, pointer, size, size, ctypes.c_float, number],
             "layer": [pointer, pointer, pointer, number],
+            "layers": [pointer, number, pointer, number, pointer],
             "route": [pointer, pointer, number, pointer, pointer],
             "gated": [pointer, pointer, pointer, size],
             "outputs": [pointer, pointer, pointer, number, pointer],

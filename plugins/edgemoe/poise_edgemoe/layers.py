@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,107 +19,26 @@ from torch import Tensor, nn
 
 from poise.quantizers.kernel import KINDS, is_memory, kernel
 from poise.quantizers.layers import PackedLinear
-from poise.quantizers.sliced import SlicedMatrix, on_kernel, refusal
 from poise_edgemoe.cache.slots import Held
-from poise_edgemoe.experts import StoredExperts
 from poise_edgemoe.fused import (
     Attention,
-    AttentionCall,
     Beside,
     Library,
-    Norm,
-    address,
     after_prompt,
     close,
     fuse_modules,
     hides_nothing,
     library,
     readable,
-    slides,
     takes,
 )
+from poise_edgemoe.layer_parts import LayerCall, Parts, Scratch, Told, layer_call, linear_call, parts_of
 
-ROUTERS = ("gate", "router")
-NAMES = ("self_attn", "input_layernorm", "post_attention_layernorm")
 TRIALS, LEAST = 64, 16  # tokens whose routing is compared, and how many must have a clear choice
 MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of logits' deviation
 SMALL = 0.05  # what enters a layer in a trial: what is added to it must be seen
 NO_MEMORY, DONE = 1, 2  # what C says; 0: a token waits for experts
 SILU, CLAMPED = 0, 1  # ways to gate: silu(first half) * second half, and gpt-oss's
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_void_p) for n in ("packed", "full", "bias")),
-                *((n, ctypes.c_size_t) for n in ("rows", "columns")), ("kind", ctypes.c_int)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("multiply", ctypes.c_void_p), ("run", ctypes.c_void_p), ("attention", AttentionCall),
-        *((n, _Linear) for n in ("q", "k", "v", "o", "router")),
-        *((n, ctypes.c_void_p) for n in ("first_norm", "second_norm", "state", "normed", "every",
-                                         "experts", "weights", "there")),
-        *((n, ctypes.c_size_t) for n in ("hidden", "chosen")),
-        *((n, ctypes.c_float) for n in ("first_eps", "second_eps", "alpha", "limit")),
-        *((n, ctypes.c_int) for n in ("threads", "of_all", "gate")),
-    ]
-
-
-class _Expert(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_void_p) for n in ("first", "second", "first_bias", "second_bias")),
-                ("kind", ctypes.c_int)]
-
-
-class Told:
-    """What C is told of an expert for as long as it is in memory: it stands in the layer's table."""
-
-    def __init__(
-        self, table: Any, e: int, first: tuple[Any, Tensor | None], second: tuple[Any, Tensor | None]
-    ) -> None:
-        self._table, self._e, self._held = table, e, (first, second)
-        (a, a_bias), (b, b_bias) = first, second
-        self._expert = _Expert(a.told.address, b.told.address, address(a_bias), address(b_bias),
-                               KINDS[a.dtype])
-        self.address = table[e] = ctypes.addressof(self._expert)
-
-    def gone(self) -> None:
-        """Take it out of the table: its memory becomes another's."""
-        self._table[self._e] = None
-
-
-class Scratch:
-    """Memory for numbers of one token, the same for all layers."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, int], Tensor] = {}
-
-    def __call__(self, name: str, size: int) -> Tensor:
-        """Return `size` floats."""
-        if (name, size) not in self._held:
-            self._held[name, size] = torch.empty(size, dtype=torch.float32)
-        return self._held[name, size]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Modules that a layer is made of."""
-
-    attention: Attention
-    first: Norm
-    second: Norm
-    router: Any
-    experts: StoredExperts
-    block: nn.Module
-
-    def linears(self) -> list[Any]:
-        """Return those that are products: q, k, v, o and the router."""
-        return [*(getattr(self.attention, f"{n}_proj") for n in "qkvo"), self.router]
-
-    def kind(self, layer: nn.Module) -> Any:
-        """Return what layers have in common that compute the same."""
-        types = [type(m) for m in (layer, self.block, self.router, *self.experts._like, *self.linears())]
-        plain = type(self.attention._plain[0]), type(self.first._plain[0])
-        return *types, *plain, slides(self.attention), self.first._eps, self.second._eps, self.router.top_k
 
 
 @dataclass(frozen=True)
@@ -139,7 +59,7 @@ class Way:
     limit: float = 0.0
 
 
-def fuse(model: Any) -> int:
+def fuse_layers(model: Any) -> int:
     """Put fused modules and layers in the place of a causal model's; return how many layers there are."""
     if not fuse_modules(model) or (it := library()) is None or (native := kernel()) is None:
         return 0
@@ -166,55 +86,10 @@ def _layer(module: nn.Module, it: Library, multiplier: Any, scratch: Scratch) ->
     if parts is None or not parts.experts.cache.forms.on("c"):
         return None
     kept: list[Any] = []
-    linears = [_linear(one, kept) for one in parts.linears()]
+    linears = [linear_call(one, kept) for one in parts.linears()]
     if not all(linears):
         return None
-    return Layer(module, it, parts, _described(parts, linears, it, multiplier, scratch), scratch, kept)
-
-
-def parts_of(module: nn.Module) -> Parts | None:
-    """Return the parts of a layer, by their names and kinds; None: it has others."""
-    attention, first, second = (getattr(module, name, None) for name in NAMES)
-    if not (isinstance(attention, Attention) and isinstance(first, Norm) and isinstance(second, Norm)):
-        return None
-    others = [child for name, child in module.named_children() if name not in NAMES]
-    held = dict(others[0].named_children()) if len(others) == 1 else {}
-    router, experts = next((held[n] for n in ROUTERS if n in held), None), held.get("experts")
-    if len(held) != 2 or not isinstance(getattr(router, "top_k", None), int):
-        return None  # of shared experts, too
-    if not isinstance(experts, StoredExperts) or experts.switch:
-        return None
-    return Parts(attention, first, second, router, experts, others[0])
-
-
-def _linear(module: Any, kept: list[Any]) -> _Linear | None:
-    """Return a product as C reads it, whose memory is put into `kept`; None: it cannot."""
-    bias = getattr(module, "bias", None)
-    if bias is not None:
-        kept.append(bias := bias.detach().float().contiguous())
-    if isinstance(module, PackedLinear):
-        plain = module.packed.get()
-        if not isinstance(plain, SlicedMatrix) or refusal(plain, "c"):
-            return None
-        kept.append(w := on_kernel(plain, "c"))
-        return _Linear(w.told.address, None, address(bias), *w.shape, 0)
-    w = getattr(module, "weight", None)
-    if not isinstance(w, Tensor) or w.ndim != 2 or not is_memory(w) or w.dtype not in KINDS:
-        return None
-    kept.append(w)
-    return _Linear(None, address(w), address(bias), *w.shape, KINDS[w.dtype])
-
-
-def _described(parts: Parts, linears: list[Any], it: Library, multiplier: Any, scratch: Scratch) -> _Layer:
-    q, k, v, o, router = linears
-    hidden = len(parts.first._scale)
-    sizes = {"q": q.rows, "k": k.rows, "v": v.rows, "out": o.columns}
-    attention = parts.attention.call([scratch(n, size).data_ptr() for n, size in sizes.items()], 1)
-    return _Layer(
-        multiplier, it.team, attention, q, k, v, o, router, address(parts.first._scale),
-        address(parts.second._scale), address(scratch("state", hidden)), address(scratch("normed", hidden)),
-        address(scratch("every", parts.router.top_k * hidden)), None, None, None, hidden,
-        parts.router.top_k, parts.first._eps, parts.second._eps)
+    return Layer(module, it, parts, layer_call(parts, linears, it, multiplier, scratch), scratch, kept)
 
 
 class Layer(Beside):
@@ -224,14 +99,15 @@ class Layer(Beside):
     """
 
     def __init__(
-        self, module: Any, it: Library, parts: Parts, told: _Layer, scratch: Scratch, kept: list[Any]
+        self, module: Any, it: Library, parts: Parts, told: LayerCall, scratch: Scratch, kept: list[Any]
     ) -> None:
         super().__init__(module)
         self.parts, self._it, self._told, self._scratch, self._kept = parts, it, told, scratch, kept
-        self._address, self._hidden = ctypes.addressof(told), told.hidden
+        self.address, self._hidden = ctypes.addressof(told), told.hidden
         n = told.router.rows
         self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
         self._there = (ctypes.c_void_p * n)()
+        self._table, self._attention = ctypes.addressof(self._there), told.attention
         told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
         self._places = [(holder._modules, name, one, one._forward_pre_hooks, one._forward_hooks)
                         for holder in (module, parts.attention, parts.block)
@@ -247,12 +123,12 @@ class Layer(Beside):
         if given or kept is None or not self._takes(hidden_states, attention_mask, kept):
             return self._plainly(hidden_states, *given, position_embeddings=position_embeddings,
                                  attention_mask=attention_mask, past_key_values=past_key_values, **more)
-        self._tell(position_embeddings, kept)
+        self.tell([readable(t) for t in position_embeddings], kept)
         out = torch.empty_like(hidden_states)
-        if not self._alone(hidden_states, out):
-            every, weights, count = self._mixture(hidden_states)
-            kind = KINDS[out.dtype]
-            self._it.after(self._address, every.data_ptr(), weights, count, out.data_ptr(), kind)
+        started = time.perf_counter()
+        said = self._it.layer(self.address, hidden_states.data_ptr(), out.data_ptr(), KINDS[out.dtype])
+        self._it.seconds += time.perf_counter() - started
+        self.go_on(said, hidden_states, out)
         return out
 
     # ------------------------------------------------------------ an entrance
@@ -263,7 +139,7 @@ class Layer(Beside):
         found = torch.empty(len(x), self._told.chosen, dtype=torch.int32)
         weights = torch.empty(found.shape, dtype=torch.float32)
         for row, experts, shares in zip(x, found, weights):
-            self._done(self._it.route(self._address, row.data_ptr(), KINDS[x.dtype], experts.data_ptr(),
+            self._done(self._it.route(self.address, row.data_ptr(), KINDS[x.dtype], experts.data_ptr(),
                                       shares.data_ptr()))
         return found.gather(1, weights.argsort(1, descending=True))
 
@@ -275,9 +151,9 @@ class Layer(Beside):
 
     def _takes(self, x: Tensor, mask: Tensor | None, kept: Any) -> bool:
         one = x.numel() == self._hidden and x.dtype in KINDS and is_memory(x)
-        return one and takes(kept, 1) and hides_nothing(mask) and not self._changed()
+        return one and takes(kept, 1) and hides_nothing(mask) and not self.changed()
 
-    def _changed(self) -> bool:
+    def changed(self) -> bool:
         """Return whether a module is another one than at first, or somebody listens to it."""
         for held, name, one, before, after in self._places:
             if held.get(name) is not one or before or after:
@@ -293,25 +169,34 @@ class Layer(Beside):
         finally:
             hook.remove()
 
-    def _tell(self, angles: Any, kept: Any) -> None:
-        """Say where the token is, and whether nobody has to be asked for experts that are there."""
-        told, stored = self._told, self.parts.experts
-        told.threads = torch.get_num_threads()
-        self._angles = [readable(t) for t in angles]
-        Attention.tell(told.attention, self._angles, kept, KINDS[torch.float32])
-        free = self._entered is None and stored.chooser is None and stored.cache.announce is None
-        told.there = ctypes.addressof(self._there) if free else None
+    def tell(self, angles: list[Tensor], kept: Any) -> None:
+        """Say where the token is, and whether nobody has to be asked for experts that are there.
 
-    def _alone(self, x: Tensor, out: Tensor) -> bool:
-        """Compute the layer, or as much of it as is before its experts: False."""
-        started = time.perf_counter()
-        said = self._it.layer(self._address, x.data_ptr(), out.data_ptr(), KINDS[x.dtype])
-        self._it.seconds += time.perf_counter() - started
+        Parameters
+        ----------
+        angles : list of Tensor
+            As C reads them; they must live until the layer is computed.
+        """
+        told, stored = self._told, self.parts.experts
+        told.threads, self._angles = torch.get_num_threads(), angles
+        Attention.tell(self._attention, angles, kept, KINDS[torch.float32])
+        free = self._entered is None and stored.chooser is None and stored.cache.announce is None
+        told.there = self._table if free else None
+
+    def go_on(self, said: int, x: Tensor, out: Tensor) -> None:
+        """Do what C has left: count experts that it has used, or have them there, and write what leaves."""
         self._done(said == NO_MEMORY)
         if said == DONE:
-            stored = self.parts.experts
-            stored.cache.used(stored.number, self._experts[: self._told.chosen])
-        return said == DONE
+            self.count()
+            return
+        every, weights, count = self._mixture(x)
+        kind = KINDS[out.dtype]
+        self._it.after(self.address, every.data_ptr(), weights, count, out.data_ptr(), kind)
+
+    def count(self) -> None:
+        """Count experts that C has used."""
+        stored = self.parts.experts
+        stored.cache.used(stored.number, self._experts[: self._told.chosen])
 
     def _mixture(self, x: Tensor) -> tuple[Tensor, Any, int]:
         """Return outputs of experts, in ascending order, their weights, and how many there are."""
@@ -342,7 +227,7 @@ class Layer(Beside):
         n = len(rows)
         started = time.perf_counter()
         told, rows_ = (ctypes.c_void_p * n)(*experts), (ctypes.c_int32 * n)(*rows)
-        failed = self._it.outputs(self._address, told, rows_, n, every.data_ptr())
+        failed = self._it.outputs(self.address, told, rows_, n, every.data_ptr())
         self._it.seconds += time.perf_counter() - started
         self._done(failed)
 
@@ -374,7 +259,7 @@ class Layer(Beside):
         for way in (Way(gate=SILU), Way(gate=CLAMPED, alpha=alpha, limit=limit)):
             self.go(way)
             x, y = made.float(), torch.empty(1, 32)
-            self._it.gated(self._address, x.data_ptr(), y.data_ptr(), 32)
+            self._it.gated(self.address, x.data_ptr(), y.data_ptr(), 32)
             gate = getattr(like, "_apply_gate", None)
             if gate is not None and close(y.to(dtype), gate(made)):
                 yield from (replace(way, of_all=of_all) for of_all in (False, True))
@@ -395,7 +280,7 @@ class Layer(Beside):
         return len(clear) >= LEAST and all(self._routes(x[t], index[t], weights[t]) for t in clear)
 
     def _routes(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
-        self._done(self._it.route(self._address, x.data_ptr(), KINDS[x.dtype], self._told.experts,
+        self._done(self._it.route(self.address, x.data_ptr(), KINDS[x.dtype], self._told.experts,
                                   self._told.weights))
         index, order = index.sort()
         got = torch.tensor(self._weights[: len(index)]).to(x.dtype)  # Mixtral's own stay float
@@ -404,9 +289,22 @@ class Layer(Beside):
     def _agrees(self, model: Any, way: Way) -> bool:
         """Return whether all but experts is the module's, for a token after a short prompt."""
         self.go(way)
-        stored, found = self.parts.experts, []
+        found: list[Tensor] = []
         mixed = SMALL * torch.randn(1, self._hidden, dtype=self.parts.first.weight.dtype)
         x, normed = SMALL * torch.randn(1, 5, self._hidden, dtype=mixed.dtype), list[Tensor]()
+        try:
+            with self.without_experts(mixed, normed):
+                for module in (self._plain[0], self):
+                    found += after_prompt(module, model, self.parts.attention.layer_idx, x)
+                    found.append(normed.pop())
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+            return False  # a module that is called in another way
+        half = len(found) // 2
+        return all(close(a, b) for a, b in zip(found[half:], found[:half]))
+
+    @contextmanager
+    def without_experts(self, mixed: Tensor, normed: list[Tensor]) -> Iterator[None]:
+        """Take (1, hidden) for what experts make of a token, and note of each call what they are given."""
 
         def instead(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
             normed.append(hidden[-1:].clone())
@@ -416,13 +314,9 @@ class Layer(Beside):
             normed.append(self._scratch("normed", self._hidden)[None].to(x.dtype, copy=True))
             return mixed.float(), (ctypes.c_float * 1)(1.0), 1
 
+        stored = self.parts.experts
         stored.forward, self._mixture = instead, mixture  # type: ignore[method-assign]
         try:
-            for module in (self._plain[0], self):
-                found += [*after_prompt(module, model, self.parts.attention.layer_idx, x), normed.pop()]
-        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-            return False  # a module that is called in another way
+            yield
         finally:
             del stored.forward, self._mixture
-        half = len(found) // 2
-        return all(close(a, b) for a, b in zip(found[half:], found[:half]))
