@@ -141,12 +141,12 @@ def test_a_model_that_computes_something_else_around_its_layers_is_left(what, tm
         assert isinstance(engine.model.model, body.Body) == (what is None)
 
 
-        module = engine.model.model.get_submodule(name)
-        hook = module.register_forward_hook(lambda *given: heard.append(1))
+@pytest.mark.parametrize("name", ["", "embed_tokens", "norm", "rotary_emb", "layers.1"])
 def test_who_listens_around_the_layers_hears_of_it(name, tmp_path):
     with opened(store_of(tmp_path, "qwen3_moe"), 2) as engine:
         want, heard = decoded(engine), []
-        hook = engine.model.model.get_submodule(name).register_forward_hook(lambda *given: heard.append(1))
+        module = engine.model.model.get_submodule(name)
+        hook = module.register_forward_hook(lambda *given: heard.append(1))
         assert (decoded(engine) - want).abs().max() < 1e-5 * want.abs().max()
         assert len(heard) == 11
         hook.remove()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from poise.quantizers.kernel import KINDS, is_memory
 from poise_edgemoe.fused import Beside, Library, close, library, readable, takes
-from poise_edgemoe.kv import kept_cache
 from poise_edgemoe.layers import Layer, fuse_layers
 
 PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -102,6 +101,8 @@ class Body(Beside):
     @torch.no_grad()
     def agrees(self, model: Any) -> bool:
         """Return whether it does what the module does, whatever experts make of a token."""
+        from poise_edgemoe.kv import kept_cache
+
         weight, found = self.embed_tokens.weight, []
         ids = torch.arange(2)[None] % len(weight)
         mixed = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
