@@ -1,4 +1,4 @@
-"""A layer as one token goes through it in C: transformers' layer to rounding, and left alone where it is not."""
+"""A layer as a token goes through it in C: transformers' layer to rounding, left alone where it is not."""
 
 from __future__ import annotations
 

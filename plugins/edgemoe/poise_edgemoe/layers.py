@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from poise.quantizers.kernel import KINDS, is_memory, kernel
 from poise.quantizers.layers import PackedLinear
 from poise.quantizers.sliced import SlicedMatrix, on_kernel, refusal
+from poise_edgemoe.beside import Beside, all_heard
 from poise_edgemoe.cache.slots import Held
 from poise_edgemoe.experts import StoredExperts
 from poise_edgemoe.fused import (
     Attention,
-    AttentionCall,
-    Beside,
     Library,
     Norm,
     address,
@@ -37,6 +36,7 @@ from poise_edgemoe.fused import (
     slides,
     takes,
 )
+from poise_edgemoe.told import LayerCall, LinearCall, Scratch, Told
 
 ROUTERS = ("gate", "router")
 NAMES = ("self_attn", "input_layernorm", "post_attention_layernorm")
@@ -44,51 +44,6 @@ TRIALS, LEAST = 64, 16  # tokens whose routing is compared, and how many must ha
 MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of logits' deviation
 SMALL = 0.05  # what enters a layer in a trial: what is added to it must be seen
 SILU, CLAMPED = 0, 1  # ways to gate: silu(first half) * second half, and gpt-oss's
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_void_p) for n in ("packed", "full", "bias")),
-                *((n, ctypes.c_size_t) for n in ("rows", "columns")), ("kind", ctypes.c_int)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("multiply", ctypes.c_void_p), ("run", ctypes.c_void_p), ("attention", AttentionCall),
-        *((n, _Linear) for n in ("q", "k", "v", "o", "router")),
-        *((n, ctypes.c_void_p) for n in ("first_norm", "second_norm", "state", "normed", "experts",
-                                         "weights")),
-        *((n, ctypes.c_size_t) for n in ("hidden", "chosen")),
-        *((n, ctypes.c_float) for n in ("first_eps", "second_eps", "alpha", "limit")),
-        *((n, ctypes.c_int) for n in ("threads", "of_all", "gate")),
-    ]
-
-
-class _Expert(ctypes.Structure):
-    _fields_ = [*((n, ctypes.c_void_p) for n in ("first", "second", "first_bias", "second_bias")),
-                ("kind", ctypes.c_int)]
-
-
-class Told:
-    """What C is told of an expert, for as long as it is in memory."""
-
-    def __init__(self, first: tuple[Any, Tensor | None], second: tuple[Any, Tensor | None]) -> None:
-        self._held = (a, a_bias), (b, b_bias) = first, second
-        self._expert = _Expert(a.told.address, b.told.address, address(a_bias), address(b_bias),
-                               KINDS[a.dtype])
-        self.address = ctypes.addressof(self._expert)
-
-
-class Scratch:
-    """Memory for numbers of one token, the same for all layers."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, int], Tensor] = {}
-
-    def __call__(self, name: str, size: int) -> Tensor:
-        """Return `size` floats."""
-        if (name, size) not in self._held:
-            self._held[name, size] = torch.empty(size, dtype=torch.float32)
-        return self._held[name, size]
 
 
 @dataclass(frozen=True)
@@ -157,11 +112,12 @@ def _layer(module: nn.Module, it: Library, multiplier: Any, scratch: Scratch) ->
     parts = parts_of(module)
     if parts is None or not parts.experts.cache.forms.on("c"):
         return None
-    kept: list[Any] = []
-    linears = [_linear(one, kept) for one in parts.linears()]
+    layer = Layer(module, it, parts, scratch)
+    linears = [layer.linear(one) for one in parts.linears()]
     if not all(linears):
         return None
-    return Layer(module, it, parts, _described(parts, linears, it, multiplier, scratch), scratch, kept)
+    layer.described(linears, multiplier)
+    return layer
 
 
 def parts_of(module: nn.Module) -> Parts | None:
@@ -179,54 +135,63 @@ def parts_of(module: nn.Module) -> Parts | None:
     return Parts(attention, first, second, router, experts, others[0])
 
 
-def _linear(module: Any, kept: list[Any]) -> _Linear | None:
-    """Return a product as C reads it, whose memory is put into `kept`; None: it cannot."""
-    bias = getattr(module, "bias", None)
-    if bias is not None:
-        kept.append(bias := bias.detach().float().contiguous())
-    if isinstance(module, PackedLinear):
-        plain = module.packed.get()
-        if not isinstance(plain, SlicedMatrix) or refusal(plain, "c"):
-            return None
-        kept.append(w := on_kernel(plain, "c"))
-        return _Linear(w.told.address, None, address(bias), *w.shape, 0)
-    w = getattr(module, "weight", None)
-    if not isinstance(w, Tensor) or w.ndim != 2 or not is_memory(w) or w.dtype not in KINDS:
-        return None
-    kept.append(w)
-    return _Linear(None, address(w), address(bias), *w.shape, KINDS[w.dtype])
-
-
-def _described(parts: Parts, linears: list[Any], it: Library, multiplier: Any, scratch: Scratch) -> _Layer:
-    q, k, v, o, router = linears
-    hidden = len(parts.first._scale)
-    sizes = {"q": q.rows, "k": k.rows, "v": v.rows, "out": o.columns}
-    attention = parts.attention.call([scratch(n, size).data_ptr() for n, size in sizes.items()], 1)
-    return _Layer(
-        multiplier, it.team, attention, q, k, v, o, router, address(parts.first._scale),
-        address(parts.second._scale), address(scratch("state", hidden)), address(scratch("normed", hidden)),
-        None, None, hidden, parts.router.top_k, parts.first._eps, parts.second._eps)
-
-
 class Layer(Beside):
     """A layer with experts, for one token.
 
     Whom its router would choose can be asked: it is an `Entrance` of `prefetch`, too.
     """
 
-    def __init__(
-        self, module: Any, it: Library, parts: Parts, told: _Layer, scratch: Scratch, kept: list[Any]
-    ) -> None:
+    def __init__(self, module: Any, it: Library, parts: Parts, scratch: Scratch) -> None:
         super().__init__(module)
-        self.parts, self._it, self._told, self._scratch, self._kept = parts, it, told, scratch, kept
-        self._address, self._hidden = ctypes.addressof(told), told.hidden
-        n = told.router.rows
-        self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
-        told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
+        self.parts, self._it, self._scratch = parts, it, scratch
+        self._kept: list[Any] = []  # whose memory C reads
+        self._hidden = len(parts.first._scale)
         self._places = [(holder._modules, name, one, one._forward_pre_hooks, one._forward_hooks)
                         for holder in (module, parts.attention, parts.block)
                         for name, one in holder._modules.items() if one is not None]
         self._entered: Callable[[Tensor], None] | None = None
+
+    def linear(self, module: Any) -> LinearCall | None:
+        """Return a product as C reads it; None: it cannot."""
+        bias = getattr(module, "bias", None)
+        bias = None if bias is None else self.copied(bias)
+        if isinstance(module, PackedLinear):
+            plain = module.packed.get()
+            if not isinstance(plain, SlicedMatrix) or refusal(plain, "c"):
+                return None
+            self._kept.append(w := on_kernel(plain, "c"))
+            return LinearCall(w.told.address, None, address(bias), *w.shape, 0)
+        w = getattr(module, "weight", None)
+        if not isinstance(w, Tensor) or w.ndim != 2 or not is_memory(w) or w.dtype not in KINDS:
+            return None
+        self._kept.append(w)
+        return LinearCall(None, address(w), address(bias), *w.shape, KINDS[w.dtype])
+
+    def described(self, linears: list[Any], multiplier: Any) -> None:
+        """Describe the layer to C."""
+        (q, k, v, o, router), parts, scratch = linears, self.parts, self._scratch
+        sizes = {"q": q.rows, "k": k.rows, "v": v.rows, "out": o.columns}
+        attention = parts.attention.call([scratch(n, size).data_ptr() for n, size in sizes.items()], 1)
+        self._experts, self._weights = (ctypes.c_int32 * router.rows)(), (ctypes.c_float * router.rows)()
+        self._told = LayerCall(
+            multiplier, self._it.team, attention, q, k, v, o, router, address(parts.first._scale),
+            address(parts.second._scale), address(scratch("state", self._hidden)),
+            address(scratch("normed", self._hidden)), ctypes.addressof(self._experts),
+            ctypes.addressof(self._weights), self._hidden, parts.router.top_k, parts.first._eps,
+            parts.second._eps)
+        self._address = ctypes.addressof(self._told)
+
+    def depends_on(self) -> Iterator[nn.Module]:
+        """Yield modules whose work it does; whom experts are chosen by may change."""
+        parts = self.parts
+        yield from (self._plain[0], parts.block, parts.first, parts.second)
+        for part in (parts.attention, parts.router, *parts.experts._like):
+            yield from part.modules()
+
+    def renew(self) -> None:
+        """See whether all is what it was at the first call."""
+        super().renew()
+        self._same = self._same and "forward" not in vars(self.parts.experts)
 
     def forward(
         self, hidden_states: Tensor, *given: Any, position_embeddings: Any = None,
@@ -267,6 +232,8 @@ class Layer(Beside):
 
     def _changed(self) -> bool:
         """Return whether a module is another one than at first, or somebody listens to it."""
+        if not self._same or all_heard():
+            return True
         for held, name, one, before, after in self._places:
             if held.get(name) is not one or before or after:
                 return True
