@@ -342,20 +342,3 @@ def test_a_family_whose_routers_are_not_found_has_no_look_ahead(tmp_path):
         assert entrances(engine.model, engine.index) is None
     with pytest.raises(ConfigError, match="norms and routers of mixtral are not found; take prefetch=none"):
         source_of("lookahead", None, None, "mixtral")
-
-
-@pytest.mark.parametrize("guess", [(4, 0.5), (-1, 0.5), (0, 1.5), (0, math.nan)])
-def test_a_source_that_names_what_is_not_there_is_refused_and_the_engine_goes_on(guess, tmp_path):
-    said = [guess]
-
-    class Mad:
-        def candidates(self, layer, seen):
-            return said
-
-    store, model = store_of(tmp_path, "olmoe")
-    with opened(store, 3, prefetch=Mad()) as engine:
-        with pytest.raises(ConfigError, match="experts are 0 to 3, chances 0 to 1"):
-            engine.generate(ids(), 4)
-        assert engine.cache._pinned == set()
-        said.clear()
-        assert torch.equal(engine.generate(ids(), 4), reference(model).generate(ids(), 4))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -140,16 +142,26 @@ class Ahead:
         self.restraint.token_done(step.seconds - step.stall_seconds, per_byte)
 
     def _checked(self, layer: int, guesses: Iterable[Guess]) -> list[Guess]:
-        """Return guesses; those that name no expert or no chance are refused."""
-        found, experts = list(guesses), len(self.cache.index.layers[layer].experts)
-        for e, chance in found:
-            if not (0 <= e < experts and 0 <= chance <= 1):
-                raise ConfigError(f"prefetch: {self.source!r} said expert {e!r} of layer {layer}, chance "
-                                  f"{chance!r}: experts are 0 to {experts - 1}, chances 0 to 1")
-        return found
+        """Return guesses; what names no expert or no chance is refused."""
+        if not isinstance(guesses, Iterable):
+            raise ConfigError(f"prefetch: {self.source!r} said {guesses!r} of layer {layer}: it must be "
+                              f"pairs of an expert and a chance")
+        return [self._guess(layer, one) for one in guesses]
+
+    def _guess(self, layer: int, said: Any) -> Guess:
+        experts = len(self.cache.index.layers[layer].experts)
+        try:
+            e, chance = said
+            e, chance = index(e), float(chance)  # as policies and places know experts
+        except (TypeError, ValueError):
+            e, chance = -1, 0.0
+        if not (0 <= e < experts and 0 <= chance <= 1):
+            raise ConfigError(f"prefetch: {self.source!r} said {said!r} of layer {layer}: it must be pairs "
+                              f"of an expert, 0 to {experts - 1}, and a chance, 0 to 1")
+        return e, chance
 
     def _enters(self, hidden: Tensor) -> None:
-        self._hidden = hidden if self.cache.length == 1 else None
+        self._hidden = hidden.clone() if self.cache.length == 1 else None  # its own to change
 
 
 def following(encoder: Sequence[bool]) -> list[int]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from poise.quantizers.kernel import KINDS, is_memory
-from poise_edgemoe.fused import Beside, Library, close, library, readable, takes
+from poise_edgemoe.beside import Beside, heard
+from poise_edgemoe.fused import Library, close, library, readable, takes
 from poise_edgemoe.layers import Layer, fuse_layers
 
 PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -71,10 +72,14 @@ class Body(Beside):
         return self._output(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
     def _takes(self, ids: Tensor, cache: Any) -> bool:
-        return (ids.numel() == 1 and is_memory(ids)
+        return (self._same and ids.numel() == 1 and is_memory(ids)
                 and all(takes(self._kept(cache, one), 1) and not one.changed() for one in self._layers)
-                and all(one is held and not one._forward_hooks and not one._forward_pre_hooks
-                        for one, held in zip(self.layers, self._layers, strict=False)))
+                and all(one is held and not heard(one) for one, held in zip(self.layers, self._layers))
+                and len(self.layers) == len(self._layers))
+
+    def depends_on(self) -> list[nn.Module]:
+        """Return the module alone: those around its layers are called, and layers look after theirs."""
+        return [self._plain[0]]
 
     @staticmethod
     def _kept(cache: Any, layer: Layer) -> Any:

@@ -21,6 +21,7 @@ from poise.models.tokenizers import load_tokenizer
 from poise.quantizers import PackedLinear
 from poise.quantizers.names import KERNELS
 from poise_edgemoe.ahead import Ahead
+from poise_edgemoe.beside import renew
 from poise_edgemoe.body import fuse
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
@@ -75,6 +76,7 @@ class Engine:
             _choose_kernel(self.model, kernel)
             if self.cache.forms.fast:  # what is stored as it is, is computed as transformers does it
                 fuse(self.model)
+                renew(self.model)
             found = entrances(self.model, self.index)
             source = source_of(prefetch, trace, found, self.index.family)
         except BaseException:
@@ -257,6 +259,7 @@ class Engine:
     def _begin(self, length: int, chunk: int) -> int:
         """Begin a prompt of that many tokens; what ran before has ended. Return its number."""
         self._run += 1
+        renew(self.model)
         self._done, self._parts = 0, len(self.index.layers) * -(-length // chunk)
         self._tell()
         return self._run

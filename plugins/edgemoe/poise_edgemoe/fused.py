@@ -19,6 +19,7 @@ from poise.native import Loaded, built, team
 from poise.quantizers.kernel import KINDS, is_memory, watched
 from poise.quantizers.layers import PackedLinear
 from poise.quantizers.sliced import SlicedMatrix, multiply
+from poise_edgemoe.beside import Beside, all_heard, heard
 
 if TYPE_CHECKING:
     from poise_edgemoe.kv import KeptLayer
@@ -119,33 +120,17 @@ def _eps(norm: Any) -> float | None:
     return found if isinstance(found, float) and isinstance(getattr(norm, "weight", None), Tensor) else None
 
 
-class Beside(nn.Module):
-    """Stands for a module, which keeps its weights and their names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        for own in ("_parameters", "_buffers", "_modules"):
-            setattr(self, own, getattr(module, own))
-        self._plain = (module,)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_plain"][0], name)
-
-
 class Norm(Beside):
     """Root mean square norm of few rows."""
 
     def __init__(self, module: Any, it: Library) -> None:
         super().__init__(module)
-        self._it, self._eps, self._scale = it, _eps(module), module.weight.detach().float()
+        self._it, self._eps, self._scale = it, _eps(module), self.copied(module.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the norm of each row, (..., hidden)."""
         x, width = hidden_states, len(self._scale)
-        if x.numel() > FEW * width or not is_memory(x) or x.dtype not in KINDS:
+        if x.numel() > FEW * width or not self._same or not is_memory(x) or x.dtype not in KINDS:
             return self._plain[0](x)
         y = torch.empty_like(x)
         if self._it.norm(x.data_ptr(), y.data_ptr(), self._scale.data_ptr(), x.numel() // width, width,
@@ -165,9 +150,9 @@ class Attention(Beside):
     def __init__(self, module: Any, it: Library) -> None:
         super().__init__(module)
         self._it = it
-        self._norms = [_weight(getattr(module, name, None)) for name in ("q_norm", "k_norm")]
+        self._norms = [self._norm(getattr(module, name, None)) for name in ("q_norm", "k_norm")]
         sinks = getattr(module, "sinks", None)
-        self._sinks = None if sinks is None else sinks.detach().float()
+        self._sinks = None if sinks is None else self.copied(sinks)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Tensor | None = None,
@@ -175,7 +160,8 @@ class Attention(Beside):
     ) -> Any:
         """Return (rows, 1, hidden) and no weights; prompts, and what has a mask, go through the module."""
         kept = past_key_values.layers[self.layer_idx] if past_key_values is not None else None
-        one = (hidden_states.shape[1] == 1 and not watched() and hides_nothing(attention_mask)
+        one = (self._same and hidden_states.shape[1] == 1 and not watched()
+               and hides_nothing(attention_mask) and not all_heard()
                and not any(heard(module) for module in self._modules.values()))
         if kept is None or not (one and takes(kept, len(hidden_states))):
             return self._plain[0](hidden_states=hidden_states, position_embeddings=position_embeddings,
@@ -183,6 +169,10 @@ class Attention(Beside):
         x = hidden_states[:, 0]
         out = self._attend(self._projected(x), position_embeddings, kept)
         return self.o_proj(out)[:, None], None
+
+    def _norm(self, norm: Any) -> tuple[Tensor | None, float]:
+        eps = _eps(norm)
+        return (None, 0.0) if eps is None else (self.copied(norm.weight), eps)
 
     def _projected(self, x: Tensor) -> list[Tensor]:
         layers = [self.q_proj, self.k_proj, self.v_proj]
@@ -281,11 +271,6 @@ def after_prompt(module: Any, model: Any, layer: int, x: Tensor) -> list[Tensor]
     return [out, cache.layers[layer].keys, cache.layers[layer].values]
 
 
-def heard(module: Any) -> bool:
-    """Return whether somebody listens to a module: what is done in its place would not be heard."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def hides_nothing(mask: Tensor | None) -> bool:
     """Return whether a mask hides none of what is kept."""
     if mask is None:
@@ -296,11 +281,6 @@ def hides_nothing(mask: Tensor | None) -> bool:
 def takes(kept: Any, rows: int) -> bool:
     """Return whether kept keys have room for a token of so many rows."""
     return hasattr(kept, "has_room") and kept.has_room(rows)
-
-
-def _weight(norm: Any) -> tuple[Tensor | None, float]:
-    eps = _eps(norm)
-    return (None, 0.0) if eps is None else (norm.weight.detach().float(), eps)
 
 
 def causal(x: Tensor) -> Tensor:

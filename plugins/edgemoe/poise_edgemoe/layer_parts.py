@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +109,16 @@ def parts_of(module: nn.Module) -> Parts | None:
     return Parts(attention, first, second, router, experts, others[0])
 
 
-def linear_call(module: Any, kept: list[Any]) -> LinearCall | None:
-    """Return a product as C reads it, whose memory is put into `kept`; None: it cannot."""
+def linear_call(module: Any, kept: list[Any], copied: Callable[[Tensor], Tensor]) -> LinearCall | None:
+    """Return a product as C reads it, whose memory is put into `kept`; None: it cannot.
+
+    Parameters
+    ----------
+    copied : callable
+        Makes floats of a bias, and keeps them.
+    """
     bias = getattr(module, "bias", None)
-    if bias is not None:
-        kept.append(bias := bias.detach().float().contiguous())
+    bias = None if bias is None else copied(bias)
     if isinstance(module, PackedLinear):
         plain = module.packed.get()
         if not isinstance(plain, SlicedMatrix) or refusal(plain, "c"):

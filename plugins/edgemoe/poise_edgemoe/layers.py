@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from poise.quantizers.kernel import KINDS, is_memory, kernel
 from poise.quantizers.layers import PackedLinear
+from poise_edgemoe.beside import Beside, all_heard
 from poise_edgemoe.cache.slots import Held
 from poise_edgemoe.fused import (
     Attention,
-    Beside,
     Library,
     after_prompt,
     close,
@@ -85,11 +85,12 @@ def _layer(module: nn.Module, it: Library, multiplier: Any, scratch: Scratch) ->
     parts = parts_of(module)
     if parts is None or not parts.experts.cache.forms.on("c"):
         return None
-    kept: list[Any] = []
-    linears = [linear_call(one, kept) for one in parts.linears()]
+    layer = Layer(module, it, parts, scratch)
+    linears = [linear_call(one, layer.kept, layer.copied) for one in parts.linears()]
     if not all(linears):
         return None
-    return Layer(module, it, parts, layer_call(parts, linears, it, multiplier, scratch), scratch, kept)
+    layer.describe(layer_call(parts, linears, it, multiplier, scratch))
+    return layer
 
 
 class Layer(Beside):
@@ -98,21 +99,36 @@ class Layer(Beside):
     Whom its router would choose can be asked: it is an `Entrance` of `prefetch`, too.
     """
 
-    def __init__(
-        self, module: Any, it: Library, parts: Parts, told: LayerCall, scratch: Scratch, kept: list[Any]
-    ) -> None:
+    def __init__(self, module: Any, it: Library, parts: Parts, scratch: Scratch) -> None:
         super().__init__(module)
-        self.parts, self._it, self._told, self._scratch, self._kept = parts, it, told, scratch, kept
-        self.address, self._hidden = ctypes.addressof(told), told.hidden
-        n = told.router.rows
-        self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
-        self._there = (ctypes.c_void_p * n)()
-        self._table, self._attention = ctypes.addressof(self._there), told.attention
-        told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
+        self.parts, self._it, self._scratch = parts, it, scratch
+        self.kept: list[Any] = []  # whose memory C reads
+        self._hidden = len(parts.first._scale)
         self._places = [(holder._modules, name, one, one._forward_pre_hooks, one._forward_hooks)
                         for holder in (module, parts.attention, parts.block)
                         for name, one in holder._modules.items() if one is not None]
         self._entered: Callable[[Tensor], None] | None = None
+
+    def describe(self, told: LayerCall) -> None:
+        """Take what C is told, and put beside it where experts are to be found."""
+        n = told.router.rows
+        self._told, self._attention, self.address = told, told.attention, ctypes.addressof(told)
+        self._experts, self._weights = (ctypes.c_int32 * n)(), (ctypes.c_float * n)()
+        self._there = (ctypes.c_void_p * n)()
+        self._table = ctypes.addressof(self._there)
+        told.experts, told.weights = ctypes.addressof(self._experts), ctypes.addressof(self._weights)
+
+    def depends_on(self) -> Iterator[nn.Module]:
+        """Yield modules whose work it does; whom experts are chosen by may change."""
+        parts = self.parts
+        yield from (self._plain[0], parts.block, parts.first, parts.second)
+        for part in (parts.attention, parts.router, *parts.experts._like):
+            yield from part.modules()
+
+    def renew(self) -> None:
+        """See whether all is what it was at the first call."""
+        super().renew()
+        self._same = self._same and "forward" not in vars(self.parts.experts)
 
     def forward(
         self, hidden_states: Tensor, *given: Any, position_embeddings: Any = None,
@@ -155,6 +171,8 @@ class Layer(Beside):
 
     def changed(self) -> bool:
         """Return whether a module is another one than at first, or somebody listens to it."""
+        if not self._same or all_heard():
+            return True
         for held, name, one, before, after in self._places:
             if held.get(name) is not one or before or after:
                 return True

@@ -176,7 +176,7 @@ def check_prefetch(prefetch: Any, trace: RoutingTrace | Path | str | None) -> No
         if prefetch not in SOURCES:
             raise ConfigError(f"prefetch={prefetch!r} is none of {', '.join(SOURCES)}"
                               f"{nearest(prefetch, list(SOURCES))}")
-    elif not isinstance(prefetch, Predictor):
+    elif isinstance(prefetch, type) or not callable(getattr(prefetch, "candidates", None)):
         raise ConfigError(f"prefetch={prefetch!r} is not allowed: it must be one of {', '.join(SOURCES)}, "
                           f"or an object with a method candidates(layer, seen)")
     check_trace(prefetch, "RoutingTrace" if isinstance(trace, RoutingTrace) else trace)

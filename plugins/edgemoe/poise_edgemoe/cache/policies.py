@@ -148,7 +148,8 @@ class Expected(_ByDistance):
     def used_together(self, layer: int, experts: Sequence[int]) -> None:
         if any(layer == n for n, _ in self._noted):
             self._settle()
-        self._noted.append((layer, experts))
+        if experts:
+            self._noted.append((layer, tuple(experts)))
 
     def added(self, key: Key) -> None:
         self._settle()
@@ -165,10 +166,9 @@ class Expected(_ByDistance):
         at = tuple(np.array(one, dtype=np.int64) for one in zip(
             *((n, e) for n, experts in self._noted for e in experts)))
         self._noted.clear()
-        if at:
-            self._last[at] = np.arange(self._time - len(at[0]), self._time) + 1
-            self._rate[at] += 1 - self._kept
-            self._wait[at] = self._waits(self._rate[at])
+        self._last[at] = np.arange(self._time - len(at[0]), self._time) + 1
+        np.add.at(self._rate, at, 1 - self._kept)  # one that is named twice was used twice
+        self._wait[at] = self._waits(self._rate[at])
 
     def next_token(self) -> None:
         self._settle()
