@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from cases import some
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
@@ -40,7 +41,7 @@ def jobs(experiment: str) -> list[list[str]]:
     return [list(job) for job in itertools.product(*values)]
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", some([2, 10**6], keep=[2]))
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_composes_and_fits_together(name, most):
     """Of a large sweep, jobs at even distances."""
