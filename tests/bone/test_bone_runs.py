@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from cases import some
 
 import poise
 from poise.data.components import MetaMath
@@ -66,7 +67,7 @@ def test_the_papers_experiment_runs_on_a_tiny_llama(tmp_path):
             "lr: 2.0e-05", "schedule: cosine", "precision: bf16", "weight_decay: 0.0", "length: 64"))
 
 
-@pytest.mark.parametrize("variant", ["bone", "bat", "bat_row", "bat_left"])
+@pytest.mark.parametrize("variant", some(["bone", "bat", "bat_row", "bat_left"], keep=["bone", "bat_row"]))
 def test_qbone_trains_over_a_packed_base(variant, tmp_path):
     run = poise.run([
         "recipe=finetune", "data=metamath", f"data.path={problems(tmp_path / 'm.json')}", "data.test=0.2",

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from bone_forms import options, randn
+from cases import some
 
 from poise import load_adapter, save_adapter
 from poise.errors import ConfigError
@@ -181,7 +182,7 @@ def test_after_a_cast_or_other_data_experts_train_with_the_blocks_that_are_there
     assert all(D.grad.dtype == D.dtype and D.grad.any() for _, D in attached.tensors())
 
 
-@pytest.mark.parametrize("variant", ["bone", "bat", "bat_row", "bat_left"])
+@pytest.mark.parametrize("variant", some(["bone", "bat", "bat_row", "bat_left"], keep=["bone", "bat_left"]))
 def test_the_contract_holds_on_experts(variant):
     check_adapter(Bone(r=4, variant=variant), build, IDS, lambda out: out.logits)
 

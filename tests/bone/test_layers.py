@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bone_forms import GUIDED, SHAPES, VARIANTS, cases, options, randn
+from cases import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -89,7 +90,7 @@ def test_gradients_are_those_of_finite_differences(variant, tokens, chunk):
 
 
 @pytest.mark.parametrize("variant", ["bat", "bone_free"])
-@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("tokens", some([2, 9], keep=[2]))
 def test_gradcheck_passes_with_and_without_a_gradient_of_x(variant, tokens, chunk):
     _, _, layer = one(variant)
     rows = layer.rows(layer._changed)
@@ -254,7 +255,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant, reentrant):
     assert torch.equal(x.grad, want[0]) and torch.equal(layer.D.grad, want[1])
 
 
-@pytest.mark.parametrize("variant", ["bone", "bat", "bat_row"])
+@pytest.mark.parametrize("variant", some(["bone", "bat", "bat_row"], keep=["bone", "bat_row"]))
 def test_a_compiled_model_computes_the_same(variant):
     model, _, layer = one(variant)
     x = randn(40, 24, seed=2).requires_grad_()

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FORMS = ("bone", "mini", "bat", "bat_row", "bat_left")
 
 WORKER = Path(__file__).with_name("bone_worker.py")
 
 
+@pytest.mark.slow  # by default those of compander train in two processes
 def test_two_processes_train_what_one_does():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(WORKER.parent), *sys.path])}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
+from cases import some
 from cli_helpers import call
 
 import poise
@@ -40,7 +42,7 @@ def trap(here, monkeypatch):
     ["+hydra.job_logging.handlers.x.class=trapdoor.Callback"],
     ["+hydra.job_logging.formatters.x={'()':trapdoor.Callback}"],
 ], ids=lambda t: t[0].split("=")[0])
-@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("sweep", some([[], ["--multirun", "seed=0,1"]], keep=[[]]), ids=["run", "sweep"])
 def test_code_that_is_typed_is_refused(capsys, trap, typed, sweep):
     refused = call(capsys, "run", *sweep, *TINY, *typed)
     assert refused.code == 2 and refused.complaint
@@ -63,10 +65,15 @@ YAML = {
 }
 
 
-@pytest.mark.parametrize("name", YAML)
-@pytest.mark.parametrize("sweep", [[], ["--multirun", "seed=0,1"], ["--multirun"]],
-                         ids=["run", "sweep", "sweep over experiments"])
-def test_an_experiment_from_a_stranger_runs_no_code(capsys, trap, name, sweep):
+SWEEPS = {"run": [], "sweep": ["--multirun", "seed=0,1"], "sweep over experiments": ["--multirun"]}
+
+
+@pytest.mark.parametrize(("how", "name"), some(
+    itertools.product(SWEEPS, YAML),
+    keep=[*(("run", name) for name in YAML), ("sweep", "launcher"),
+          ("sweep over experiments", "callback")]))
+def test_an_experiment_from_a_stranger_runs_no_code(capsys, trap, name, how):
+    sweep = SWEEPS[how]
     (trap / "yaml" / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{YAML[name]}\n")
     chosen = "experiment=none,theirs" if sweep == ["--multirun"] else "experiment=theirs"
     refused = call(capsys, "run", *sweep, *TINY, chosen, f"hydra.searchpath=[file://{trap / 'yaml'}]")

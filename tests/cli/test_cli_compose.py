@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from cases import some
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
@@ -40,7 +41,7 @@ def jobs(experiment: str) -> list[list[str]]:
     return [list(job) for job in itertools.product(*values)]
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", some([2, 10**6], keep=[2]))
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_composes_and_fits_together(name, most):
     """Of a large sweep, jobs at even distances."""
@@ -57,7 +58,9 @@ def test_a_demo_is_the_short_form_of_an_experiment(name):
     assert name.removesuffix("_demo") in experiments()
 
 
-@pytest.mark.parametrize("group, name", choices(), ids="=".join)
+# experiments compose by default in the test of each
+@pytest.mark.parametrize("group, name", some(
+    choices(), keep=[choice for choice in choices() if choice[0] != "experiment"]))
 def test_every_choice_composes_alone(group, name):
     compose([f"{group}={name}", "hydra.mode=RUN"])
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from cases import some
 from cli_helpers import call
 
 from poise.data import images
@@ -57,7 +58,8 @@ def test_the_demo_runs_every_part_and_writes_a_page(capsys, parts):
     assert all(f"{name} (short form" in text for name in "abc")
 
 
-@pytest.mark.parametrize("load, part, shown", [(1, 1, ""), (2, 2, "a"), (3, 2, "a"), (4, 3, "ab")])
+@pytest.mark.parametrize("load, part, shown", some(
+    [(1, 1, ""), (2, 2, "a"), (3, 2, "a"), (4, 3, "ab")], keep=[(1, 1, ""), (3, 2, "a")]))
 def test_an_interrupted_demo_stops_and_shows_what_is_done(capsys, parts, monkeypatch, load, part, shown):
     interrupted_at(monkeypatch, load)
     words = [f"interrupted in part {part} of 3", *([f"{parts}/out/index.html"] if shown else [])]

@@ -65,6 +65,7 @@ def contained(*argv: str, cwd: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow  # by default numbers of other machines and containers are compared below
 def test_a_run_that_was_killed_as_number_1_is_continued_by_another_number_1(here, whole):
     process = contained("run", *WORDS, "hydra.run.dir=run", cwd=here)
     wait_for((here / "run/checkpoints/step-00000010.json").exists, process)
@@ -77,6 +78,7 @@ def test_a_run_that_was_killed_as_number_1_is_continued_by_another_number_1(here
     assert result(here / "run") == result(whole)
 
 
+@pytest.mark.slow
 def test_of_two_resumes_at_once_one_continues_and_one_is_told_so(stopped, whole):
     both = [start("run", "resume=run", cwd=stopped.parent) for _ in range(2)]
     ended = sorted((finish(p) for p in both), key=lambda e: e.code)

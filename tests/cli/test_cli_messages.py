@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
+from cases import some
 from cli_helpers import TINY, call, python
 
 # what was typed, and what the line about it must hold
@@ -116,8 +118,10 @@ FILES = {  # an experiment's text, and what the line about it must hold
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["run", "sweep", "shown"])
+@pytest.mark.parametrize(("how", "name"), some(
+    itertools.product(["run", "sweep", "shown"], FILES),
+    keep=[*(("run", name) for name in FILES), ("sweep", "tab"), ("sweep", "a list"), ("shown", "itself"),
+          ("shown", "an interpolation of itself")]))
 def test_a_file_that_is_no_configuration_is_refused_in_one_line(capsys, here, name, how):
     text, *words = FILES[name]
     (here / "yaml" / "experiment").mkdir(parents=True)

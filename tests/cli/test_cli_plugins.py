@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cases import some
 from cli_helpers import TINY, Finished, shell
 
 GOOD = """
@@ -61,9 +62,11 @@ def test_a_broken_plugin_is_named_and_the_others_work(tmp_path, code):
     assert "Traceback" not in done.err
 
 
-def test_a_run_goes_on_beside_a_broken_plugin(tmp_path):
+@pytest.mark.parametrize(
+    "argv", some([["--cfg", "job"], [*TINY]], keep=[["--cfg", "job"]]), ids=["shown", "run"])
+def test_a_run_goes_on_beside_a_broken_plugin(tmp_path, argv):
     distribution(tmp_path, "poise_other", BROKEN["raises"])
-    assert "'poise_other'" in poise(tmp_path, "run", *TINY).is_done().complaint
+    assert "'poise_other'" in poise(tmp_path, "run", *argv).is_done().complaint
 
 
 def test_the_traceback_of_a_broken_plugin_is_there_for_who_asks(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cases import some
 from cli_helpers import TINY, call, cut_back, edit_json
 
 import poise
@@ -234,10 +235,14 @@ def test_repeats_that_differ_are_named_and_no_mean_is_taken(other):
     assert cells(runs, "Repeats that differ") == [["0", "loss", "a0", "odd"]]
 
 
-def test_a_sweep_that_is_run_twice_says_what_it_said_once(capsys, here):
+@pytest.mark.parametrize("how", some(["copied", "run"], keep=["copied"]))
+def test_a_sweep_that_is_there_twice_says_what_it_said_once(capsys, here, how):
     sweep = [*TINY, "--multirun", "model.hidden=[8],[12]", "seed=0,1", "tag=twice"]
     texts = []
     for name in ("one", "two"):
-        call(capsys, "run", *sweep, f"hydra.sweep.dir={here}/all/{name}").is_done()
+        if name == "one" or how == "run":
+            call(capsys, "run", *sweep, f"hydra.sweep.dir={here}/all/{name}").is_done()
+        else:
+            shutil.copytree(here / "all/one", here / "all/two")
         texts.append(call(capsys, "report", "all", "--format", "csv", "--metric", "*_loss").is_done().out)
     assert texts[0] == texts[1] and texts[0].count("±") > 4

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from cases import slowly
 from cli_helpers import TINY, call, contents, cut_back, observed, python, shell
 
 import poise
@@ -38,8 +39,8 @@ def test_the_configuration_is_shown_and_nothing_is_run(here):
     assert list(here.iterdir()) == []
 
 
-def test_one_package_of_the_configuration_is_shown(here):
-    shown = yaml.safe_load(shell("run", "--cfg", "job", "-p", "model", cwd=here).is_done().out)
+def test_one_package_of_the_configuration_is_shown(capsys, here):
+    shown = yaml.safe_load(call(capsys, "run", "--cfg", "job", "-p", "model").is_done().out)
     assert shown["entry"] == "mlp" and shown["hidden"] == [128, 128]
 
 
@@ -47,11 +48,13 @@ def test_one_package_of_the_configuration_is_shown(here):
     "argv, word",
     [
         (["--info", "defaults"], "quantizer"),
-        (["--info", "searchpath"], "poise"),
-        (["--info", "plugins"], "PoiseSearchPath"),
+        *map(slowly, (
+            (["--info", "searchpath"], "poise"),
+            (["--info", "plugins"], "PoiseSearchPath"),
+            (["--cfg", "job", "--resolve"], "threads"),
+            (["--cfg", "hydra"], "sweep"),
+        )),
         (["--help"], "poise run experiment="),
-        (["--cfg", "job", "--resolve"], "threads"),
-        (["--cfg", "hydra"], "sweep"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cases import some
 from cli_helpers import POISE, TINY, call, contents, environment, finish, result, shell, start, wait_for
 
 import poise
@@ -34,8 +36,12 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
-@pytest.mark.parametrize("moment", list(MOMENTS))
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@pytest.mark.parametrize("moment, number", some(
+    itertools.product(MOMENTS, SIGNALS),
+    keep=[*((m, signal.SIGTERM) for m in MOMENTS), *(("model", n) for n in SIGNALS[1:])]))
 def test_asked_to_stop_outside_of_training_a_run_is_interrupted_and_can_be_continued(
     capsys, here, finished, monkeypatch, moment, number
 ):

@@ -14,6 +14,7 @@ from cli_helpers import call, contents, finish, result, start, wait_for
 import poise
 from poise.runs.records import load_run
 
+pytestmark = pytest.mark.xdist_group("sweeps")  # they share one that is whole
 WORDS = (
     "threads=1", "model.hidden=[64]", "model.dropout=0.1", "train.steps=40", "train.eval_every=10",
     "train.log_every=2", "train.checkpoint_every=5",

@@ -387,6 +387,7 @@ def test_merges_outside_the_vocabulary_are_named(packaged_as, tmp_path, merge):
         smollm2.tokenizer()
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA is not set")
 def test_smollm2_perplexity_on_wikitext(smol, tokenizer):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("third party")  # they share an installation
 PAGE = (Path(__file__).parents[2] / "docs" / "writing-a-plugin.md").read_text()
 
 
@@ -62,6 +63,7 @@ def test_the_one_whose_base_trains_does_so_in_a_run(site: Path, tmp_path: Path) 
     assert "test_accuracy" in out
 
 
+@pytest.mark.slow  # on packed weights the kit holds it to its contract by default
 def test_the_one_that_freezes_its_base_trains_on_a_packed_one(site: Path, tmp_path: Path) -> None:
     """A model is saved, packed to four bits in a run, adapted, and ends as a plain directory."""
     code = """

@@ -102,6 +102,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(bench, files, tmp_path):
         assert runner.measured(chosen[3], 0) and runner.path.read_text() == rows[0] + rows[1]
 
 
+@pytest.mark.slow
 def test_the_engine_is_measured_in_a_process_of_its_own(bench, files, tmp_path):
     (line,) = [x for x in bench.lines.lines() if x.key == "IO-EXP, none, -t 1"]
     row = bench.run.Runner(tmp_path, bench.run.FORMS[True], files, None).measure(line, 0)

@@ -31,7 +31,21 @@ SHORT = EdgeMoEGenerate(prompts=2, prompt_length=12, max_new_tokens=10, length=4
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
+    """An empty cache, in the folder that is returned."""
     monkeypatch.setenv("POISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache in which the tiny model is trained and converted once."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    """An empty folder, beside a cache that is shared."""
+    monkeypatch.setenv("POISE_CACHE", str(made))
     return tmp_path
 
 
@@ -50,8 +64,8 @@ def run(folder, recipe=SHORT, **options):
     return metrics, rows, context.records.notes
 
 
-def test_what_it_writes_adds_up(cache):
-    metrics, rows, notes = run(cache / "run", memory=small())
+def test_what_it_writes_adds_up(folder):
+    metrics, rows, notes = run(folder / "run", memory=small())
     parts = [[r["part"] for r in rows if r["prompt"] == n] for n in (0, 1)]
     assert parts[0] == parts[1] == ["prompt"] * parts[0].count("prompt") + ["token"] * 9
     assert sum(r["tokens"] for r in rows) == 2 * (12 + 9)
@@ -63,47 +77,47 @@ def test_what_it_writes_adds_up(cache):
     assert metrics["memory_bytes"] <= parse_bytes(small()) < metrics["machine/base_bytes"]
     assert metrics["machine/peak_bytes"] >= metrics["machine/base_bytes"] - 2**22
     assert metrics["in_memory_bytes"] == sum(p.nbytes for p in ByteMoE(**TINY).build().parameters())
-    assert (cache / "run/figures/token_time.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "run/figures/token_time.png").read_bytes()[:4] == b"\x89PNG"
     assert {row["what"]: row["value"] for row in notes["what it took"]} == metrics
-    text = (cache / "run/text.txt").read_text()
+    text = (folder / "run/text.txt").read_text()
     assert text.count("--- prompt") == text.count("--- continuation") == 2
 
 
 @pytest.mark.parametrize("limited", [True, False])
-def test_with_experts_as_they_are_the_loss_is_that_of_the_model(limited, cache):
+def test_with_experts_as_they_are_the_loss_is_that_of_the_model(limited, folder):
     """Windows of 40 bytes, in several pieces and in one."""
     memory = limit(EdgeMoEStore(**GIVEN).folder(), 2) if limited else None
-    metrics, rows, _ = run(cache / "run", memory=memory)
+    metrics, rows, _ = run(folder / "run", memory=memory)
     pieces = sum(r["part"] == "prompt" and r["prompt"] == 0 for r in rows)
     assert (pieces > 1) == limited
     assert metrics["loss_difference"] == 0 and metrics["loss"] == metrics["loss_in_memory"] > 1
 
 
-def test_with_few_bits_the_loss_is_near_and_another(cache):
-    metrics, _, _ = run(cache / "run", bits=4, memory=None)
+def test_with_few_bits_the_loss_is_near_and_another(folder):
+    metrics, _, _ = run(folder / "run", bits=4, memory=None)
     assert 0 < abs(metrics["loss_difference"]) < 0.05
     assert metrics["store_bytes"] < metrics["in_memory_bytes"]
 
 
-def test_the_same_seed_writes_the_same_text(cache):
+def test_the_same_seed_writes_the_same_text(folder):
     texts = []
     for name, options in (("a", {}), ("b", {"memory": small()}), ("c", {})):
         recipe = EdgeMoEGenerate(**{**vars(SHORT), "temperature": None if name == "c" else 0.8})
-        run(cache / name, recipe, **options)
-        texts.append((cache / name / "text.txt").read_text())
+        run(folder / name, recipe, **options)
+        texts.append((folder / name / "text.txt").read_text())
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_store_or_a_directory_in_place_of_the_byte_model(cache):
-    source = saved(cache / "model", "olmoe")
-    store = convert(source, cache / "store", bits=32)
-    alone, _, _ = run(cache / "a", byte_moe={}, bits=None, store=str(store))
+def test_a_store_or_a_directory_in_place_of_the_byte_model(folder):
+    source = saved(folder / "model", "olmoe")
+    store = convert(source, folder / "store", bits=32)
+    alone, _, _ = run(folder / "a", byte_moe={}, bits=None, store=str(store))
     assert "loss_in_memory" not in alone
-    both, _, _ = run(cache / "b", byte_moe={}, path=str(source))
+    both, _, _ = run(folder / "b", byte_moe={}, path=str(source))
     assert both["loss_difference"] == 0 and both["loss"] == alone["loss"]
 
 
-def test_pieces_of_a_window_say_what_the_whole_says(cache):
+def test_pieces_of_a_window_say_what_the_whole_says(folder):
     model = ByteMoE(**TINY).build()
     batch = torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(0))
     whole = mean_loss(lambda ids: model(input_ids=ids).logits, batch)
@@ -135,10 +149,10 @@ def test_a_directory_that_has_changed_is_converted_anew(cache):
     assert EdgeMoEStore(path=str(source)).folder() != first
 
 
-def test_policies_and_their_options_reach_the_engine(cache):
-    write_frequencies(cache / "uses.json", {(0, 1): 1.0})
+def test_policies_and_their_options_reach_the_engine(folder):
+    write_frequencies(folder / "uses.json", {(0, 1): 1.0})
     given = GIVEN | {"memory": small()}
-    model = EdgeMoEStore(**given, policy="static", frequencies=str(cache / "uses.json"))
+    model = EdgeMoEStore(**given, policy="static", frequencies=str(folder / "uses.json"))
     with model.build() as engine:
         assert engine.cache.policy.name == "static"
     assert set(model.inputs()) == {"frequencies"}
@@ -146,15 +160,15 @@ def test_policies_and_their_options_reach_the_engine(cache):
         assert engine.cache.policy.name == "paper_intent"
 
 
-def test_sources_of_guesses_reach_the_engine(cache):
+def test_sources_of_guesses_reach_the_engine(folder):
     given = GIVEN | {"memory": small()}
     with EdgeMoEStore(**given).build() as engine:
         uses = engine.cache.recorded = []
         engine.generate(torch.tensor([[5]]), 12)
         split = next(n for n in range(4, len(uses)) if uses[n][0] == 0)
         trace = RoutingTrace(2, 16, (1, 1), tuple(uses[:split]), tuple(uses[split:]))
-    write_trace(cache / "own.csv.gz", trace)
-    model = EdgeMoEStore(**given, prefetch="oracle", trace=str(cache / "own.csv.gz"))
+    write_trace(folder / "own.csv.gz", trace)
+    model = EdgeMoEStore(**given, prefetch="oracle", trace=str(folder / "own.csv.gz"))
     with model.build() as engine:
         assert set(model.inputs()) == {"trace"} and engine.ahead.source.tokens[0][1] == [
             e for n, e in uses[split: split + 4] if n == 1]
@@ -162,17 +176,17 @@ def test_sources_of_guesses_reach_the_engine(cache):
         assert type(engine.ahead.source).__name__ == "LookAhead"
 
 
-def test_a_run_that_reads_ahead_says_the_same(cache):
-    plain, rows, _ = run(cache / "plain", memory=small())
-    ahead, more, _ = run(cache / "ahead", memory=small(), prefetch="lookahead")
+def test_a_run_that_reads_ahead_says_the_same(folder):
+    plain, rows, _ = run(folder / "plain", memory=small())
+    ahead, more, _ = run(folder / "ahead", memory=small(), prefetch="lookahead")
     assert ahead["loss"] == plain["loss"] and len(rows) == len(more)
-    texts = [(cache / name / "text.txt").read_bytes() for name in ("plain", "ahead")]
+    texts = [(folder / name / "text.txt").read_bytes() for name in ("plain", "ahead")]
     assert texts[0] == texts[1]
 
 
-def test_the_kernel_is_an_option_and_reference_is_another_one(cache):
+def test_the_kernel_is_an_option_and_reference_is_another_one(folder):
     packed = {"bits": 4, "hot": "raw", "group": 32}
-    losses = {name: run(cache / name, kernel=name, **packed)[0]["loss"] for name in ("auto", "reference")}
+    losses = {name: run(folder / name, kernel=name, **packed)[0]["loss"] for name in ("auto", "reference")}
     assert abs(losses["auto"] - losses["reference"]) < 1e-4
     for kernel, fast in (("auto", True), ("reference", False)):
         with EdgeMoEStore(**GIVEN | packed, kernel=kernel).build() as engine:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cases import some
 from loads import asked_again
 from moe_models import ids, reference, saved
 
@@ -58,7 +59,7 @@ def test_single_precision_has_no_such_kernels():
     assert bound_kernels(torch.float32)
 
 
-@pytest.mark.parametrize("seeds", [8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", some([8, 80], keep=[8]))
 def test_prompts_of_every_length_are_exact_in_bf16(seeds, tmp_path):
     wide = {"hidden_size": 192, "intermediate_size": 320, "num_local_experts": 8, "head_dim": 96,
             "max_position_embeddings": 256}

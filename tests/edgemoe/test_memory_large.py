@@ -54,7 +54,8 @@ def test_a_limit_is_kept_through_a_long_prompt_another_and_a_batch(memory, conte
     check(run(FREE, store=large, memory=memory, context=context, second=500, batched=128), memory, large)
 
 
-@pytest.mark.parametrize("size", EACH)
+@pytest.mark.slow  # by default it is kept in a process without a group, in test_memory_limit.py
+@pytest.mark.parametrize("size", SIZES)
 def test_a_limit_is_kept_in_a_group_that_may_hold_no_more(size, request):
     """What is held before, beside page cache, and the limit: more would end the process."""
     store = request.getfixturevalue(size)

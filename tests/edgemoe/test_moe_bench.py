@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import some
 from moe_models import saved
 from test_moe_flags import limit
 from test_traces import COLUMNS, HEAD, ROWS, write
@@ -53,7 +54,7 @@ def table(text):
 # ------------------------------------------------------------------ a store
 
 
-@pytest.mark.parametrize("experts", [3, 5])
+@pytest.mark.parametrize("experts", some([3, 5], keep=[3]))
 @pytest.mark.parametrize("policy", ["expected", "lru", "lfu", "fld_lru", "paper_intent"])
 def test_what_is_simulated_is_what_the_engine_counts(policy, experts, store):
     """T21 through the front door: the routing is recorded under another policy, at the same limit."""
@@ -168,7 +169,7 @@ def test_a_plan_says_which_hits_to_expect(store, moe, tmp_path):
 
 @pytest.mark.shared
 @pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA is not set")
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", some([10, 1], keep=[10]))
 @pytest.mark.parametrize(("model", "name"), zip(RECORDED, ("qwen", "gemma", "gptoss")))
 def test_the_recorded_hits_are_those_of_the_traces(model, name, every):
     trace = read_trace(Path(os.environ["POISE_DATA"], "traces", f"{name}.route.csv.gz"))
@@ -178,7 +179,7 @@ def test_the_recorded_hits_are_those_of_the_traces(model, name, every):
         assert found == pytest.approx(RECORDED[model][n], abs=0.051), SHARES[n]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", some(range(6), keep=[0]))
 def test_no_policy_is_above_the_optimum_at_any_size(seed):
     """Policies pin and let pass; those that share by layer leave room unused: the optimum bounds all."""
     draw = random.Random(seed)

@@ -10,15 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from poise.errors import PoiseError
 
 WORDS = (b" ", b"\t", b"-", b":", b",", b"&a ", b"*a", b"[", b"{", b"null", b"1e999", b"\n")
 SECONDS = 60  # of one case, after which it hangs
 
 
-def cases(few: int, full: int) -> Iterator[random.Random]:
-    """Yield a generator for each case: a few in the default suite, all of them by `make fuzz`."""
-    for number in range(full if os.environ.get("POISE_FUZZ") == "full" else few):
+FULL = os.environ.get("POISE_FUZZ") == "full"
+# of each campaign the default suite has a few cases, the long one more, and `make fuzz` all
+sizes = pytest.mark.parametrize("size", [2] if FULL else [0, pytest.param(1, marks=pytest.mark.slow)],
+                                ids=["full"] if FULL else ["few", "more"])
+
+
+def cases(size: int, *counts: int) -> Iterator[random.Random]:
+    """Yield a generator for each case of a campaign that has so many in each size."""
+    for number in range(counts[size]):
         yield random.Random(number)
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from fuzzing import Verdicts, cases, mutated
+from fuzzing import Verdicts, cases, mutated, sizes
 
 from poise.compose import experiments
 from poise.compose.composing import compose
@@ -48,9 +48,10 @@ def right(overrides) -> bool:
     return True
 
 
-def test_overrides(here):
+@sizes
+def test_overrides(size, here):
     verdicts = Verdicts("overrides")
-    for rng in cases(30, 2500):
+    for rng in cases(size, 4, 30, 2500):
         overrides = [f"{rng.choice(['', '', '', '', '+', '++', '~'])}{rng.choice(KEYS)}"
                      f"{rng.choice(['=', '=', '=', '=', '', '=='])}{rng.choice(VALUES)}"
                      for _ in range(rng.choice([1, 1, 2, 3]))]
@@ -58,13 +59,14 @@ def test_overrides(here):
     verdicts.check()
 
 
-def test_experiment_files(here):
+@sizes
+def test_experiment_files(size, here):
     (here / "experiment").mkdir()
     target = here / "experiment" / "odd.yaml"
     known = [path.read_bytes() for path in sorted(CONF.glob("*.yaml"))]
     assert len(known) == len(experiments())
     verdicts = Verdicts("experiment files")
-    for rng in cases(30, 2500):
+    for rng in cases(size, 4, 30, 2500):
         data = mutated(rng.choice(known), rng)
         target.write_bytes(data)
         verdicts.judge(data, lambda: right(["experiment=odd", f"hydra.searchpath=[file://{here}]"]))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import Verdicts, cases, mutated
+from fuzzing import Verdicts, cases, mutated, sizes
 
 from poise.data import packaged, tabular
 from poise.data.components import Tabular
@@ -38,7 +38,7 @@ from poise.models.components import CausalLM  # noqa: E402
 RNG = np.random.default_rng(0)
 
 
-def campaign(path: Path, read, right, region=None) -> None:
+def campaign(size: int, path: Path, read, right, region=None) -> None:
     """Change a file again and again: what is read is right by what it holds then, or it is refused."""
     whole = path.read_bytes()
     first, last = region(whole) if region else (0, len(whole))
@@ -49,7 +49,7 @@ def campaign(path: Path, read, right, region=None) -> None:
 
     assert act()
     verdicts = Verdicts(path.name)
-    for number, rng in enumerate(cases(40, 3000)):
+    for number, rng in enumerate(cases(size, 5, 40, 3000)):
         path.write_bytes(whole[:first] + mutated(whole[first:last], rng) + whole[last:])
         verdicts.judge(number, act)
     path.write_bytes(whole)
@@ -68,7 +68,8 @@ def read_table(path: Path) -> tabular.Table:
 # ------------------------------------------------------------------ formats without checksums
 
 
-def test_tables(tmp_path):
+@sizes
+def test_tables(size, tmp_path):
     rows = [f"{a:.6f},{b},{c}" for a, b, c in zip(RNG.normal(size=30), range(30), RNG.normal(size=30))]
     (tmp_path / "t.csv").write_text("alpha,beta,y\n" + "\n".join(rows) + "\n")
     missing = {"", "?", "NA", "nan", "NaN", "null", "NULL", "None", "-nan", "-NaN"}
@@ -90,10 +91,11 @@ def test_tables(tmp_path):
             cell(value, text) for row, line in zip(values, body)
             for value, text in zip(row, line + [""] * (len(head) - len(line)), strict=True))
 
-    campaign(tmp_path / "t.csv", read_table, right)
+    campaign(size, tmp_path / "t.csv", read_table, right)
 
 
-def test_problems(tmp_path):
+@sizes
+def test_problems(size, tmp_path):
     lines = [json.dumps({"question": f"{i} + 2 = é?", "answer": f"so\n#### {i + 2}"}) for i in range(20)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
 
@@ -102,20 +104,22 @@ def test_problems(tmp_path):
         return [(e.prompt, e.completion) for e in found[0]] == [
             (line["question"].strip() + "\n", line["answer"].strip()) for line in lines]
 
-    campaign(tmp_path / "p.jsonl", read_problems, right)
+    campaign(size, tmp_path / "p.jsonl", read_problems, right)
 
 
-def test_idx(tmp_path):
+@sizes
+def test_idx(size, tmp_path):
     array = RNG.integers(0, 256, (10, 5, 4), dtype=np.uint8)
     (tmp_path / "x").write_bytes(bytes((0, 0, 8, 3)) + struct.pack(">3I", *array.shape) + array.tobytes())
 
     def right(raw, found):
         return found.tobytes() == raw[16:] and found.shape == struct.unpack(">3I", raw[4:16])
 
-    campaign(tmp_path / "x", lambda path: read_idx(path, 3, {}), right)
+    campaign(size, tmp_path / "x", lambda path: read_idx(path, 3, {}), right)
 
 
-def test_checkpoints(tmp_path):
+@sizes
+def test_checkpoints(size, tmp_path):
     small = CausalLM(architecture="LlamaForCausalLM", hidden_size=4, heads=1, layers=1, vocab_size=20)
     folder = save_model(small.build(), None, tmp_path / "model")
     transformers.logging.disable_progress_bar()
@@ -131,26 +135,31 @@ def test_checkpoints(tmp_path):
                     return False
         return state.keys() <= header.keys()
 
-    campaign(folder / "model.safetensors", lambda _: CausalLM(path=str(folder)).build(), right)
+    def read(_):
+        return CausalLM(path=str(folder)).build()
+
+    campaign(size, folder / "model.safetensors", read, right)
     # other sizes and functions are other models, so of the configuration only errors are asked
-    campaign(folder / "config.json", lambda _: CausalLM(path=str(folder)).build(), lambda raw, model: True)
+    campaign(size, folder / "config.json", read, lambda raw, model: True)
 
 
 # ------------------------------------------------------------------ formats with checksums
 
 
-def test_gzip(tmp_path):
+@sizes
+def test_gzip(size, tmp_path):
     text = "".join(f"line {i}\n" for i in range(200))
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(text.encode()))
-    campaign(tmp_path / "t.txt.gz", read_text, lambda raw, found: found[0] == text)
+    campaign(size, tmp_path / "t.txt.gz", read_text, lambda raw, found: found[0] == text)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P"])
-def test_png(tmp_path, mode):
+@sizes
+def test_png(size, tmp_path, mode):
     from PIL import Image
 
-    size, dtype = ((9, 7, 3) if mode == "RGB" else (9, 7)), np.uint16 if mode == "I;16" else np.uint8
-    image = Image.fromarray(RNG.integers(0, 256, size).astype(dtype) * (250 if mode == "I;16" else 1))
+    shape, dtype = ((9, 7, 3) if mode == "RGB" else (9, 7)), np.uint16 if mode == "I;16" else np.uint8
+    image = Image.fromarray(RNG.integers(0, 256, shape).astype(dtype) * (250 if mode == "I;16" else 1))
     (image.quantize(16) if mode == "P" else image).save(tmp_path / "x.png")
     channels = 1 if mode in ("L", "I;16") else 3
 
@@ -158,11 +167,12 @@ def test_png(tmp_path, mode):
         return decode(read_bytes(path)[0], str(path), channels)
 
     whole = read(tmp_path / "x.png")
-    campaign(tmp_path / "x.png", read, lambda raw, found: np.array_equal(found, whole))
+    campaign(size, tmp_path / "x.png", read, lambda raw, found: np.array_equal(found, whole))
 
 
 @pytest.mark.parametrize("part", ["pages", "footer"])
-def test_parquet(tmp_path, part):
+@sizes
+def test_parquet(size, tmp_path, part):
     """The footer has no checksum: other names and types there are other data, so it is only not to fail."""
     import pyarrow
     from pyarrow.parquet import write_table
@@ -179,10 +189,11 @@ def test_parquet(tmp_path, part):
     def right(raw, found):
         return part == "footer" or found.frame.equals(wanted)
 
-    campaign(path, read_table, right, region=region)
+    campaign(size, path, read_table, right, region=region)
 
 
-def test_gguf(tmp_path, monkeypatch):
+@sizes
+def test_gguf(size, tmp_path, monkeypatch):
     from gguf import GGUFWriter
 
     path = tmp_path / "small.gguf"
@@ -204,7 +215,7 @@ def test_gguf(tmp_path, monkeypatch):
         return smollm2.tokenizer()
 
     try:
-        campaign(path, read, lambda raw, found: found.encode("ab") == [2])
+        campaign(size, path, read, lambda raw, found: found.encode("ab") == [2])
     finally:
         smollm2.tokenizer.cache_clear()
         smollm2._reader.cache_clear()

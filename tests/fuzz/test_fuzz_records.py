@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import Verdicts, cases, mutated
+from fuzzing import Verdicts, cases, mutated, sizes
 
 import poise
 from poise import load_adapter, save_adapter
@@ -39,25 +39,28 @@ def altered(folder: Path, target: Path, rng, pattern="**/*"):
     return file
 
 
-def test_records(run, tmp_path):
+@sizes
+def test_records(size, run, tmp_path):
     """What is shown is text in any case; a number that changed cannot be told, but must be a number."""
     verdicts = Verdicts("records")
-    for rng in cases(60, 4000):
+    for rng in cases(size, 6, 60, 4000):
         file = altered(run, tmp_path / "run", rng, "*.*")
         verdicts.judge(file.name, lambda: isinstance(report(load([tmp_path / "run"])), str))
     verdicts.check()
 
 
-def test_bundles(run, tmp_path):
+@sizes
+def test_bundles(size, run, tmp_path):
     want, _ = load_bundle(run / "final")
     verdicts = Verdicts("bundles")
-    for rng in cases(60, 6000):
+    for rng in cases(size, 6, 60, 6000):
         file = altered(run, tmp_path / "run", rng, "final*")
         verdicts.judge(file.name, lambda: _same(load_bundle(tmp_path / "run" / "final")[0], want))
     verdicts.check()
 
 
-def test_checkpoints(run, tmp_path):
+@sizes
+def test_checkpoints(size, run, tmp_path):
     """A damaged one is skipped for an older one: whichever is taken holds what was saved at its step."""
     number = load_meta(run / "checkpoints" / "step-00000002")["run"]
     saved = {step: load_bundle(run / "checkpoints" / f"step-{step:08d}")[0] for step in (1, 2)}
@@ -67,13 +70,14 @@ def test_checkpoints(run, tmp_path):
         return found is not None and _same(found.tensors, saved[found.step])
 
     verdicts = Verdicts("checkpoints")
-    for rng in cases(60, 6000):
+    for rng in cases(size, 6, 60, 6000):
         file = altered(run, tmp_path / "run", rng, "checkpoints/*")
         verdicts.judge(file.name, right)
     verdicts.check()
 
 
-def test_adapters(tmp_path):
+@sizes
+def test_adapters(size, tmp_path):
     model = small_model()
     attached = Bone(r=4).attach(model)
     save_adapter(attached, tmp_path / "kept")
@@ -86,7 +90,7 @@ def test_adapters(tmp_path):
         plain.load_state_dict(base)
         return _same(load_adapter(plain, tmp_path / "copy").state_dict(), want)
 
-    for rng in cases(60, 4000):
+    for rng in cases(size, 6, 60, 4000):
         file = altered(tmp_path / "kept", tmp_path / "copy", rng)
         verdicts.judge(file.name, same)
     verdicts.check()

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzzing import Verdicts, cases
+from cases import slowly
+from fuzzing import FULL, Verdicts, cases
 
 from poise.cli.main import main
 from poise.runs.records import load_run
@@ -76,10 +77,12 @@ def stopped(folder, rng, took, case) -> bool:
     return state == "done" or main(["run", f"resume={run}"]) == 0
 
 
-def test_signals(alone, tmp_path, capsys):
+# test_cli_kill.py and test_cli_signals.py have moments of every kind by default
+@pytest.mark.parametrize("size", [1] if FULL else [slowly(0)], ids=["full" if FULL else "more"])
+def test_signals(size, alone, tmp_path, capsys):
     want, took = alone
     verdicts = Verdicts("signals")
-    for rng in cases(2, 200):
+    for rng in cases(size, 2, 200):
         folder = tmp_path / "here"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

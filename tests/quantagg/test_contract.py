@@ -26,11 +26,13 @@ def test_the_stacker_takes_the_aggregators_of_the_registry():
             assert type(QuantileStacker(entry.name).component()) is entry.load()
 
 
+@pytest.mark.slow  # the core's tests do the same by default
 @pytest.mark.parametrize("entry", own("model"))
 def test_models_keep_the_contract(entry):
     check_model(entry.load()(**entry.example), "quantile")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", own("aggregator"))
 def test_aggregators_keep_the_contract(entry):
     check_aggregator(entry.load()(**entry.example))

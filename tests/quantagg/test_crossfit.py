@@ -5,9 +5,11 @@ import pickle
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pytest
+from cases import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold, RepeatedKFold, ShuffleSplit, TimeSeriesSplit
@@ -454,16 +456,21 @@ def test_a_network_without_its_file_is_fitted_once_for_all_folds(tmp_path, monke
     assert same(again, first) and count == {"net": 1}
 
 
-@pytest.mark.parametrize("damage", [
-    lambda f: f.write_bytes(f.read_bytes()[:-9]), lambda f: f.write_bytes(b""), lambda f: f.unlink(),
-    lambda f: f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:]),
-], ids=["torn", "empty", "missing", "altered"])
-@pytest.mark.parametrize("kind", ["json", "safetensors"])
-def test_a_damaged_file_is_computed_again(damage, kind, fresh, tmp_path):
+DAMAGE = {
+    "torn": lambda f: f.write_bytes(f.read_bytes()[:-9]), "empty": lambda f: f.write_bytes(b""),
+    "missing": lambda f: f.unlink(),
+    "altered": lambda f: f.write_bytes(bytes([f.read_bytes()[0] ^ 1]) + f.read_bytes()[1:]),
+}
+
+
+@pytest.mark.parametrize(("kind", "how"), some(
+    product(["json", "safetensors"], DAMAGE),
+    keep=[("json", "torn"), ("json", "missing"), ("safetensors", "empty"), ("safetensors", "altered")]))
+def test_a_damaged_file_is_computed_again(how, kind, fresh, tmp_path):
     resumed(tmp_path)
     files = sorted(tmp_path.glob(f"*.{kind}"), key=lambda f: ("_" in f.stem, f.name))
     for file in files[:6] + files[-9:]:  # predictions of some jobs, models of some
-        damage(file)
+        DAMAGE[how](file)
     said = []
     assert same(resumed(tmp_path, said), fresh)
     assert sum(not s.endswith("(cached)") for s in said) == 6

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
@@ -203,7 +204,7 @@ W = np.random.default_rng(9).uniform(0.2, 5, 8)
     sort, pava, lambda q: pava(q, W), lambda q: pava(q, torch.from_numpy(W)),
     lambda q: pava(q, np.tile(W, (2, 3, 1))), lambda q: minmax(q, np.arange(1, 9) / 9),
 ])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", some(range(3), keep=[0]))
 def test_gradients_are_exact(operator, seed):
     assert torch.autograd.gradcheck(operator, tensor(seed))
     assert torch.autograd.gradgradcheck(lambda q: operator(q) ** 2, tensor(seed))
