@@ -117,6 +117,18 @@ def test_scales_that_half_precision_does_not_hold_are_kept_in_full(tmp_path):
     assert index.quantizers[index.layers[0].experts[0]["down"].form]["scale_dtype"] == "float16"
 
 
+def test_hot_weights_whose_scales_fp16_does_not_hold_are_packed_with_wider_ones(tmp_path):
+    model = tiny("mixtral")
+    projection = model.model.layers[1].self_attn.o_proj
+    projection.weight.data *= 1e-9
+    store = convert(model, tmp_path / "store", bits=4, group=8, hot=8)
+    assert read_index(store).hot["quantizer"]["scale_dtype"] == "float32"
+    own = projection.weight.detach().clone()
+    with Engine.open(store, kernel="reference") as engine:
+        kept = engine.model.model.layers[1].self_attn.o_proj.packed.get().dequantize()
+    assert 0 < (kept - own).abs().max() < 0.01 * own.abs().max()
+
+
 def test_what_is_written_of_a_quantizer_is_read_again():
     for quantizer in (Raw("bfloat16"), scheme_quantizer("asym_group", 3, 32)):
         assert read_quantizer(written(quantizer), "here") == quantizer
@@ -196,7 +208,7 @@ def test_biases_of_experts_that_are_no_numbers_are_refused(number, bits, tmp_pat
 
 def test_a_hot_weight_that_cannot_be_packed_is_named(tmp_path):
     model = tiny("mixtral")
-    model.model.layers[0].self_attn.q_proj.weight.data.mul_(1e38)
+    model.model.layers[0].self_attn.q_proj.weight.data[0, :2] = torch.tensor([3e38, -3e38])
     with pytest.raises(DataError, match=r"weight model.layers.0.self_attn.q_proj.weight "):
         convert(model, tmp_path / "store", hot=4, bits=32)
 

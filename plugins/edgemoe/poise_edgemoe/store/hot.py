@@ -14,7 +14,7 @@ from poise.files import write_shards
 from poise.walk import weights
 from poise_edgemoe.models import empty_model, in_full
 from poise_edgemoe.store.index import HOT
-from poise_edgemoe.store.schemes import written
+from poise_edgemoe.store.schemes import stored, written
 from poise_edgemoe.store.source import BIAS, Source
 
 SHARD = 1 << 28  # bytes of a file of hot weights
@@ -58,12 +58,25 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def write_hot(
     source: Source, reads: dict[str, Read], folder: Path, dtype: torch.dtype, hot: Any
 ) -> dict[str, Any]:
-    """Write hot weights as safetensors; return what the index says of those that are packed."""
+    """Write hot weights as safetensors; return what the index says of those that are packed.
+
+    One quantizer packs all of them: where fp16 does not hold a scale, all scales are kept in fp32.
+    """
     quantizer = None if isinstance(hot, str) else hot
     packed = _packable(source, dtype) if quantizer is not None else {}
     tensors = _hot_tensors(reads, in_full(source.config), dtype, packed, quantizer)
-    write_shards(tensors, folder, stem=HOT, shard_bytes=SHARD)  # two copies of a shard are in memory
+    try:
+        write_shards(tensors, folder, stem=HOT, shard_bytes=SHARD)  # two copies of a shard are in memory
+    except _NeedsWider as found:
+        return write_hot(source, reads, folder, dtype, found.quantizer)
     return {"quantizer": written(quantizer), "packed": sorted(packed.values())} if packed else {}
+
+
+class _NeedsWider(Exception):
+    """A matrix has scales that only this quantizer keeps."""
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
 
 
 def _packable(source: Source, dtype: torch.dtype) -> dict[str, str]:
@@ -82,9 +95,11 @@ def _hot_tensors(
             tensor = finite(tensor if full(key) else tensor.to(dtype), key)
         if key in packed:
             try:
-                made = quantizer.quantize(tensor)
+                used, made = stored(quantizer, tensor)
             except DataError as error:
                 raise DataError(f"weight {key} {error}") from None
+            if used is not quantizer:
+                raise _NeedsWider(used)
             for name, part in made.tensors().items():
                 yield f"{packed[key]}.packed.{name}", part
         else:
