@@ -43,7 +43,8 @@ SHARES = (  # name, how a line begins, what is shown, what is asked for
     ("share of the roofline, lookahead", "replayed, lookahead", "of_roofline", ""),
     ("share of the roofline, oracle", "replayed, oracle", "of_roofline", ">= 0.9"),
     ("prompt / the longer of computing and reading", "prompt", "of_bound", "<= 1.5"),
-    ("reads of an expert per layer and chunk", "prompt", "reads_of_an_expert", "<= 1"))
+    ("reads of an expert per layer and chunk", "prompt", "reads_of_an_expert", "<= 1"),
+    ("own overhead a layer, all cached (ms)", "ours, none", "overhead_ms", "<= 0.3"))
 PICTURED = {
     "ours": "#0b6e99", "llama.cpp mmap": "#d1495b", "llama.cpp repacked": "#edae49", "STI-like": "#7a9e7e",
     "accelerate bf16, disk": "#8d6a9f", "transformers bf16, grouped_mm": "#222222"}

@@ -68,6 +68,8 @@ def served(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
     return row | {
         "hit_rate": sum(s.hits for s in made) / asked_for,
         "stall_ms": 1e3 * sum(s.stall_seconds for s in made) / len(made),
+        "overhead_ms": 1e3 / len(engine.index.layers) * statistics.median(
+            s.seconds - s.kernel_seconds - s.stall_seconds for s in made),
         "read_mb": sum(s.bytes_read for s in made) / len(made) / 1e6, "block_mb": row["read_mb"],
         "kept": share_kept(engine.index, engine.budget),
     }
