@@ -180,6 +180,7 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     axes.set(xlabel="memory limit (GB)", ylabel="tokens a second", xscale="log", ylim=(0, None),
              title="4-bit models larger than memory; bars: the oracle's roofline")
     axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7)
     figure.savefig(target, dpi=130)
