@@ -27,7 +27,7 @@ from poise.trust import read_own, refuse_foreign_folder
 T = TypeVar("T")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-std=gnu11")
 LINK = ("-shared",)
-HEADERS = Path(__file__).parent  # threads.h, numbers.h: any source may include them
+HEADERS = Path(__file__).parent  # threads.h, numbers.h, packed.h: any source may include them
 TIMEOUT = 120  # seconds
 FAILURES = (OSError, AttributeError, subprocess.SubprocessError, RuntimeError, ValueError, FileError)
 
@@ -42,7 +42,7 @@ def built(source: Path, folder: str, libraries: Sequence[str] = (), flags: Seque
     Parameters
     ----------
     source : Path
-        One file of C, which may include headers beside it, `threads.h` and `numbers.h`.
+        One file of C, which may include headers beside it, and those of `HEADERS`.
     folder : str
         Of the cache.
     libraries : list of str

@@ -93,6 +93,9 @@ def test_the_wheel_holds_the_choices_and_every_package(wheel):
         assert f"poise_conf/{path.relative_to(ROOT / 'conf')}" in names
     for package in ("poise", "poise_edgemoe", "poise_bone", "poise_quantagg", "poise_compander"):
         assert f"{package}/py.typed" in names
+    for folder in (ROOT / "core", *(ROOT / "plugins").iterdir()):  # without its headers C is not built
+        for path in (p for p in folder.rglob("*") if p.suffix in (".c", ".h")):
+            assert str(path.relative_to(folder)) in names
     tops = {n.split("/")[0] for n in names}
     assert not tops & {"core", "plugins", "conf", "tests", "docs", "benchmarks"}
 

@@ -115,6 +115,45 @@ def test_a_layer_that_computes_something_else_is_left(change, tmp_path):
         assert (way == layers.Way(of_all=True)) if change is None else way is None
 
 
+def test_c_takes_a_token_through_all_layers_whose_experts_are_there(tmp_path):
+    with opened(store_of(tmp_path, "qwen3_moe"), None) as engine:
+        want, asked = decoded(engine), []  # every expert that is used has been
+        for layer in ours(engine):
+            real = layer._mixture
+            layer._mixture = lambda x, real=real: asked.append(1) or real(x)
+        inner, calls = engine.model.model, []
+        through = inner._through
+        inner._through = lambda *given: calls.append(1) or through(*given)
+        before = engine.stats()["hits"]
+        assert torch.equal(decoded(engine), want) and len(calls) == 10 and not asked
+        assert engine.stats()["hits"] - before >= 10 * 2 * 2 and engine.stats()["misses"] <= 8
+
+
+def test_what_an_embedding_returns_is_not_written_to(tmp_path):
+    with opened(store_of(tmp_path, "qwen3_moe"), None) as engine:
+        want, kept = decoded(engine), []
+        embedding = engine.model.model.embed_tokens
+        embedding.register_forward_hook(lambda module, given, out: kept.append((given[0], out)))
+        assert torch.equal(decoded(engine), want) and len(kept) == 11
+        assert all(torch.equal(out, embedding.weight[ids_]) for ids_, out in kept)
+
+
+def test_a_layer_that_is_left_keeps_its_kernels(tmp_path):
+    from moe_models import saved
+
+    from poise_edgemoe import convert
+
+    wide = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 32}
+    source = saved(tmp_path / "model", "qwen3_moe", torch.float32, **wide)
+    with opened(convert(source, tmp_path / "store", bits=4, group=64, hot=8), 2) as engine:
+        plain = ours(engine)[0]._plain[0]
+        for name in "qkvo":
+            getattr(plain.self_attn, f"{name}_proj").packed.kernel = "auto"
+        _scaled(plain, plain.mlp)
+        made = layers._layer(plain, fused.library(), kernel().multiplier, layer_parts.Scratch())
+        assert made.way(engine.model) is None and plain.self_attn.q_proj.packed.kernel == "auto"
+
+
 @pytest.mark.parametrize("what", [None, "embedding", "norm", "a part more", "a layer of another kind"])
 def test_a_model_that_computes_something_else_around_its_layers_is_left(what, tmp_path):
     with opened(store_of(tmp_path, "qwen3_moe"), 2) as engine:
@@ -184,7 +223,7 @@ def test_it_says_whom_its_router_would_choose(dtype, tmp_path):
             x = torch.randn(50, 1, 64, dtype=dtype)
             want, got = Modules(parts.second, parts.router, False).chosen(x), layer.chosen(x)
             alike = (want == got).all(1).float().mean()
-            assert got.shape == want.shape and alike == 1 if dtype == torch.float32 else alike > 0.8
+            assert got.shape == want.shape and alike > (0.99 if dtype == torch.float32 else 0.8)
 
 
 def test_numbers_that_are_none_choose_experts_all_the_same(tmp_path):
@@ -196,7 +235,8 @@ def test_numbers_that_are_none_choose_experts_all_the_same(tmp_path):
         prompt, step = engine._start(ids())
         step(prompt)
         assert step(torch.tensor([[5]])).isnan().all()
-        assert decoded(engine).isfinite().all() or 5 in ids()
+        engine.model.model.embed_tokens.weight.data[5] = 0
+        assert decoded(engine).isfinite().all()
 
 
 def test_recorded_routing_takes_the_place_of_its_own(tmp_path):
@@ -245,14 +285,13 @@ def test_baselines_go_through_it_too(name, tmp_path):
         assert ours(engine) and torch.equal(decoded(engine), want)
 
 
-def test_a_failed_read_is_an_error_and_the_next_call_reads_again(tmp_path, monkeypatch):
+def test_a_failed_read_is_an_error_and_the_next_call_reads_again(tmp_path):
     from poise.errors import FileError
 
     with opened(store_of(tmp_path, "qwen3_moe"), 1) as engine:
         want = decoded(engine)
         prompt, step = engine._start(ids())
         step(prompt)
-        monkeypatch.setattr(engine.reader, "_into", None, raising=False)
         real = engine.cache._matrix
         engine.cache._matrix = lambda held, part: (_ for _ in ()).throw(FileError("torn"))
         with pytest.raises(FileError, match="torn"):

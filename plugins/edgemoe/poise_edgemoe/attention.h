@@ -71,7 +71,7 @@ static void rotate(float *head, size_t width, const float *cosine, const float *
 /* e^x for x <= 0, to 2e-7: what libm has is not made of vectors. */
 static inline float exponential(float x) {
     float t = x * 1.44269504f, whole, part;
-    t = t < -126 ? -126 : t;
+    t = t > -126 ? t : -126; /* of what is no number, too */
     whole = rintf(t);
     part = (t - whole) * 0.69314718f;
     float p = 1 + part * (1 + part * (0.5f + part * (0.16666667f + part * (0.041666667f + part * (0.0083333333f

@@ -67,7 +67,7 @@ class Body(Beside):
             return self._plain[0](
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **more)
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids).clone()  # it is written to, and may be somebody else's
         self._through(x, past_key_values)
         return self._output(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 

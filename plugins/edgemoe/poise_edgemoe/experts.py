@@ -88,7 +88,7 @@ class StoredExperts(nn.Module):
         experts = [e for e, _ in chosen]
         every = hidden.new_empty((len(experts), hidden.shape[1]))
         with self.cache.layer(self.number, experts) as held:
-            for group in self.groups(experts, held):
+            for group in self._groups(experts, held):
                 self._put_outputs(every, group, [experts[n] for n in group], hidden, held)
         shares = torch.tensor([[w for _, w in chosen]], dtype=torch.float32)
         return (shares @ every.float()).to(hidden.dtype)
@@ -122,11 +122,11 @@ class StoredExperts(nn.Module):
     def _in_groups(self, experts: list[int], xs: list[Tensor], held: Held) -> list[Tensor]:
         """Return the outputs of experts: of those that are there at once, then of each of the others."""
         found: dict[int, Tensor] = {}
-        for group in self.groups(experts, held):
+        for group in self._groups(experts, held):
             found |= zip(group, self._experts([experts[n] for n in group], [xs[n] for n in group], held))
         return [found[n] for n in range(len(experts))]
 
-    def groups(self, experts: list[int], held: Held) -> Iterator[list[int]]:
+    def _groups(self, experts: list[int], held: Held) -> Iterator[list[int]]:
         """Yield which of the experts to compute next: those that are there, then each of the others."""
         ready = [n for n, e in enumerate(experts) if held.ready(e)]
         if ready:

@@ -1,4 +1,4 @@
-"""A layer with experts as one token goes through it: a call of C before them, one for those that are there.
+"""A layer with experts as one token goes through it: one call of C, or one before those that must be read.
 
 As many small steps of Python and torch take a millisecond and more: their own memory is cold, since weights
 have passed through the processor's caches. A layer is replaced where trials give what it gives; prompts,
@@ -258,16 +258,21 @@ class Layer(Beside):
     @torch.no_grad()
     def way(self, model: Any) -> Way | None:
         """Return how to do what the module does; None: it does something else."""
+        before = [one.packed.kernel for one in self._packed()]
         found = [way for way in self._gates() if self._routes_alike(way) and self._agrees(model, way)]
+        for one, kernel_ in zip(self._packed(), before, strict=True):
+            one.packed.kernel = kernel_
         return found[0] if found else None
 
     def go(self, way: Way) -> None:
         """Compute in this way."""
         told = self._told
         told.of_all, told.gate, told.alpha, told.limit = way.of_all, way.gate, way.alpha, way.limit
-        for one in self.parts.linears():
-            if isinstance(one, PackedLinear):
-                one.packed.kernel = "c"  # small ones too: a prompt's products are a token's
+        for one in self._packed():
+            one.packed.kernel = "c"  # small ones too: a prompt's products are a token's
+
+    def _packed(self) -> list[PackedLinear]:
+        return [one for one in self.parts.linears() if isinstance(one, PackedLinear)]
 
     def _gates(self) -> Iterator[Way]:
         """Yield ways that gate as the experts do."""
