@@ -116,7 +116,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
         mb = statistics.mean(s["bytes_read"] for s in steps) / 1e6
         hits = sum(s["hits"] for s in steps) / sum(s["hits"] + s["misses"] for s in steps)
         peak, opening = status_bytes("VmHWM"), engine.opening()
-        quiet = computing_time(engine, trace) if source == "none" else 0.0
+        quiet = computing_time(engine, trace, prompt) if source == "none" else 0.0
         speed = reading_speed(engine)
     return {"routing": said, "opening": opening, "token_ms": row["seconds"],
             "kernel_ms": row["kernel_seconds"], "stall_ms": row["stall_seconds"], "mb": mb, "hits": hits,

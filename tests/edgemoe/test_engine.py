@@ -18,7 +18,7 @@ from cases import some
 from moe_models import FAMILIES, RAW, ids, reference, saved
 
 from poise.errors import ConfigError, DataError, FileError, PoiseError, RunError
-from poise.quantizers import AbsMax, Affine
+from poise.quantizers import AbsMax, Affine, PackedEmbedding
 from poise.testing import check_served
 from poise.testing.families import tiny
 from poise.walk import weights
@@ -108,6 +108,7 @@ def test_hot_weights_may_be_packed_too(family, hot, tmp_path):
     store = convert(source, tmp_path / "store", bits=32, hot=hot)
     plain = reference(source, torch.bfloat16)
     packed = read_index(store).hot["packed"]
+    assert {"shared", "model.embed_tokens"} & set(packed)
     for w in weights(plain.model):
         if w.name in packed:
             w.write(Affine(hot, 64).quantize(w.read()).dequantize())
@@ -119,6 +120,21 @@ def test_hot_weights_may_be_packed_too(family, hot, tmp_path):
         assert (got - want).float().abs().mean() <= 0.02 * want.float().abs().mean()
         assert sum(w.stored is not None for w in weights(engine.model)) == len(packed) > 0
     assert sizes[0] < sizes[1] or hot == 8  # rows of 16 have as many scales as those of 64
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "mixtral"])
+def test_a_packed_table_that_is_tied_is_the_output_layer_too(family, tmp_path):
+    source = saved(tmp_path / "model", family, tie_word_embeddings=True)
+    store = convert(source, tmp_path / "store", bits=16, hot=8)
+    plain = reference(source, torch.bfloat16)
+    for w in weights(plain.model):
+        if w.name in read_index(store).hot["packed"]:
+            w.write(Affine(8, 64).quantize(w.read()).dequantize())
+    with opened(store, 2, kernel="reference") as engine:
+        table, head = engine.model.get_input_embeddings(), engine.model.get_output_embeddings()
+        assert isinstance(table, PackedEmbedding) and head.packed is table.packed
+        assert torch.equal(engine.logits(ids(2)), plain.logits(ids(2)))
+        assert torch.equal(engine.generate(ids(), 8), plain.generate(ids(), 8))
 
 
 @pytest.mark.parametrize("quantizer", [AbsMax(4, group=16), Affine(3, group=8)])

@@ -58,7 +58,7 @@ def test_hot_weights_in_few_bits_go_through_it_too(tmp_path):
     source = saved(tmp_path / "model", "qwen3_moe", torch.float32, **wide)
     store = convert(source, tmp_path / "store", bits=4, group=64, hot=8)
     with opened(store, 2) as engine, opened(store, 2, kernel="reference") as exact:
-        assert len(ours(engine)) == 2 and not ours(exact)
+        assert len(ours(engine)) == 2 and not ours(exact) and isinstance(engine.model.model, body.Body)
         got, want = decoded(engine), decoded(exact)
         assert (got - want).abs().float().mean() < 2e-2 * want.abs().float().mean()  # bfloat16, as saved
 
@@ -127,6 +127,14 @@ def test_c_takes_a_token_through_all_layers_whose_experts_are_there(tmp_path):
         before = engine.stats()["hits"]
         assert torch.equal(decoded(engine), want) and len(calls) == 10 and not asked
         assert engine.stats()["hits"] - before >= 10 * 2 * 2 and engine.stats()["misses"] <= 8
+
+
+def test_c_knows_what_a_prompt_has_used(tmp_path):
+    with opened(store_of(tmp_path, "qwen3_moe"), None) as engine:
+        prompt, step = engine._start(torch.arange(48)[None])
+        step(prompt)
+        used = [held for held in engine.cache.resident.values() if held.matrices]
+        assert len(used) >= 6 and all(held.told is not None for held in used)
 
 
 def test_what_an_embedding_returns_is_not_written_to(tmp_path):

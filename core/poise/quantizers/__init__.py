@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from poise.quantizers.components import AbsMax, Affine
-    from poise.quantizers.layers import PackedLinear
+    from poise.quantizers.layers import PackedEmbedding, PackedLinear
     from poise.quantizers.matrix import PackedMatrix
     from poise.quantizers.whole import quantize_model, resolve, stored_bytes
 
 _HOMES = {
     "AbsMax": "components", "Affine": "components", "PackedMatrix": "matrix", "resolve": "whole",
-    "PackedLinear": "layers",
+    "PackedLinear": "layers", "PackedEmbedding": "layers",
     "quantize_model": "whole", "stored_bytes": "whole",
 }
 __all__ = [
-    "AbsMax", "Affine", "PackedLinear", "PackedMatrix", "quantize_model", "resolve",
+    "AbsMax", "Affine", "PackedEmbedding", "PackedLinear", "PackedMatrix", "quantize_model", "resolve",
     "stored_bytes",
 ]
 

@@ -1,6 +1,6 @@
-"""A layer that holds packed bytes, of a linear or of one expert.
+"""Layers that hold packed bytes: of a linear, of one expert, of a table of embeddings.
 
-It never holds a whole dequantized weight, forward or backward.
+They never hold a whole dequantized weight, forward or backward.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class PackedLinear(nn.Module):
 
     Parameters
     ----------
-    stored : QuantizedTensor
+    stored : QuantizedTensor or Stored
+        A `Stored` may be that of other layers, too.
     quantizer : Quantizer
         The one that made it; used to rebuild and to requantize.
     bias : Parameter or None
@@ -139,7 +140,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = stored.shape
-        self.packed = Stored(stored, quantizer)
+        self.packed = stored if isinstance(stored, Stored) else Stored(stored, quantizer)
         self.bias = bias
         shell = like or nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         # a transposed layer (GPT-2's Conv1D, gpt-oss's experts) holds the weight as (in, out)
@@ -173,7 +174,7 @@ class PackedLinear(nn.Module):
         stored = self.packed.get()
         yield Weight(
             path or "weight", "linear", (stored.shape[0], stored.shape[1]), stored.dtype,
-            f"{path}.weight".lstrip("."), self, "packed", (id(self),),
+            f"{path}.weight".lstrip("."), self, "packed", (id(self.packed),),
             _read=lambda rows: self.packed.get().dequantize(rows), _write=self.packed.put, stored=stored,
             replaceable=True, plain=(lambda t: t.T) if self.transposed else (lambda t: t),
             beside=lambda: [] if self.bias is None else [(f"{path}.bias".lstrip("."), self.bias.detach())],
@@ -192,6 +193,53 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         stored = self.packed.get()
         return f"{self.in_features} -> {self.out_features}, {stored.bits_per_weight:.2f} bits"
+
+
+class PackedEmbedding(nn.Module):
+    """A table of embeddings over a packed matrix (rows, width): a row is made in full when it is looked up.
+
+    Parameters
+    ----------
+    packed : Stored
+        An output layer that is tied with the table is a `PackedLinear` of the same one.
+    """
+
+    def __init__(self, packed: Stored) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.packed = packed
+
+    @property
+    def weight(self) -> Product:
+        """Stands for the matrix: models look at an embedding's weight."""
+        return Product(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return rows, shape (..., width).
+
+        Raises
+        ------
+        IndexError
+            For what is no row, below 0 too.
+        """
+        wanted, at = torch.unique(ids, return_inverse=True)
+        numbers, stored = wanted.tolist(), self.packed.get()
+        if numbers and not 0 <= numbers[0] <= numbers[-1] < self.num_embeddings:
+            raise IndexError(f"row {numbers[0] if numbers[0] < 0 else numbers[-1]} is none of the "
+                             f"{self.num_embeddings} of this table")
+        none = stored.dequantize(slice(0))
+        return torch.cat([none, *(stored.dequantize(slice(n, n + 1)) for n in numbers)])[at]
+
+    def held_weights(self, path: str) -> Iterator[Weight]:
+        """Yield the packed weight."""
+        stored = self.packed.get()
+        yield Weight(
+            path or "weight", "embedding", (stored.shape[0], stored.shape[1]), stored.dtype,
+            f"{path}.weight".lstrip("."), self, "packed", (id(self.packed),),
+            _read=lambda rows: self.packed.get().dequantize(rows), _write=self.packed.put, stored=stored)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed.get().bits_per_weight:.2f} bits"
 
 
 def _without_weight(layer: nn.Module) -> nn.Module:

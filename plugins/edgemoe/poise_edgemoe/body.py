@@ -108,9 +108,9 @@ class Body(Beside):
         """Return whether it does what the module does, whatever experts make of a token."""
         from poise_edgemoe.kv import kept_cache
 
-        weight, found = self.embed_tokens.weight, []
-        ids = torch.arange(2)[None] % len(weight)
-        mixed = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        weight, found = self.embed_tokens.weight, []  # of a packed table it is no tensor
+        (rows, width), seeded = weight.shape, torch.Generator().manual_seed(0)
+        ids, mixed = torch.arange(2)[None] % rows, torch.randn(1, width, generator=seeded).to(weight.dtype)
         try:
             with ExitStack() as stack:
                 for layer in self._layers:

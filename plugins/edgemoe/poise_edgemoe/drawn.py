@@ -50,7 +50,7 @@ def write_drawn_store(
     bits, group : int
         Of experts, `asym_group`.
     hot : int
-        Bits of all else but embeddings, norms and routers: 4 or 8.
+        Bits of all else but norms and routers: 4 or 8.
     distinct : int
         How many experts are drawn; the others are the same again.
 

@@ -38,6 +38,7 @@ TRIALS, LEAST = 64, 16  # tokens whose routing is compared, and how many must ha
 MARGIN = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of logits' deviation
 SMALL = 0.05  # what enters a layer in a trial: what is added to it must be seen
 NO_MEMORY, DONE = 1, 2  # what C says; 0: a token waits for experts
+PARTS = {"gate_up", "down"}  # matrices of an expert
 SILU, CLAMPED = 0, 1  # ways to gate: silu(first half) * second half, and gpt-oss's
 
 
@@ -179,13 +180,23 @@ class Layer(Beside):
         return False
 
     def _plainly(self, *given: Any, **named: Any) -> Tensor:
-        if self._entered is None:
-            return self._plain[0](*given, **named)
-        hook = self.parts.second.register_forward_pre_hook(lambda _, x: self._entered(x[0]))  # type: ignore[misc]
+        hook = None
+        if (entered := self._entered) is not None:
+            hook = self.parts.second.register_forward_pre_hook(lambda _, x: entered(x[0]))
         try:
             return self._plain[0](*given, **named)
         finally:
-            hook.remove()
+            self._tell_all()
+            if hook is not None:
+                hook.remove()
+
+    def _tell_all(self) -> None:
+        """Let C know of experts that a prompt has used: tokens after it find them without Python."""
+        stored = self.parts.experts
+        for e in range(len(self._there)):
+            held = stored.cache.resident.get((stored.number, e))
+            if held is not None and held.told is None and held.matrices.keys() >= PARTS:
+                held.told = Told(self._there, e, held.matrices["gate_up"], held.matrices["down"])
 
     def tell(self, angles: list[Tensor], kept: Any) -> None:
         """Say where the token is, and whether nobody has to be asked for experts that are there.

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from poise.errors import FileError, require
 from poise.models.serving import steps
-from poise.quantizers import PackedLinear, ggml
+from poise.quantizers import PackedEmbedding, PackedLinear, ggml
 from poise.quantizers.kernel import kernel
+from poise.quantizers.layers import Stored
 from poise.registry import build
-from poise.walk import FAMILIES, weights
+from poise.walk import FAMILIES, Weight, replace_module, weights
 from poise.walk.families import holds_experts
 from poise_edgemoe import fused
 from poise_edgemoe.kernels import bound_kernels
@@ -195,10 +196,18 @@ def _put_packed(model: nn.Module, index: Index, tensors: dict[str, Tensor]) -> N
             raise FileError(f"{error.args[0]} is missing (hot weights of another model?)") from None
         if {name: (tuple(t.shape), t.dtype) for name, t in parts.items()} != layout:
             raise FileError(f"{w.name} is not packed as the index says (hot weights of another model?)")
-        bias = getattr(w.layer, "bias", None)
-        layer = PackedLinear(quantizer.from_tensors(parts, w.shape, w.dtype), quantizer, bias, w.layer)
-        for slot in w.slots:
-            slot.put(layer)
+        _put_layers(model, w, quantizer, quantizer.from_tensors(parts, w.shape, w.dtype))
+
+
+def _put_layers(model: nn.Module, weight: Weight, quantizer: Any, stored: Any) -> None:
+    """Put packed layers over one matrix in the place of all that use it."""
+    packed = Stored(stored, quantizer)
+    for name in (weight.name, *weight.tied_with):
+        like = model.get_submodule(name)
+        if isinstance(like, nn.Embedding):
+            replace_module(model, name, PackedEmbedding(packed))
+        else:
+            replace_module(model, name, PackedLinear(packed, quantizer, getattr(like, "bias", None), like))
 
 
 @torch.no_grad()

@@ -102,9 +102,11 @@ def measure(
     with progress(len(ways), "ways") as bar:
         for size, name in ways:
             with _opened(source, index, size, name, trace, context) as engine:
-                lines.append(_line(engine, source, size, name, prompt, new))
+                ids = opening_prompt(engine, source, prompt, engine.budget.context - new)
+                lines.append(_line(engine, size, name, ids, new))
                 if name == "none":
-                    computing.append(computing_time(engine, trace))
+                    room = max(1, engine.budget.context - 2 * WARM)
+                    computing.append(computing_time(engine, trace, ids[:, :room]))
             bar.advance()
     lines = _limited(lines, min(computing))
     if out is not None:
@@ -149,8 +151,7 @@ def _opened(
         yield engine
 
 
-def _line(engine: Engine, source: str, size: str, name: str, prompt: str | None, new: int) -> Line:
-    ids = opening_prompt(engine, source, prompt, engine.budget.context - new)
+def _line(engine: Engine, size: str, name: str, ids: Any, new: int) -> Line:
     for _ in engine.stream(ids, new, do_sample=True, seed=0):
         pass
     steps = [s for s in engine.stats()["steps"][-(new - 1):] if s["tokens"] == 1][min(WARM, new // 2):]
@@ -162,10 +163,14 @@ def _line(engine: Engine, source: str, size: str, name: str, prompt: str | None,
                 100 * total["hits"] / asked, total["bytes_read"] / n / 1e6, reading_speed(engine) / 1e9)
 
 
-def computing_time(engine: Engine, trace: RoutingTrace) -> float:
-    """Return the milliseconds of a token that needs no reading: the same experts again and again."""
-    import torch
+def computing_time(engine: Engine, trace: RoutingTrace, prompt: Any) -> float:
+    """Return the milliseconds of a token that needs no reading: the same experts again and again.
 
+    Parameters
+    ----------
+    prompt : Tensor, (1, tokens)
+        What those whose time is compared come after: attention goes over as many. No expert sees it.
+    """
     first, before = [], -1
     for layer, e in trace.decode:
         if layer < before:
@@ -174,7 +179,7 @@ def computing_time(engine: Engine, trace: RoutingTrace) -> float:
         before = layer
     again = replace(trace, prompt=(), decode=tuple(first))
     with replay(engine, again):
-        for _ in engine.stream(torch.zeros(1, 1, dtype=torch.long), 2 * WARM):
+        for _ in engine.stream(prompt, 2 * WARM):
             pass
     steps = engine.stats()["steps"][-WARM:]
     return 1e3 * statistics.median(s["seconds"] - s["stall_seconds"] for s in steps)

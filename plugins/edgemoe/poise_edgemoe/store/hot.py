@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poise.errors import ConfigError, DataError
 from poise.files import write_shards
-from poise.walk import weights
+from poise.walk import Weight, weights
 from poise_edgemoe.models import empty_model, in_full
 from poise_edgemoe.store.index import HOT
 from poise_edgemoe.store.schemes import stored, written
@@ -80,9 +80,18 @@ class _NeedsWider(Exception):
 
 
 def _packable(source: Source, dtype: torch.dtype) -> dict[str, str]:
-    """Return the hot linears that a packed layer can stand in for: key to name."""
-    found = [w for w in weights(empty_model(source.config, dtype)) if w.role == "linear"]
-    return {w.state_key: w.name for w in found if w.replaceable and not w.tied_layers}
+    """Return the hot matrices that packed layers can stand in for, key to name: linears, and the table of
+    tokens, which may be tied with the output layer."""
+    model = empty_model(source.config, dtype)
+    table = model.get_input_embeddings()
+    return {w.state_key: w.name for w in weights(model)
+            if (w.role == "linear" and w.replaceable and not w.tied_layers)
+            or (w.module is table and {type(m) for m in layers_of(model, w)} <= {nn.Embedding, nn.Linear})}
+
+
+def layers_of(model: nn.Module, weight: Weight) -> list[nn.Module]:
+    """Return the layers that use a matrix, under all of its names."""
+    return [model.get_submodule(name) for name in (weight.name, *weight.tied_with)]
 
 
 def _hot_tensors(
