@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poise_edgemoe import fused
 from poise_edgemoe.cache.policies import Expected
+from poise_edgemoe.cache.policy import leaves
 
 LAYERS, EXPERTS = 4, 5
 layer, expert = st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)
@@ -43,3 +46,22 @@ def test_a_list_of_uses_may_be_written_to_again():
         one.used_together(0, list(experts) if one is plain else experts)
     experts[:] = [2, 3]
     assert policy.scores().tolist() == plain.scores().tolist()
+
+
+few = st.sampled_from([0.0, 1.0, 2.5, 1e6, -3.0, np.inf, -np.inf])
+number = st.integers(0, LAYERS * EXPERTS - 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(few, min_size=20, max_size=20), st.lists(st.booleans(), min_size=20, max_size=20),
+       st.lists(st.integers(0, 3), min_size=20, max_size=20), st.lists(number, max_size=8),
+       st.sampled_from([None, *range(LAYERS)]))
+def test_c_finds_who_leaves_as_numpy_does(scores, resident, last, pinned, of):
+    if (it := fused.library()) is None:
+        pytest.skip("no compiler")
+    among = range(LAYERS * EXPERTS) if of is None else range(of * EXPERTS, (of + 1) * EXPERTS)
+    given_ = [np.array(a, dtype=kind).reshape(LAYERS, EXPERTS)
+              for a, kind in ((scores, float), (resident, bool), (last, np.int64))]
+    for kind in (np.float64, np.float32):
+        given_[0] = given_[0].astype(kind)
+        assert it.victim(*given_, among, pinned) == leaves(*given_, among, pinned)

@@ -70,3 +70,55 @@ def test_what_cannot_be_asked_is_refused(given, tmp_path):
     store, _ = store_of(tmp_path, "olmoe")
     with pytest.raises(ConfigError, match="or an object with a method candidates"):
         Engine.open(store, prefetch=given)
+
+
+class Farsighted(Says):
+    """Is asked for some layers, and keeps what it was asked."""
+
+    def __init__(self, depth, said=()):
+        self.said, self.depth, self.asked = said, depth, []
+
+    def candidates(self, layer, seen):
+        self.asked.append((seen.token, seen.layer, layer))
+        return self.said
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 9])
+def test_a_source_is_asked_for_as_many_layers_as_it_says(depth, tmp_path):
+    """The nearest first, those of the next token as its own; a token's layers once at most."""
+    store, model = store_of(tmp_path, "olmoe", num_hidden_layers=3)
+    source = Farsighted(depth)
+    with opened(store, 5, prefetch=source) as engine:
+        assert torch.equal(engine.generate(ids(), 3), reference(model).generate(ids(), 3))
+    far = [[(t + (n + d) // 3, n, (n + d) % 3) for d in range(1, min(depth, 3) + 1)]
+           for t in range(2) for n in range(3)]
+    assert source.asked == [one for layer in far for one in layer]
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("experts", [3, 6, 11])
+def test_guesses_of_several_layers_change_nothing(depth, experts, tmp_path):
+    from test_prefetch import check_counts
+
+    store, model = store_of(tmp_path, "olmoe", num_hidden_layers=3)
+    want = reference(model).generate(ids(), 20)
+    for said in ([(0, 1.0)], [(0, 1.0), (1, 1.0), (3, 1.0)], [(2, 0.7), (1, 0.6)]):
+        with opened(store, experts, prefetch=Farsighted(depth, said)) as engine:
+            assert torch.equal(engine.generate(ids(), 20), want)
+            check_counts(engine)
+
+
+def test_what_is_sure_and_asked_for_is_not_asked_again(tmp_path):
+    store, _ = store_of(tmp_path, "olmoe", num_hidden_layers=3)
+    source = Farsighted(2, [(0, 1.0), (1, 1.0)])
+    with opened(store, None, prefetch=source) as engine:
+        engine.generate(ids(), 6)
+    first, *later = source.asked
+    assert first == (0, 0, 1) and all((layer - n) % 3 == 2 for _, n, layer in later)
+
+
+@pytest.mark.parametrize("depth", [0, -1, True, 1.5, "2", None])
+def test_a_depth_that_is_none_is_refused(depth, tmp_path):
+    store, _ = store_of(tmp_path, "olmoe")
+    with pytest.raises(ConfigError, match="a whole number >= 1, of layers after"):
+        Engine.open(store, prefetch=Farsighted(depth))

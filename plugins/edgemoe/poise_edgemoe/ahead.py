@@ -13,7 +13,7 @@ from torch import Tensor
 from poise.errors import ConfigError
 from poise_edgemoe.cache.counts import Counts
 from poise_edgemoe.cache.slots import ExpertCache
-from poise_edgemoe.prefetch import Entrance, Predictor, Seen
+from poise_edgemoe.prefetch import Entrance, Predictor, Seen, depth_of
 from poise_edgemoe.statistics import Step
 
 WINDOW, LEAST = 512, 64  # tokens that are looked back on, and before a layer is judged
@@ -87,7 +87,7 @@ class Restraint:
 
 
 class Ahead:
-    """Asks a source for the layer after the one that runs, and has guesses read.
+    """Asks a source for layers after the one that runs, and has guesses read.
 
     Prompts are left alone: they use nearly all experts, which are read in their order anyway.
 
@@ -107,30 +107,49 @@ class Ahead:
     ) -> None:
         self.cache, self.source, self.token = cache, source, 0
         self.restraint = Restraint(cache.counts)
-        self._following = following([layer.encoder for layer in cache.index.layers])
+        encoder = [layer.encoder for layer in cache.index.layers]
+        self._following = following(encoder)
+        self._depth = min(depth_of(source), encoder.count(False) or len(encoder))
         self._hidden: Tensor | None = None
-        self._said: tuple[int, list[Guess]] = 0, []  # a layer, and those of its guesses that were not there
+        self._said: dict[int, dict[int, float]] = {}  # by layer to come: chances, 0: it was there
+        self._sure: set[int] = set()  # layers to come of which all is known, and asked for
         for entrance in found or ():
             entrance.listen(self._enters)
         cache.announce = self.layer_known
 
     def layer_known(self, n: int, experts: Sequence[int]) -> None:
-        """Guess the layer after that one, whose experts have been asked for."""
+        """Guess layers after that one, whose experts have been asked for."""
         hidden, self._hidden = self._hidden, None
-        layer, (guessed, guesses) = self._following[n], self._said
-        self._said = layer, []
+        said = self._said.pop(n, {})
+        self._sure.discard(n)
         if self.cache.length != 1:
+            self._said.clear()
+            self._sure.clear()
             return
-        if guessed == n:
-            self.restraint.known(n, guesses, experts)
-        if layer in self.restraint.off:
-            return
-        seen = Seen(self.token + (layer <= n), n, tuple(experts), hidden)
+        self.restraint.known(n, [(e, chance) for e, chance in said.items() if chance], experts)
+        layer, token = n, self.token
+        for _ in range(self._depth):
+            before, layer = layer, self._following[layer]
+            token += layer <= before
+            if layer not in self._sure and layer not in self.restraint.off:
+                self._guess(layer, Seen(token, n, tuple(experts), hidden))
+
+    def _guess(self, layer: int, seen: Seen) -> None:
+        """Have what the source says of a layer read, the likeliest first.
+
+        What it has said before is there, or there was no room for it.
+        """
+        said = self._said.setdefault(layer, {})
         found = self._checked(layer, self.source.candidates(layer, seen))
-        self._said = layer, [(e, chance) for e, chance in found if (layer, e) not in self.cache.resident]
-        for e, said in sorted(found, key=lambda guess: -guess[1]):
-            if chance := self.restraint.chance(layer, said):
+        for e, chance in sorted(found, key=lambda guess: -guess[1]):
+            there = (layer, e) in self.cache.resident
+            if e in said and there:
+                continue
+            said.setdefault(e, 0.0 if there else chance)
+            if chance := self.restraint.chance(layer, chance):
                 self.cache.prefetch((layer, e), chance)
+        if found and all(chance == 1 and (layer, e) in self.cache.resident for e, chance in found):
+            self._sure.add(layer)
 
     def token_done(self, step: Step) -> None:
         """A call of the model is over."""
@@ -146,9 +165,9 @@ class Ahead:
         if not isinstance(guesses, Iterable):
             raise ConfigError(f"prefetch: {self.source!r} said {guesses!r} of layer {layer}: it must be "
                               f"pairs of an expert and a chance")
-        return [self._guess(layer, one) for one in guesses]
+        return [self._pair(layer, one) for one in guesses]
 
-    def _guess(self, layer: int, said: Any) -> Guess:
+    def _pair(self, layer: int, said: Any) -> Guess:
         experts = len(self.cache.index.layers[layer].experts)
         try:
             e, chance = said

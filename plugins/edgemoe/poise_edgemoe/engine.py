@@ -30,7 +30,7 @@ from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import give_back, load_hot, prepare
-from poise_edgemoe.prefetch import Predictor, check_prefetch, entrances, source_of, trace_for
+from poise_edgemoe.prefetch import Oracle, Predictor, check_prefetch, entrances, source_of, trace_for
 from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
@@ -82,7 +82,8 @@ class Engine:
         except BaseException:
             self.reader.close()
             raise
-        self.ahead = None if source is None else Ahead(self.cache, source, found)
+        shown = None if isinstance(source, Oracle) else found  # which looks at nothing
+        self.ahead = None if source is None else Ahead(self.cache, source, shown)
         self.statistics = Statistics(self.cache)
         # thread and file of an engine that nobody closes end with it
         self._end = weakref.finalize(self, _close, self.reader, os.getpid())

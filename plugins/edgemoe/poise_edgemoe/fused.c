@@ -127,3 +127,18 @@ int poise_layers(const layer *const *all, int count, void *x, int kind, int *sai
         if ((*said = poise_layer(all[n], x, x, kind)) != DONE) break;
     return n;
 }
+
+/* Who leaves a cache: of `resident` from `first` to `end`, none of them pinned, the one with the largest score; of
+ * equal ones that whose `last` use is the oldest, then the first. -1: nobody, or all scores are minus infinity. */
+long poise_victim(const double *scores, const uint8_t *resident, const int64_t *last, long first, long end,
+                  const int32_t *pinned, long count) {
+    long best = -1;
+    for (long i = first; i < end; i++) {
+        if (!resident[i] || !(scores[i] > -INFINITY)) continue;
+        if (best >= 0 && (scores[i] < scores[best] || (scores[i] == scores[best] && last[i] >= last[best]))) continue;
+        long n = 0;
+        while (n < count && pinned[n] != i) n++;
+        if (n == count) best = i;
+    }
+    return best;
+}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,20 @@ class Library:
             function = getattr(library, f"poise_{name}")
             function.argtypes = arguments
             setattr(self, name, function)
+        self._victim = library.poise_victim
+        self._victim.argtypes = [*[pointer] * 3, *[ctypes.c_long] * 2, pointer, ctypes.c_long]
+        self._victim.restype = ctypes.c_long
+
+    def victim(
+        self, scores: np.ndarray, resident: np.ndarray, last: np.ndarray, among: range,
+        pinned: Sequence[int],
+    ) -> int | None:
+        """Do what `cache.policy.leaves` does, in one pass."""
+        scores = np.ascontiguousarray(scores, dtype=np.float64)
+        held = array("i", pinned)
+        found = self._victim(scores.ctypes.data, resident.ctypes.data, last.ctypes.data, among.start,
+                             among.stop, held.buffer_info()[0], len(held))
+        return None if found < 0 else found
 
 
 _LOADED = Loaded(lambda: Library(built(SOURCE, "edgemoe")))

@@ -21,6 +21,7 @@ from poise_edgemoe.store.index import Index
 
 SOURCES = ("none", "lookahead", "oracle")
 NORMS, ROUTERS = ("post_attention_layernorm", "layer_norm"), ("gate", "router")  # as families call them
+DEPTH = 2  # layers that the oracle speaks of
 START, KEPT = 0.75, 0.5 ** (1 / 64)  # chance of a router's guess at first, and how it is averaged
 
 
@@ -48,7 +49,11 @@ class Seen:
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Guesses the experts of a MoE layer before its router speaks; asked while a token is computed."""
+    """Guesses the experts of a MoE layer before its router speaks; asked while a token is computed.
+
+    With an attribute `depth` it is asked for as many layers after the one that runs, the nearest first;
+    without for one. What it has said of a layer stays said until that layer runs.
+    """
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
         """Return experts of `layer`, each with the chance (0 to 1) that any row uses it."""
@@ -156,13 +161,15 @@ class Oracle:
         Of the engine's layers and experts.
     """
 
+    depth = DEPTH
+
     def __init__(self, trace: RoutingTrace) -> None:
         self.tokens = tokens_of(trace.decode, trace.layers)
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
         """Return what the trace says; what follows its last token is not certain before it has begun."""
         at = seen.token % len(self.tokens)
-        return [] if layer < seen.layer and at == 0 else [(e, 1.0) for e in self.tokens[at][layer]]
+        return [] if layer <= seen.layer and at == 0 else [(e, 1.0) for e in self.tokens[at][layer]]
 
 
 def check_prefetch(prefetch: Any, trace: RoutingTrace | Path | str | None) -> None:
@@ -179,7 +186,17 @@ def check_prefetch(prefetch: Any, trace: RoutingTrace | Path | str | None) -> No
     elif isinstance(prefetch, type) or not callable(getattr(prefetch, "candidates", None)):
         raise ConfigError(f"prefetch={prefetch!r} is not allowed: it must be one of {', '.join(SOURCES)}, "
                           f"or an object with a method candidates(layer, seen)")
+    depth_of(prefetch)
     check_trace(prefetch, "RoutingTrace" if isinstance(trace, RoutingTrace) else trace)
+
+
+def depth_of(source: Any) -> int:
+    """Return of how many layers to come a source is asked."""
+    depth = getattr(source, "depth", 1)
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ConfigError(f"prefetch: {source!r} has depth={depth!r}: it must be a whole number >= 1, of "
+                          f"layers after the one that runs")
+    return depth
 
 
 def trace_for(index: Index, trace: RoutingTrace | Path | str) -> RoutingTrace:

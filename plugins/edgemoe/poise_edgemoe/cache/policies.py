@@ -67,7 +67,7 @@ class Static(Policy):
             raise ConfigError("policy 'static' needs frequencies: {(layer, expert): uses per token}")
         self._frequency = frequency_array(frequencies, layers, experts)
 
-    def yields(self, gone: Key, chance: float) -> bool:
+    def yields(self, gone: Key, key: Key, chance: float) -> bool:
         """Return whether `gone` is used less often than the guess is right."""
         return bool(self._frequency[gone] < chance)
 
@@ -93,12 +93,13 @@ class _ByDistance(Policy):
         self.S = max(layers - len(self._encoder), 1)
         decoder = np.ones(layers, dtype=np.int64)
         decoder[self._encoder] = 0
-        self._place = np.where(decoder, decoder.cumsum() - 1, -1)  # in the decoder, -1: before it
+        place = np.where(decoder, decoder.cumsum() - 1, -1)  # in the decoder, -1: before it
+        ahead = place - place[:, None]
+        self._distance = (((ahead if self.forward else -ahead) - 1) % self.S + 1.0)[:, :, None]
 
     def distance(self) -> np.ndarray:
         """Return each layer's distance d in MoE layers, 1 to S (the current layer's), shape (layers, 1)."""
-        ahead = self._place - self._place[self.layer]
-        return (((ahead if self.forward else -ahead) - 1) % self.S + 1.0)[:, None]
+        return self._distance[self.layer]
 
     def scores(self) -> np.ndarray:
         scores = self.decoder_scores()
@@ -159,6 +160,10 @@ class Expected(_ByDistance):
         """Put down uses that were noted: of several layers in one, as long as nobody asks for scores."""
         if not self._noted:
             return
+        if len(self._noted) == 1:  # few numbers, one by one, are faster than arrays of them
+            (noted,) = self._noted
+            self._noted.clear()
+            return self._put_down(*noted)
         for n, experts in self._noted:
             if n != self.layer:
                 self.layer, self._began = n, self._time
@@ -170,15 +175,27 @@ class Expected(_ByDistance):
         np.add.at(self._rate, at, 1 - self._kept)  # one that is named twice was used twice
         self._wait[at] = self._waits(self._rate[at])
 
+    def _put_down(self, n: int, experts: Sequence[int]) -> None:
+        if n != self.layer:
+            self.layer, self._began = n, self._time
+        last, rate, wait, more = self._last[n], self._rate[n], self._wait[n], 1 - self._kept
+        for e in experts:
+            self._time += 1
+            last[e], rate[e] = self._time, (r := rate.item(e) + more)
+            wait[e] = self.S * (1 / max(r, self.floor) - 1)
+
     def next_token(self) -> None:
         self._settle()
         super().next_token()
         self._rate *= self._kept
         self._wait = self._waits(self._rate)
 
-    def yields(self, gone: Key, chance: float) -> bool:
-        """Return whether the next use of `gone` is expected after that of a guess for the next layer."""
-        return bool(self.scores()[gone] > 1 + self._waits(chance))
+    def yields(self, gone: Key, key: Key, chance: float) -> bool:
+        """Return whether the next use of `gone` is expected after that of a guess."""
+        self._settle()
+        away = self.distance()[:, 0]
+        score = np.inf if gone[0] in self._encoder else self._wait[gone] + away[gone[0]]
+        return bool(score > away[key[0]] + self._waits(chance))
 
     def _waits(self, rate: Any) -> Any:
         return self.S * (1 / np.maximum(rate, self.floor) - 1)
@@ -223,7 +240,7 @@ class PaperIntent(_ByDistance):
         if self._online:
             self._frequency *= self._kept
 
-    def yields(self, gone: Key, chance: float) -> bool:
+    def yields(self, gone: Key, key: Key, chance: float) -> bool:
         """Return whether `gone` is used less often than the guess is right."""
         return bool(self._frequency[gone] < chance)
 

@@ -13,6 +13,28 @@ Key = tuple[int, int]  # (MoE layer, expert)
 MOST_EXPERTS = 1 << 22  # layers x experts: a policy holds a few arrays of that size
 
 
+def leaves(
+    scores: np.ndarray, resident: np.ndarray, last: np.ndarray, among: range, pinned: Sequence[int]
+) -> int | None:
+    """Return whose score is the largest; of equal ones who was used the longest ago, then the first.
+
+    Parameters
+    ----------
+    scores, resident, last : array, (layers, experts)
+        `last` is the time of the last use.
+    among : range
+        Of positions in those arrays, which `pinned` names too: nobody who is pinned leaves.
+    """
+    ranked = np.where(resident, scores, -np.inf).reshape(-1)
+    ranked[pinned] = -np.inf
+    ranked = ranked[among.start: among.stop]
+    best = ranked.max()
+    if best == -np.inf:
+        return None
+    equal = np.flatnonzero(ranked == best) + among.start
+    return int(equal[last.reshape(-1)[equal].argmin()])
+
+
 class Policy:
     """Chooses who leaves a cache of experts. It knows no slots and no bytes: its owner keeps those.
 
@@ -54,6 +76,7 @@ class Policy:
             )
         self.layers, self.experts = layers, experts
         self.served = False  # whether an engine has it: it is told of one cache only
+        self.search = leaves  # who leaves, given scores; an engine has a faster one
         self.layer = 0  # the one that runs: of the last use
         self._resident = np.zeros((layers, experts), dtype=bool)
         self._last = np.zeros((layers, experts), dtype=np.int64)  # time of the last use
@@ -91,19 +114,15 @@ class Policy:
 
     def victim(self, key: Key, pinned: Iterable[Key] = ()) -> Key | None:
         """Return who should leave for `key`, never one of `pinned`; None when nobody may."""
-        scores = np.where(self._resident, self.scores(), -np.inf)
-        for i, j in pinned:
-            scores[i, j] = -np.inf
-        first = key[0] * self.experts if self.per_layer else 0
-        ranked = scores[key[0]] if self.per_layer else scores.reshape(-1)
-        best = ranked.max()
-        if best == -np.inf:
-            return None
-        equal = np.flatnonzero(ranked == best) + first
-        at = equal[self._last.reshape(-1)[equal].argmin()] if len(equal) > 1 else equal[0]
-        return int(at) // self.experts, int(at) % self.experts
+        n = self.experts
+        scores = self.scores()
+        if scores.shape != self._resident.shape:
+            scores = np.broadcast_to(scores, self._resident.shape)
+        among = range(key[0] * n, (key[0] + 1) * n) if self.per_layer else range(self.layers * n)
+        found = self.search(scores, self._resident, self._last, among, [i * n + j for i, j in pinned])
+        return None if found is None else divmod(found, n)
 
-    def yields(self, gone: Key, chance: float) -> bool:
+    def yields(self, gone: Key, key: Key, chance: float) -> bool:
         """Return whether an expert that would leave is less likely to be used than a guess.
 
         A policy that knows no probabilities says yes: whom it would give away for an expert that is
@@ -113,8 +132,10 @@ class Policy:
         ----------
         gone : (int, int)
             Its victim.
+        key : (int, int)
+            The guess.
         chance : float
-            That the next layer uses the guess.
+            That the guess is used when its layer runs.
         """
         return True
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from poise.errors import ConfigError
+from poise_edgemoe import fused
 from poise_edgemoe.cache.counts import Counts
 from poise_edgemoe.cache.forms import Forms, lasting
 from poise_edgemoe.cache.policy import Key, Policy
@@ -58,6 +59,8 @@ class ExpertCache:
         self.index, self.reader, self.policy, self.whole = index, reader, policy, whole
         policy.served = True
         self.forms = Forms(index, kernel)
+        if self.forms.fast and (it := fused.library()) is not None:
+            policy.search = it.victim
         largest = max(size_of(m) for _, _, m in index.blobs())
         self._stages = [mapped(largest) for _ in range(STAGES)]
         self.budget, self.mapped = budget - STAGES * largest, 0
@@ -75,7 +78,7 @@ class ExpertCache:
         self.counts = Counts(len(index.layers))
         self.announce: Callable[[int, Sequence[int]], None] | None = None
         self._pinned: set[Key] = set()  # of the layer that runs
-        self._guesses: set[Key] = set()  # for the next one, those that were there already included
+        self._guesses: set[Key] = set()  # for layers to come, those that were there already included
         self._stray: set[Key] = set()  # wrong guesses whose reading had begun
         self.length = 1  # positions of each row in the running call
         self.recorded: list[Key] | None = None  # uses, in their order, while somebody asks for them
@@ -98,7 +101,7 @@ class ExpertCache:
         keys = [(n, e) for e in experts]
         self._pinned = set(keys)
         if self._guesses or self._stray:
-            self._drop_guesses(self._pinned)
+            self._drop_guesses(n, self._pinned)
         stage = Stage(self.read, self._ask(n, keys), self._stages)
         try:
             if self.announce is not None:
@@ -112,10 +115,10 @@ class ExpertCache:
             self._pinned = set()
 
     def prefetch(self, key: Key, chance: float) -> bool:
-        """Ask for an expert that the next layer may use, unless it is there; both ways it is held for it.
+        """Ask for an expert that a layer to come may use, unless it is there; both ways it is held for it.
 
         It takes a free place, or that of an expert that the policy gives away and that is less likely to
-        be used. It is held until the next layer is known.
+        be used. It is held until its layer is known.
 
         Returns
         -------
@@ -179,10 +182,11 @@ class ExpertCache:
                 room -= self._size(key)
         return [k for k in keys if k not in passed] + passed[::-1]
 
-    def _drop_guesses(self, known: set[Key]) -> None:
+    def _drop_guesses(self, n: int, known: set[Key]) -> None:
         """A layer is known: wrong guesses that wait to be read are dropped, and nobody is held for it."""
-        wrong = [k for k in self._guesses - known if k in self.resident]
-        self._guesses.clear()
+        over = {k for k in self._guesses if k[0] == n}
+        self._guesses -= over
+        wrong = [k for k in over - known if k in self.resident]
         self._stray = {k for k in self._stray if k in self.resident and not self.resident[k].ready()}
         for key in wrong:
             held = self.resident[key]
@@ -278,7 +282,7 @@ class ExpertCache:
         held = self._pinned | self._guesses
         gone = self.policy.victim(key, held | self._stray)
         if chance is not None:
-            return gone if gone is not None and self.policy.yields(gone, chance) else None
+            return gone if gone is not None and self.policy.yields(gone, key, chance) else None
         return self.policy.victim(key, held) if gone is None else gone
 
     def _resize(self, budget: int) -> None:

@@ -84,7 +84,7 @@ def convert(
     hot : "bf16", "raw", 8, 4, one of ggml's formats, or a registered quantizer
         How the rest is stored, and what is computed in: "bf16", 16 bits (float16 for a model that is);
         "raw", the model's own type; 8, 4 bits or a format for its linears and its table of tokens, all else
-        as with "bf16". With `bits=32` "bf16" means "raw": whoever keeps experts exact wants the rest so too.
+        as with "bf16". With `bits=32` "bf16" means "raw": who keeps experts exact wants the rest so too.
     progress : callable, optional
         Called with layers that are written, from 0 on, and all.
     layout : "auto", "plain", "ggml" or "torch"
