@@ -200,3 +200,12 @@ def test_a_head_that_turns_in_part_is_left(tmp_path):
         rotary = engine.model.model.rotary_emb
         rotary.inv_freq = rotary.inv_freq[:3]  # 6 of 32 numbers: C would read on behind them
         assert not made.agrees(engine.model)
+
+
+def test_a_norm_refuses_rows_of_another_width_as_transformers_does(tmp_path):
+    """Four rows of half the width are as many numbers as two whole rows."""
+    store = convert(saved(tmp_path / "model", "qwen2_moe"), tmp_path / "store", bits=4, hot="raw")
+    with Engine.open(store) as engine:
+        norm = next(m for m in engine.model.modules() if isinstance(m, fused.Norm))
+        with pytest.raises(RuntimeError, match="must match the size"):
+            norm(torch.ones(4, len(norm.weight) // 2))

@@ -146,8 +146,9 @@ class Norm(Beside):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the norm of each row, (..., hidden)."""
         x, width = hidden_states, len(self._scale)
-        if x.numel() > FEW * width or not self._same or not is_memory(x) or x.dtype not in KINDS:
-            return self._plain[0](x)
+        if (x.shape[-1] != width or x.numel() > FEW * width or not self._same or not is_memory(x)
+                or x.dtype not in KINDS):
+            return self._plain[0](x)  # which refuses rows of another width: C would take others together
         y = torch.empty_like(x)
         if self._it.norm(x.data_ptr(), y.data_ptr(), self._scale.data_ptr(), x.numel() // width, width,
                          self._eps, KINDS[x.dtype]):
