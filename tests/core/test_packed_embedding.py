@@ -40,6 +40,12 @@ def test_what_is_no_row_is_refused(wrong):
         table()(torch.tensor([0, wrong, 3]))
 
 
+@pytest.mark.parametrize("wrong", [torch.float32, torch.bool, torch.uint8])
+def test_what_is_no_number_of_a_row_is_refused(wrong):
+    with pytest.raises(TypeError, match=f"int32 or int64, not {wrong}"):
+        table()(torch.ones(2, dtype=wrong))
+
+
 def test_a_table_that_is_tied_is_met_and_counted_once():
     packed = table()
     head = PackedLinear(packed.packed, packed.packed.quantizer)

@@ -221,7 +221,11 @@ class PackedEmbedding(nn.Module):
         ------
         IndexError
             For what is no row, below 0 too.
+        TypeError
+            For what is no int32 or int64: of a mask, True would be row 1.
         """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows of a table are named by int32 or int64, not {ids.dtype}")
         wanted, at = torch.unique(ids, return_inverse=True)
         numbers, stored = wanted.tolist(), self.packed.get()
         if numbers and not 0 <= numbers[0] <= numbers[-1] < self.num_embeddings:
