@@ -109,8 +109,10 @@ def replayed(asked: dict[str, Any]) -> dict[str, Any]:
     trace = mapped(read_trace(asked["trace"]), len(index.layers), len(index.layers[0].experts))
     if options.get("prefetch") == "oracle":
         options["trace"] = trace
-    with Engine.open(asked["path"], context=asked["context"]) as whole, replay(whole, trace):
-        t_c = served(whole, asked)["cpu_ms"]
+    with Engine.open(asked["path"], context=asked["context"]) as whole:
+        for _ in range(2):  # what the first reads is there for the second
+            with replay(whole, trace):
+                t_c = served(whole, asked)["cpu_ms"]
     memory = memory_for(asked["path"], asked["context"], asked["share"])
     with Engine.open(asked["path"], memory=memory, **options) as engine, replay(engine, trace):
         row = served(engine, asked)

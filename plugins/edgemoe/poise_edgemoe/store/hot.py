@@ -80,13 +80,14 @@ class _NeedsWider(Exception):
 
 
 def _packable(source: Source, dtype: torch.dtype) -> dict[str, str]:
-    """Return the hot matrices that packed layers can stand in for, key to name: linears, and the table of
+    """Return the hot matrices that packed layers can stand in for, key to name: linears, and tables of
     tokens, which may be tied with the output layer."""
     model = empty_model(source.config, dtype)
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings().weight.shape
     return {w.state_key: w.name for w in weights(model)
             if (w.role == "linear" and w.replaceable and not w.tied_layers)
-            or (w.module is table and {type(m) for m in layers_of(model, w)} <= {nn.Embedding, nn.Linear})}
+            or (w.role == "embedding" and w.shape == table
+                and {type(m) for m in layers_of(model, w)} <= {nn.Embedding, nn.Linear})}
 
 
 def layers_of(model: nn.Module, weight: Weight) -> list[nn.Module]:
