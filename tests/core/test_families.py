@@ -18,7 +18,7 @@ from poise.walk import FAMILIES as TABLE
 from poise.walk import checkpoint, replace, weights
 from poise.walk.experts import Experts
 from poise_bone import Bone
-from poise_edgemoe.allocate import experts as experts_of
+from poise_edgemoe.widths.plans import experts as experts_of
 
 every = pytest.mark.parametrize("family", FAMILIES)
 

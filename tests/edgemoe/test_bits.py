@@ -23,8 +23,8 @@ from poise_edgemoe import (
     small_moe,
     uniform_plan,
 )
-from poise_edgemoe.allocate import experts
 from poise_edgemoe.bits import loss_of, measure, summary, text_windows
+from poise_edgemoe.widths.plans import experts
 
 TINY = ByteMoE(layers=1, experts=4, hidden=16, inner=16, length=16, steps=2, batch_size=2)
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
     from poise_edgemoe.components import ByteMoE, EdgeMoEBits, EdgeMoEGenerate, EdgeMoEStore
     from poise_edgemoe.engine import Engine
     from poise_edgemoe.split import split_feed_forward
     from poise_edgemoe.store.writer import convert
+    from poise_edgemoe.widths.plans import expert_errors, half_plan, random_plan, uniform_plan
 
 _HOMES = {
     "ByteMoE": "components", "EdgeMoEBits": "components", "EdgeMoEGenerate": "components",
-    "EdgeMoEStore": "components", "expert_errors": "allocate",
-    "half_plan": "allocate", "random_plan": "allocate", "uniform_plan": "allocate",
+    "EdgeMoEStore": "components", "expert_errors": "widths.plans",
+    "half_plan": "widths.plans", "random_plan": "widths.plans", "uniform_plan": "widths.plans",
     "Engine": "engine", "convert": "store.writer", "split_feed_forward": "split",
 }
 __all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "convert",

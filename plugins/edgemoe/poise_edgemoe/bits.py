@@ -15,8 +15,8 @@ from poise.errors import DataError
 from poise.interfaces import Parts
 from poise.quantizers import quantize_model
 from poise.walk import weights
-from poise_edgemoe.allocate import expert_errors, half_plan, random_plan, uniform_plan
 from poise_edgemoe.plots import loss_against_bytes
+from poise_edgemoe.widths.plans import expert_errors, half_plan, random_plan, uniform_plan
 
 HALF = 16  # the bits of an expert as stored unquantized
 

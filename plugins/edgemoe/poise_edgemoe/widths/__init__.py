@@ -1,0 +1,1 @@
+"""Which bits each expert gets: plans, and how they are chosen."""
