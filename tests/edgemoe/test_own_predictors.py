@@ -108,6 +108,17 @@ def test_guesses_of_several_layers_change_nothing(depth, experts, tmp_path):
             check_counts(engine)
 
 
+def test_a_prompt_ends_guesses_for_all_layers(tmp_path):
+    store, _ = store_of(tmp_path, "olmoe", num_hidden_layers=3)
+    with opened(store, 6, prefetch=Farsighted(2, [(0, 1.0), (1, 1.0)])) as engine:
+        engine.generate(ids(), 6)
+        assert {layer for layer, _ in engine.cache._guesses} == {0, 1}
+        held, real = [], engine.cache._ask
+        engine.cache._ask = lambda *given: held.append(len(engine.cache._guesses)) or real(*given)
+        engine.logits(ids())
+        assert held and not any(held)
+
+
 def test_what_is_sure_and_asked_for_is_not_asked_again(tmp_path):
     store, _ = store_of(tmp_path, "olmoe", num_hidden_layers=3)
     source = Farsighted(2, [(0, 1.0), (1, 1.0)])

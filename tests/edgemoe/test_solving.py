@@ -11,7 +11,6 @@ from poise.errors import ConfigError
 from poise_edgemoe.widths.solving import (
     Table,
     bound,
-    choices,
     exact,
     exact_for,
     hull,
@@ -36,6 +35,10 @@ def tables(draw, most_experts=5, most_widths=4, whole=False):
 def budgets(table):
     least, most = int(table.cost.min(1).sum()), int(table.cost.max(1).sum())
     return st.integers(least, most + 1)
+
+
+def choices(table):
+    return map(np.array, np.ndindex(*[table.cost.shape[1]] * len(table.cost)))
 
 
 def best(table, budget):
@@ -151,3 +154,16 @@ def test_many_experts_are_chosen_exactly_in_units_of_their_common_divisor():
     found, by_hull = exact(table, budget), hull(table, budget)
     assert table.total(found)[0] <= budget
     assert bound(table, budget) <= table.total(found)[1] + 1e-9 <= table.total(by_hull)[1] + 2e-9
+
+
+@some
+@given(st.data())
+def test_budgets_and_limits_are_kept_in_larger_units_too(data):
+    """Where the program's table would be too large."""
+    table = data.draw(tables())
+    budget, widest = data.draw(budgets(table)), float(table.damage.min(1).sum())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("poise_edgemoe.widths.solving.MOST_CELLS", data.draw(st.integers(8, 64)))
+        chosen = table.total(exact(table, budget))
+        assert chosen[0] <= budget and chosen[1] >= best(table, budget) - 1e-12
+        assert table.total(exact_for(table, widest + 1e-12))[1] <= widest + 1e-9

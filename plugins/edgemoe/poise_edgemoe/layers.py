@@ -186,9 +186,9 @@ class Layer(Beside):
         try:
             return self._plain[0](*given, **named)
         finally:
-            self._tell_all()
             if hook is not None:
                 hook.remove()
+            self._tell_all()
 
     def _tell_all(self) -> None:
         """Let C know of experts that a prompt has used: tokens after it find them without Python."""

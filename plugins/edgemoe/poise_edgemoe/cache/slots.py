@@ -183,8 +183,11 @@ class ExpertCache:
         return [k for k in keys if k not in passed] + passed[::-1]
 
     def _drop_guesses(self, n: int, known: set[Key]) -> None:
-        """A layer is known: wrong guesses that wait to be read are dropped, and nobody is held for it."""
-        over = {k for k in self._guesses if k[0] == n}
+        """A layer is known: wrong guesses that wait to be read are dropped, and nobody is held for it.
+
+        A prompt ends all guesses: those that a generation has left for later layers would hold its room.
+        """
+        over = {k for k in self._guesses if k[0] == n or self.length != 1}
         self._guesses -= over
         wrong = [k for k in over - known if k in self.resident]
         self._stray = {k for k in self._stray if k in self.resident and not self.resident[k].ready()}

@@ -9,7 +9,6 @@ many experts are narrow).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -137,7 +136,11 @@ def hull_for(table: Table, limit: float) -> np.ndarray:
 
 
 def exact(table: Table, budget: float) -> np.ndarray:
-    """Return the choice of least damage within a budget of cost; of equal ones the cheapest."""
+    """Return the choice of least damage within a budget of cost; of equal ones the cheapest.
+
+    Costs are counted in their common divisor, or, where the program's table would be too large, in larger
+    units, rounded up: the budget is kept all the same.
+    """
     _affordable(table, table.least, budget)
     units, unit = _units(table, min(budget, float(table.cost.max(1).sum())))
     least, came = _program(table, units, unit)
@@ -146,7 +149,8 @@ def exact(table: Table, budget: float) -> np.ndarray:
 
 def exact_for(table: Table, limit: float) -> np.ndarray:
     """Return the cheapest choice with a damage of at most `limit`."""
-    units, unit = _units(table, float(table.cost.max(1).sum()))
+    _, unit = _units(table, float(table.cost.max(1).sum()))
+    units = int(unit_costs(table, unit).max(1).sum())  # the widest of all, however they are rounded
     least, came = _program(table, units, unit)
     enough = np.flatnonzero(least <= limit)
     if not len(enough):
@@ -226,9 +230,3 @@ def _affordable(table: Table, chosen: np.ndarray, budget: float) -> int:
         raise ConfigError(f"a budget of {budget:.0f} is too small: the narrowest widths take {cost}, the "
                           f"widest {int(table.cost.max(1).sum())}")
     return cost
-
-
-def choices(table: Table) -> Iterator[np.ndarray]:
-    """Yield every choice there is: for small tables."""
-    for combined in np.ndindex(*[table.cost.shape[1]] * len(table.cost)):
-        yield np.array(combined)
