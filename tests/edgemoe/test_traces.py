@@ -31,13 +31,15 @@ def test_a_small_trace(tmp_path):
     """The second MoE layer is layer 3 of the model; layers without experts do not count."""
     found = read_trace(write(tmp_path / "t.csv.gz", HEAD + COLUMNS + ROWS))
     decode = ((0, 0), (0, 6), (1, 1), (0, 0), (1, 4))
-    assert found == RoutingTrace(2, 8, (10, 20), ((0, 2), (0, 5), (1, 7)), decode)
+    read = (((2, 5), ()), ((5,), (7,)))
+    assert found == RoutingTrace(2, 8, (10, 20), ((0, 2), (0, 5), (1, 7)), decode, read)
     assert found.expert_bytes == 20
 
 
 def test_what_is_written_is_read_again(tmp_path):
     decode = ((0, 1), (0, 3), (1, 2), (0, 0), (1, 1), (1, 3))
-    trace = RoutingTrace(2, 4, (10, 20), ((0, 2), (1, 0), (1, 1)), decode)
+    read, looked = (((2,), ()), ((2,), (0, 1))), (((), (3, 0)), ((), (2, 1)))
+    trace = RoutingTrace(2, 4, (10, 20), ((0, 2), (1, 0), (1, 1)), decode, read, looked, "c0ffee")
     for n in range(2):
         write_trace(tmp_path / f"{n}.csv.gz", trace)
     assert read_trace(tmp_path / "0.csv.gz") == trace
@@ -54,7 +56,7 @@ def test_what_is_written_is_read_again(tmp_path):
     (HEAD + COLUMNS + ROWS + "0,1,4,1,0,x,.6\n", "line 14: expert is 'x'"),
     (HEAD + COLUMNS + "0,0,0,1,0,5.0,.6\n", "expert is '5.0'"),
     (HEAD + COLUMNS + "0,0,0,1,0,\n", "line 5: 6 cells for 7 columns"),
-    (HEAD + COLUMNS + "0,2,0,1,0,5,.6\n", "phase is 2"),
+    (HEAD + COLUMNS + "0,3,0,1,0,5,.6\n", "phase is 3"),
     (HEAD + COLUMNS + "0,0,0,1,0,8,.6\n", "expert 8 is beyond n_expert=8"),
     (HEAD + COLUMNS + "0,0,0,2,0,5,.6\n", "'# layer=2 expert_bytes=N'"),
     (HEAD + COLUMNS + "0,0,0,1,0,5,.6\n1,0,0,1,0,5,.6\n", "turns 0 and 1"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from poise.errors import ConfigError
 from poise_edgemoe.cache.counts import Counts
 from poise_edgemoe.cache.slots import ExpertCache
-from poise_edgemoe.prefetch import Entrance, Predictor, Seen, depth_of
+from poise_edgemoe.prefetch import Entrance, Noted, Predictor, Seen, depth_of
 from poise_edgemoe.statistics import Step
 
 WINDOW, LEAST = 512, 64  # tokens that are looked back on, and before a layer is judged
@@ -107,6 +107,7 @@ class Ahead:
     ) -> None:
         self.cache, self.source, self.token = cache, source, 0
         self.restraint = Restraint(cache.counts)
+        self._note = source.note if isinstance(source, Noted) else None
         encoder = [layer.encoder for layer in cache.index.layers]
         self._following = following(encoder)
         self._depth = min(depth_of(source), encoder.count(False) or len(encoder))
@@ -120,6 +121,8 @@ class Ahead:
     def layer_known(self, n: int, experts: Sequence[int]) -> None:
         """Guess layers after that one, whose experts have been asked for."""
         hidden, self._hidden = self._hidden, None
+        if self._note is not None and self.cache.length == 1:
+            self._note(n, experts)
         said = self._said.pop(n, {})
         self._sure.discard(n)
         if self.cache.length != 1:

@@ -24,6 +24,7 @@ from poise_edgemoe.cache.slots import size_of
 from poise_edgemoe.cache.traces import RoutingTrace, read_trace
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.plots import hits_over_share
+from poise_edgemoe.recording import recorded
 from poise_edgemoe.store.index import Index, read_index
 
 SHARES = range(10, 100, 10)  # % of the experts
@@ -75,27 +76,14 @@ def record(
     store: str, index: Index, memory: Sequence[str], prompt: str | None, new: int | None,
     context: int | None,
 ) -> RoutingTrace:
-    """Run a store on a prompt, under the largest of the limits; return which experts it asked for.
-
-    Tokens are drawn with the seed 0: the likeliest ones of small models go round in circles. The prompt is
-    taken as it is computed: where the limit asks for pieces, each is a token to the cache.
-    """
+    """Run a store on a prompt, under the largest of the limits; return which experts it asked for."""
     limit = max(memory, key=parse_bytes, default=None)
     budget = plan_memory(store, memory=limit, context=context)
     new = min(NEW, max(1, budget.context // 2)) if new is None else new
-    layers, experts = len(index.layers), max(len(layer.experts) for layer in index.layers)
     print(f"poise: recording the routing of {store}: a prompt, {new} tokens", file=sys.stderr, flush=True)
     with Engine(Path(store), budget, DEFAULT_POLICY) as engine, progress(new, "tokens") as bar:
-        uses = engine.cache.recorded = []
         ids = opening_prompt(engine, store, prompt, budget.context - new)
-        made = engine.stream(ids, new, do_sample=True, seed=0)
-        next(made)
-        split = len(uses)
-        bar.advance()
-        for _ in made:
-            bar.advance()
-    sizes = tuple(max(map(size_of, layer.experts)) for layer in index.layers)
-    return RoutingTrace(layers, experts, sizes, tuple(uses[:split]), tuple(uses[split:]))
+        return recorded(engine, ids, new, advance=bar.advance)
 
 
 def opening_prompt(engine: Engine, store: str, prompt: str | None, room: int) -> Any:

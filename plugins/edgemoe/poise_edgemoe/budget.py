@@ -37,7 +37,7 @@ class Budget:
     workspace : int
         What is computed with: one expert's matrices in full, activations of `tokens` tokens.
     index : int
-        The index of the store and the policy's tables.
+        The index of the store, the policy's tables, a predictor.
     staging : int
         Experts that are read without being kept.
     experts : int
@@ -98,9 +98,9 @@ def parse_bytes(said: str | int) -> int:
 
 def plan_memory(
     path: Path | str, *, memory: str | int | None = None, total: str | int | None = None,
-    context: int | None = None, batch: int = 1,
+    context: int | None = None, batch: int = 1, learned: int = 0,
 ) -> Budget:
-    """Return how a limit is shared out; see `Engine.open`.
+    """Return how a limit is shared out; see `Engine.open`. `learned`: bytes of a predictor.
 
     Raises
     ------
@@ -116,6 +116,7 @@ def plan_memory(
     if memory is not None and total is not None:
         raise ConfigError("memory and total are both given: give one of them")
     least = _least(index, config, Path(path), context, batch)
+    least = replace(least, index=least.index + learned)
     every = sum(size_of(m) for _, _, m in index.blobs())
     whole = max(0, min(context, MOST_CHUNK) * batch - least.tokens) * least.token_bytes
     given = memory is not None or total is not None

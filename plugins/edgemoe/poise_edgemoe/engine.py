@@ -30,7 +30,17 @@ from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import give_back, load_hot, prepare
-from poise_edgemoe.prefetch import Oracle, Predictor, check_prefetch, entrances, source_of, trace_for
+from poise_edgemoe.prefetch import (
+    Learned,
+    Oracle,
+    Predictor,
+    check_prefetch,
+    entrances,
+    predicted_policy,
+    routers_hash,
+    source_of,
+    trace_for,
+)
 from poise_edgemoe.statistics import Statistics
 from poise_edgemoe.store.index import read_index
 from poise_edgemoe.store.reader import Reader
@@ -78,6 +88,8 @@ class Engine:
                 fuse(self.model)
                 renew(self.model)
             found = entrances(self.model, self.index)
+            self.routers = routers_hash(self.model, self.index)
+            self._check_prefetch(prefetch)
             source = source_of(prefetch, trace, found, self.index.family)
         except BaseException:
             self.reader.close()
@@ -118,8 +130,9 @@ class Engine:
         batch : int
             Most rows at a time.
         policy : str or Policy
-            Which experts leave: a name of `poise_edgemoe.cache.POLICIES`, or one that was made, for options
-            (`policy_for(read_index(path), "static", frequencies=...)`).
+            Which experts leave: a name of `poise_edgemoe.cache.POLICIES`, "predicted", which asks the
+            predictor that is given as `prefetch`, or one that was made, for options
+            (`policy_for(read_index(path), "static", frequencies=...)`, `predictor.policy()`).
         kernel : "auto", "reference", "c", "torch" or "ggml"
             What multiplies packed matrices: "reference" makes them in full first, and is exact; "auto"
             reads them as they are, where that can be done (`poise.quantizers.sliced`), and warns otherwise.
@@ -128,7 +141,8 @@ class Engine:
             Whether to read past the page cache where the file system allows it.
         prefetch : "none", "lookahead", "oracle" or Predictor
             Who says what the next layer will use, to be read ahead while a token is computed: nobody, that
-            layer's router, recorded routing, or an object of one's own (`prefetch.Predictor`).
+            layer's router, recorded routing, what `poise_edgemoe.predictors` fitted, of which the engine
+            takes a copy, or an object of one's own (`prefetch.Predictor`).
         trace : path or RoutingTrace, optional
             What the oracle knows, of this store's layers and experts.
 
@@ -139,7 +153,7 @@ class Engine:
             policy other than the default where all experts stay in memory; the oracle without a trace, a
             trace without the oracle.
         DataError
-            For a trace of another model.
+            For a trace of another model. A predictor of another one is a ConfigError.
         FileError
             For a store that is torn, altered, or of a newer version.
         """
@@ -150,8 +164,10 @@ class Engine:
         check_prefetch(prefetch, trace)
         index = read_index(path)
         known = None if trace is None else trace_for(index, trace)  # before what is held is counted
-        budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch)
-        rule = policy_for(index, policy)
+        learned = prefetch.nbytes if isinstance(prefetch, Learned) else 0
+        budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch,
+                             learned=learned)
+        rule = policy_for(index, policy if policy != "predicted" else predicted_policy(index, prefetch))
         if policy != DEFAULT_POLICY and share_kept(index, budget) == 1:
             raise ConfigError(f"policy={rule.name} has no effect, as all experts stay in memory: leave it "
                               "out, or give a lower limit")
@@ -249,6 +265,12 @@ class Engine:
             if self._telling:
                 raise RunError("progress is told within a call of the engine: it cannot make another one")
             yield
+
+    def _check_prefetch(self, prefetch: str | Predictor) -> None:
+        """Refuse a predictor of another model."""
+        if isinstance(prefetch, Learned):
+            layers = self.index.layers
+            prefetch.check(len(layers), max(len(layer.experts) for layer in layers), self.routers)
 
     def _checked(self, ids: Tensor) -> Tensor:
         ids = check_prompt(self.source, ids)

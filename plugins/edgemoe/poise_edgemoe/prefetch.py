@@ -6,15 +6,18 @@ next router is Mixtral offloading's way (arXiv 2312.17238).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from poise.errors import ConfigError, DataError, nearest
+from poise_edgemoe.cache.policy import Policy
 from poise_edgemoe.cache.traces import RoutingTrace, read_trace, tokens_of
 from poise_edgemoe.flags import check_trace
 from poise_edgemoe.store.index import Index
@@ -57,6 +60,45 @@ class Predictor(Protocol):
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
         """Return experts of `layer`, each with the chance (0 to 1) that any row uses it."""
+        ...
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A predictor that is told of every layer of a token, the moment its experts are known."""
+
+    def note(self, n: int, experts: Sequence[int]) -> None:
+        """Take note of what layer n uses, of all rows."""
+        ...
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """A predictor that may ask the next router itself: where it `looks`, `look` is set to what asks."""
+
+    looks: bool
+    look: LookAhead | None
+
+
+@runtime_checkable
+class Learned(Protocol):
+    """A predictor that was fitted to a model's routing, and of which each engine takes a copy.
+
+    `nbytes`: what a copy takes.
+    """
+
+    nbytes: int
+
+    def check(self, layers: int, experts: int, model: str | None) -> None:
+        """Refuse a model of other layers, experts or routers."""
+        ...
+
+    def started(self) -> Any:
+        """Return the copy."""
+        ...
+
+    def policy(self, encoder: Iterable[int]) -> Policy:
+        """Return an eviction policy that asks it."""
         ...
 
 
@@ -110,6 +152,35 @@ def entrances(model: nn.Module, index: Index) -> list[Entrance] | None:
             return None
         found.append(Modules(norm, router, "wi" in layer.shapes))
     return found
+
+
+def routers_hash(model: nn.Module, index: Index) -> str | None:
+    """Return what tells the routers of a model from others', in 16 bits as they may be stored; None: not
+    found."""
+    digest = hashlib.sha256()
+    for layer in index.layers:
+        router = _child(model.get_submodule(layer.path.rpartition(".")[0]), ROUTERS)
+        if router is None:
+            return None
+        for name, tensor in sorted(router.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def predicted_policy(index: Index, prefetch: Any) -> Policy:
+    """Return the policy that asks a predictor.
+
+    Raises
+    ------
+    ConfigError
+        Where there is none, or it is of another model.
+    """
+    if not isinstance(prefetch, Learned):
+        raise ConfigError("policy=predicted asks a predictor: give prefetch=predictor (poise_edgemoe."
+                          "predictors.fit or load), or without reading ahead policy=predictor.policy()")
+    prefetch.check(len(index.layers), max(len(layer.experts) for layer in index.layers), None)
+    return prefetch.policy([n for n, layer in enumerate(index.layers) if layer.encoder])
 
 
 def _child(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
@@ -236,11 +307,21 @@ def source_of(
         For the look-ahead in a model whose norms and routers are not found.
     """
     if prefetch == "lookahead":
-        if found is None:
-            raise ConfigError(f"prefetch=lookahead: norms and routers of {family} are not found; take "
-                              f"prefetch=none")
-        return LookAhead(found)
+        return _look_ahead(found, family)
     if prefetch == "oracle":
         assert trace is not None
         return Oracle(trace)
-    return None if isinstance(prefetch, str) else prefetch
+    if isinstance(prefetch, str):
+        return None
+    own: Any = prefetch.started() if isinstance(prefetch, Learned) else prefetch
+    looking: Any = own
+    if isinstance(own, Looks) and own.looks:
+        looking.look = _look_ahead(found, family)
+    return looking
+
+
+def _look_ahead(found: Sequence[Entrance] | None, family: str) -> LookAhead:
+    if found is None:
+        raise ConfigError(f"prefetch=lookahead: norms and routers of {family} are not found; take "
+                          f"prefetch=none")
+    return LookAhead(found)

@@ -40,8 +40,10 @@ def mapped(trace: RoutingTrace, layers: int, experts: int) -> RoutingTrace:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name}={size!r} is not allowed: it must be a whole number >= 1")
     prompt, decode = (_tokens(keys, trace.layers, layers, experts) for keys in (trace.prompt, trace.decode))
+    read = _mapped(trace.prompt_tokens, trace.layers, layers, experts)
     bytes_ = tuple(trace.layer_bytes[m * trace.layers // layers] for m in range(layers))
-    return RoutingTrace(layers, experts, bytes_, _uses(prompt), _uses(decode))
+    return RoutingTrace(layers, experts, bytes_, _uses(prompt), _uses(decode),
+                        tuple(tuple(map(tuple, token)) for token in read))
 
 
 class Replay:
@@ -128,7 +130,11 @@ def _begins(state: Replay) -> Any:
 
 def _tokens(keys: Sequence[Key], of: int, layers: int, experts: int) -> list[Token]:
     """Take uses in `of` layers apart into tokens, which end where the layer number falls, and map each."""
-    found = [[sorted({e % experts for e in used}) for used in token] for token in tokens_of(keys, of)]
+    return _mapped(tokens_of(keys, of), of, layers, experts)
+
+
+def _mapped(tokens: Sequence[Sequence[Sequence[int]]], of: int, layers: int, experts: int) -> list[Token]:
+    found = [[sorted({e % experts for e in used}) for used in token] for token in tokens]
     return [[token[m * of // layers] for m in range(layers)] for token in found]
 
 

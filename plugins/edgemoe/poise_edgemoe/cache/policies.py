@@ -121,8 +121,38 @@ class ForwardLRU(_ByDistance):
         return self.distance()
 
 
-class Expected(_ByDistance):
+class ByWait(_ByDistance):
     """The longest expected time to the next use goes first: d + S (1/p - 1), in MoE layers.
+
+    p is the chance that a token uses an expert, as a policy knows it.
+    """
+
+    floor = 1e-4  # of p
+
+    def __init__(self, layers: int, experts: int, encoder: Collection[int] = ()):
+        super().__init__(layers, experts, encoder)
+        self._wait = np.full((layers, experts), self.S * (1 / self.floor - 1))
+
+    def yields(self, gone: Key, key: Key, chance: float) -> bool:
+        """Return whether the next use of `gone` is expected after that of a guess."""
+        self._settle()
+        away = self.distance()[:, 0]
+        score = np.inf if gone[0] in self._encoder else self._wait[gone] + away[gone[0]]
+        return bool(score > away[key[0]] + self._waits(chance))
+
+    def decoder_scores(self) -> np.ndarray:
+        self._settle()
+        return self._wait + self.distance()
+
+    def _settle(self) -> None:
+        """Put down uses that were noted: waits are asked for."""
+
+    def _waits(self, rate: Any) -> Any:
+        return self.S * (1 / np.maximum(rate, self.floor) - 1)
+
+
+class Expected(ByWait):
+    """The longest expected time to the next use goes first; see `ByWait`.
 
     p is the expert's use rate per token: an exponential average that starts at 0, in which a use counts
     at once and the past is decayed between tokens. Counting at the end of a token, or a half-life of 64
@@ -131,13 +161,11 @@ class Expected(_ByDistance):
 
     name = "expected"
     half_life = 16  # tokens
-    floor = 1e-4
 
     def __init__(self, layers: int, experts: int, encoder: Collection[int] = ()):
         super().__init__(layers, experts, encoder)
         self._kept = 0.5 ** (1 / self.half_life)
         self._rate = np.zeros((layers, experts))
-        self._wait = self._waits(self._rate)
         self._noted: list[tuple[int, Sequence[int]]] = []  # uses of a layer's experts, not put down yet
 
     def used(self, key: Key) -> None:
@@ -189,20 +217,6 @@ class Expected(_ByDistance):
         super().next_token()
         self._rate *= self._kept
         self._wait = self._waits(self._rate)
-
-    def yields(self, gone: Key, key: Key, chance: float) -> bool:
-        """Return whether the next use of `gone` is expected after that of a guess."""
-        self._settle()
-        away = self.distance()[:, 0]
-        score = np.inf if gone[0] in self._encoder else self._wait[gone] + away[gone[0]]
-        return bool(score > away[key[0]] + self._waits(chance))
-
-    def _waits(self, rate: Any) -> Any:
-        return self.S * (1 / np.maximum(rate, self.floor) - 1)
-
-    def decoder_scores(self) -> np.ndarray:
-        self._settle()
-        return self._wait + self.distance()
 
 
 class PaperIntent(_ByDistance):

@@ -13,8 +13,11 @@ from poise.errors import DataError
 from poise.files import write_bytes
 from poise_edgemoe.cache.policy import Key
 
+Row = tuple[int, int, int]  # step, layer, expert
+ByToken = tuple[tuple[tuple[int, ...], ...], ...]
+
 _COLUMNS = ("turn", "phase", "step", "layer", "expert")
-_PROMPT, _DECODE = 0, 1
+_PROMPT, _DECODE, _LOOKED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class RoutingTrace:
         By layer the experts that any token of the prompt used, ascending, each once: one token.
     decode
         By token and layer the experts used, ascending.
+    prompt_tokens
+        By token of the prompt and layer the experts used, where it was recorded so; the last layer may have
+        the last token only.
+    looked
+        By decoded token and layer the experts that the layer's router named when it was asked a layer too
+        early, the likeliest first, none for layer 0; where it was recorded.
+    model
+        Of which routers it is (`store.routers.routers_hash`), where that is known.
     """
 
     layers: int
@@ -40,6 +51,9 @@ class RoutingTrace:
     layer_bytes: tuple[int, ...]
     prompt: tuple[Key, ...]
     decode: tuple[Key, ...]
+    prompt_tokens: ByToken = ()
+    looked: ByToken = ()
+    model: str | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -64,7 +78,8 @@ def read_trace(path: Path | str) -> RoutingTrace:
 
     Comment lines give the bytes of an expert (`# layer=0 expert_bytes=3059712`) and the number of experts
     (`n_expert=128`); then comes a table with the columns turn, phase (0: prompt, 1: decode), step (token),
-    layer and expert. Others are not looked at.
+    layer and expert. Others are not looked at. Ours have `# routers=HASH` too, and rows of a phase 2: what
+    the router of a layer said a layer too early.
 
     Raises
     ------
@@ -90,10 +105,15 @@ def write_trace(path: Path | str, trace: RoutingTrace) -> None:
         When the file cannot be written.
     """
     lines = [f"# n_expert={trace.experts}"]
+    lines += [] if trace.model is None else [f"# routers={trace.model}"]
     lines += [f"# layer={n} expert_bytes={size}" for n, size in enumerate(trace.layer_bytes)]
-    lines += [",".join(_COLUMNS), *(f"0,{_PROMPT},0,{n},{e}" for n, e in trace.prompt)]
-    for step, token in enumerate(tokens_of(trace.decode, trace.layers)):
-        lines += [f"0,{_DECODE},{step},{n},{e}" for n, used in enumerate(token) for e in used]
+    lines.append(",".join(_COLUMNS))
+    whole = trace.prompt_tokens or tokens_of(trace.prompt, trace.layers)
+    phases: tuple[tuple[int, Sequence[Sequence[Sequence[int]]]], ...] = (
+        (_PROMPT, whole), (_DECODE, tokens_of(trace.decode, trace.layers)), (_LOOKED, trace.looked))
+    for phase, tokens in phases:
+        lines += [f"0,{phase},{step},{n},{e}" for step, token in enumerate(tokens)
+                  for n, used in enumerate(token) for e in used]
     write_bytes(path, gzip.compress("\n".join([*lines, ""]).encode(), mtime=0))
 
 
@@ -129,8 +149,9 @@ def _rows(lines: Iterator[tuple[int, str]], header: list[str], path: str) -> Ite
                     f"{path}, line {number}: {column} is {cells[i]!r}, needs a whole number from 0"
                 )
         row = tuple(int(cells[i]) for i in at)
-        if row[1] not in (_PROMPT, _DECODE):
-            raise DataError(f"{path}, line {number}: phase is {row[1]}, needs 0 (prompt) or 1 (decode)")
+        if row[1] not in (_PROMPT, _DECODE, _LOOKED):
+            raise DataError(f"{path}, line {number}: phase is {row[1]}, needs 0 (prompt), 1 (decode) or 2 "
+                            f"(what the next router said)")
         yield row
 
 
@@ -146,7 +167,24 @@ def _trace(rows: list[tuple[int, ...]], comments: str, path: str) -> RoutingTrac
     if largest >= experts:
         raise DataError(f"{path}: expert {largest} is beyond n_expert={experts}")
     place = {layer: i for i, layer in enumerate(layers)}
-    prompt = sorted({(place[i], j) for _, phase, _, i, j in rows if phase == _PROMPT})
-    decode = sorted({(step, place[i], j) for _, phase, step, i, j in rows if phase == _DECODE})
-    uses = tuple((i, j) for _, i, j in decode)
-    return RoutingTrace(len(layers), experts, tuple(found[i] for i in layers), tuple(prompt), uses)
+    steps = {phase: sorted({(step, place[i], j) for _, p, step, i, j in rows if p == phase})
+             for phase in (_PROMPT, _DECODE)}
+    said = [(step, place[i], j) for _, p, step, i, j in rows if p == _LOOKED]  # in the router's order
+    looked = _by_token(said, len(layers), steps[_DECODE]) if said else ()
+    uses = tuple((n, e) for _, n, e in steps[_DECODE])
+    prompt = sorted({key[1:] for key in steps[_PROMPT]})
+    single = len({step for step, *_ in steps[_PROMPT]}) < 2
+    read = () if single else _by_token(steps[_PROMPT], len(layers), steps[_PROMPT])
+    routers = re.search(r"\brouters=([0-9a-f]+)", comments)
+    return RoutingTrace(
+        len(layers), experts, tuple(found[i] for i in layers), tuple(prompt), uses, read, looked,
+        routers and routers[1])
+
+
+def _by_token(rows: list[Row], layers: int, like: list[Row]) -> ByToken:
+    """Return experts by token and layer, of the tokens that there are in `like`."""
+    found: dict[int, list[list[int]]] = {step: [[] for _ in range(layers)] for step, *_ in like}
+    for step, n, e in rows:
+        if step in found:
+            found[step][n].append(e)
+    return tuple(tuple(tuple(used) for used in token) for token in found.values())

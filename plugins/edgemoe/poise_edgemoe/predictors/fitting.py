@@ -1,181 +1,167 @@
-"""Fits predictors to recorded routing, and makes probabilities of their scores.
+"""Fits predictors to recorded routing, and makes chances of what is counted.
 
-A logistic regression for each layer turns what tables say into a score, and a curve that never falls, the
-same for all layers, turns scores into chances. Both are fitted on tokens that the tables have not seen:
-counts are sure of what they were made from.
+Traces are gone through once, as an engine will go through its tokens: what is known before a layer runs is
+put down beside what it then uses, and only then is it counted. So counts are never asked about what they
+were made from. A logistic regression for each layer turns numbers into a score, and a curve that never
+falls, the same for all layers, turns scores into chances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from poise.errors import ConfigError, nearest
-from poise_edgemoe.cache.traces import RoutingTrace
-from poise_edgemoe.predictors.factored import factored
+from poise_edgemoe.cache.traces import ByToken, RoutingTrace
+from poise_edgemoe.predictors.blocks import Block
+from poise_edgemoe.predictors.chances import Cases, alike_for, fitted, loss, rising
 from poise_edgemoe.predictors.past import Past, Tokens, replayed, tokens_of_traces
-from poise_edgemoe.predictors.tables import path_table
+from poise_edgemoe.predictors.routing import AHEAD, METHODS, ORDER, FromRouting, blocks_for
 
-if TYPE_CHECKING:
-    from poise_edgemoe.prefetch import Seen
-
-METHODS = {"table": path_table, "factored": factored}
-LEAST = 0.05  # chance of an expert that is spoken of
-RIDGE = 10.0  # in cases: how far a layer's weights are held to those of all layers
-GROUPS = 400  # of cases, of which a curve is made
-STEPS = 30  # of Newton's method, at most
+MOST_CASES = 400_000  # (tokens x layers x experts) that weights are fitted to
+FIRST = 4  # tokens of a trace that are no cases: nothing is known yet
+SOON = 0.8  # weight of a use a token later, and so on
 
 
-class Scorer(Protocol):
-    """Says what the chances of a layer's experts are made of."""
-
-    features: int
-
-    def of(self, n: int, past: Past) -> np.ndarray:
-        """Return numbers, (features, experts)."""
-        ...
-
-
-class FromRouting:
-    """Predicts from routing alone; a source for `Engine.open(prefetch=...)`.
-
-    Parameters
-    ----------
-    scorers : list of Scorer
-        By layer.
-    weights : list of float array, (features,)
-        Of each layer's scorer.
-    curve : pair of float array, (knots,)
-        Scores, rising, and the chances that they mean.
-    """
-
-    def __init__(
-        self, scorers: Sequence[Scorer], weights: Sequence[np.ndarray],
-        curve: tuple[np.ndarray, np.ndarray], experts: int,
-    ) -> None:
-        self.scorers, self.weights, self.curve, self.experts = list(scorers), list(weights), curve, experts
-        self.past = Past(len(self.scorers), experts)
-
-    def chances(self, n: int, past: Past) -> np.ndarray:
-        """Return the chance that each expert of layer n is used next, (experts,)."""
-        return np.interp(self.weights[n] @ self.scorers[n].of(n, past), *self.curve)
-
-    def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
-        """Return experts that have some chance, each with it."""
-        self.past.note(seen.layer, seen.experts)
-        chances = self.chances(layer, self.past)
-        return [(int(e), float(chances[e])) for e in np.flatnonzero(chances >= LEAST)]
-
-
-def fit(
-    traces: Sequence[RoutingTrace], method: str = "auto", *, held_out: float = 0.3
-) -> FromRouting:
-    """Return a predictor of the next layer's experts.
+def fit(traces: Sequence[RoutingTrace], method: str = "auto", *, depth: int | None = None) -> FromRouting:
+    """Return a predictor of the experts of layers to come.
 
     Parameters
     ----------
     traces : list of RoutingTrace
         Of one model; each is of tokens that follow one another.
-    method : "auto", "table" or "factored"
-        The paper's table over the experts of two layers; or each expert for itself; "auto" takes for each
-        layer the one whose chances are better on what is held out.
-    held_out : float
-        Share of each trace, its end, that tables are not made from, to fit chances.
+    method : "auto", "table", "factored", "lookahead" or "combined"
+        The paper's table over the experts of two layers; each expert for itself; the next router; both of
+        these. "auto" takes for each layer the one whose chances were better, of those that the traces have
+        what is needed for (`RoutingTrace.looked`).
+    depth : int, optional
+        Layers ahead of which it speaks, 1 or 2; without 2, or 1 where only the next router is asked.
 
     Raises
     ------
     ConfigError
-        For another method, or a share that leaves nothing.
+        For another method or depth; a method that looks into routers, and traces without that.
     DataError
         For no traces, those of different models, or too few tokens.
     """
-    if method != "auto" and method not in METHODS:
-        names = ["auto", *METHODS]
-        raise ConfigError(f"method={method!r} is none of {', '.join(names)}{nearest(method, names)}")
-    if not isinstance(held_out, float) or not 0 < held_out < 1:
-        raise ConfigError(f"held_out={held_out!r} is not allowed: it must be a share between 0 and 1")
+    methods = _methods(method, traces)
+    most = 1 if method == "lookahead" else AHEAD
+    if depth is not None and (isinstance(depth, bool) or depth not in range(1, most + 1)):
+        raise ConfigError(f"depth={depth!r} is not allowed: of method {method!r} it must be "
+                          f"{' or '.join(map(str, range(1, most + 1)))}")
     tokens, layers, experts = tokens_of_traces(traces)
-    cut = [max(1, round(len(t) * (1 - held_out))) for t in tokens]
-    found = []
-    for name in METHODS if method == "auto" else (method,):
-        early = METHODS[name]([t[:c] for t, c in zip(tokens, cut)], layers, experts)
-        cases = _cases(early, tokens, cut, layers, experts)
-        weights = fitted(cases)
-        whole = METHODS[name](tokens, layers, experts)
-        found.append([(_loss(*cases[n], weights[n]), whole, weights[n], cases[n]) for n in range(layers)])
-    best = [min(ways, key=lambda way: way[0]) for ways in zip(*found)]
-    curve = rising(np.concatenate([x @ w for _, _, w, (x, _) in best]),
-                   np.concatenate([y for *_, (_, y) in best]))
-    return FromRouting([way[1] for way in best], [way[2] for way in best], curve, experts)
+    blocks = blocks_for({name for m in methods for name in METHODS[m]}, _used(tokens, layers), experts)
+    cases = _Cases(blocks, layers, experts, depth or most, tokens)
+    for walked, trace in zip(tokens, traces):
+        cases.walk(walked, trace.looked)
+    ways = [_best(cases, ahead, methods) for ahead in range(depth or most)]
+    kept = _needed(blocks, [m for way in ways for m in way[0]])
+    model = next((t.model for t in traces if t.model is not None), None)
+    return FromRouting(kept, [w[0] for w in ways], [w[1] for w in ways], [w[2] for w in ways],
+                       alike_for(cases.again()), model)
 
 
-def _cases(
-    scorer: Any, tokens: Sequence[Tokens], cut: Sequence[int], layers: int, experts: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return by layer what chances are made of, (cases, features), and what was used, (cases,)."""
-    x: list[list[np.ndarray]] = [[] for _ in range(layers)]
-    y: list[list[np.ndarray]] = [[] for _ in range(layers)]
-    for trace, c in zip(tokens, cut):
-        past = Past(layers, experts)
-        for _ in replayed(trace[:c], past):
-            pass
-        for n, used in replayed(trace[c:], past):
-            x[n].append(scorer.of(n, past))
-            y[n].append(np.isin(np.arange(experts), used))
-    return [(np.concatenate(xs, 1).T, np.concatenate(ys)) for xs, ys in zip(x, y)]
+def _methods(method: str, traces: Sequence[RoutingTrace]) -> list[str]:
+    names = ["auto", *METHODS]
+    if method not in names:
+        raise ConfigError(f"method={method!r} is none of {', '.join(names)}{nearest(str(method), names)}")
+    looks = bool(traces) and all(t.looked for t in traces)
+    if method == "auto":
+        return [m for m in METHODS if looks or "looked" not in METHODS[m]]
+    if "looked" in METHODS[method] and not looks:
+        raise ConfigError(f"method={method}: a trace has not recorded what the next router said; record "
+                          f"one (poise moe fit STORE), or take table or factored")
+    return [method]
 
 
-def fitted(cases: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Return weights by layer, held to those of all layers."""
-    start = np.zeros(cases[0][0].shape[1])
-    x, y = (np.concatenate(of) for of in zip(*cases))
-    alike = _logistic(x, y, start, 1e-3)
-    return [_logistic(x, y, alike, RIDGE) for x, y in cases]
+def _used(tokens: Sequence[Tokens], layers: int) -> np.ndarray:
+    """Return by layer how many experts a token uses."""
+    sizes = np.array([[len(used) for used in token] for trace in tokens for token in trace])
+    return sizes.sum(0) / np.maximum(1, (sizes > 0).sum(0))
 
 
-def _logistic(x: np.ndarray, y: np.ndarray, start: np.ndarray, ridge: float) -> np.ndarray:
-    """Return the weights of a logistic regression that stay near `start`, by Newton's method."""
-
-    def objective(w: np.ndarray) -> float:
-        return _loss(x, y, w) + ridge / 2 * float(((w - start) ** 2).sum())
-
-    w = start
-    for _ in range(STEPS):
-        p = sigmoid(x @ w)
-        slope = x.T @ (p - y) + ridge * (w - start)
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + ridge * np.eye(len(w)), slope)
-        now = objective(w)
-        while objective(w - step) > now and np.abs(step).max() > 1e-9:
-            step = step / 2
-        w = w - step
-        if np.abs(step).max() < 1e-7:
-            break
-    return w
+def _needed(blocks: dict[str, Block], methods: Sequence[str]) -> dict[str, Block]:
+    """Return the blocks that some method looks at; shares stand behind all."""
+    names = {"usual", *(name for m in methods for name in METHODS[m])}
+    return {name: blocks[name] for name in ORDER if name in names}
 
 
-def rising(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores, rising, and the shares of cases that happened there, which never fall.
+class _Cases:
+    """What was known and what happened, by layers ahead and layer."""
 
-    Neighbours whose shares fall are pooled (the least squares of rising curves); each group counts a half
-    of a case more on either side, so that nothing is sure.
-    """
-    groups: list[list[float]] = []  # cases, those that happened, sum of scores
-    for at in np.array_split(np.argsort(z, kind="stable"), min(len(z), GROUPS)):
-        groups.append([len(at) + 1.0, float(y[at].sum()) + 0.5, float(z[at].sum() + z[at].mean())])
-        while len(groups) > 1 and groups[-2][1] * groups[-1][0] >= groups[-1][1] * groups[-2][0]:
-            last = groups.pop()
-            groups[-1] = [a + b for a, b in zip(groups[-1], last)]
-    cases, happened, scores = np.array(groups).T
-    return scores / cases, happened / cases
+    def __init__(
+        self, blocks: dict[str, Block], layers: int, experts: int, depth: int, tokens: Sequence[Tokens]
+    ) -> None:
+        self.blocks, self.layers, self.experts = blocks, layers, experts
+        self.every = -(-sum(map(len, tokens)) * layers * experts // MOST_CASES)
+        self.x: list[list[list[np.ndarray]]] = [[[] for _ in range(layers)] for _ in range(depth)]
+        self.y: list[list[np.ndarray]] = [[] for _ in range(layers)]
+        self.soon: list[list[np.ndarray]] = [[] for _ in range(layers)]
+        self.columns = {name: slice(a, b) for name, (a, b) in zip(blocks, pairwise(
+            np.cumsum([1, *(block.features for block in blocks.values())]).tolist()))}
+
+    def walk(self, tokens: Tokens, looked: ByToken) -> None:
+        """Go through one trace."""
+        past, first = Past(self.layers, self.experts), min(FIRST, len(tokens) - 1)
+        later = _later(tokens, self.layers, self.experts)
+        ahead_of = len(tokens) - len(looked)  # tokens of the prompt, of which no router was asked
+        for at, (n, used) in enumerate(replayed(tokens, past)):
+            t = at // self.layers
+            if not used:  # the last layer of a prompt needs its last token only
+                continue
+            if "looked" in self.blocks and t >= ahead_of:
+                self.blocks["looked"].ranks[n] = [list(looked[t - ahead_of][n])]  # type: ignore[attr-defined]
+            if t >= first and t % self.every == 0:
+                self._put(n, used, past)
+                self.soon[n].append(later[t, n])
+            for block in self.blocks.values():
+                block.learn(n, used, past)
+
+    def _put(self, n: int, used: list[int], past: Past) -> None:
+        for ahead, x in enumerate(self.x, 1):
+            said = [np.ones((1, self.experts)), *(b.of(n, past, ahead) for b in self.blocks.values())]
+            x[n].append(np.concatenate(said).astype(np.float32))
+        self.y[n].append(np.isin(np.arange(self.experts), used))
+
+    def of(self, ahead: int, names: Sequence[str]) -> list[Cases]:
+        """Return cases by layer, of some blocks."""
+        columns = np.concatenate([[0], *(np.arange(99)[self.columns[name]] for name in names)])
+        return [self._case(self.x[ahead][n], self.y[n], columns) for n in range(self.layers)]
+
+    def again(self) -> list[Cases]:
+        """Return cases by layer of who is used soon."""
+        columns = np.arange(self.columns["usual"].stop)
+        return [self._case(self.x[0][n], self.soon[n], columns) for n in range(self.layers)]
+
+    def _case(self, x: list[np.ndarray], y: list[np.ndarray], columns: np.ndarray) -> Cases:
+        if not x:
+            return np.zeros((0, len(columns))), np.zeros(0)
+        return np.concatenate(x, 1)[columns].T.astype(float), np.concatenate(y).astype(float)
 
 
-def _loss(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
-    z = x @ w
-    return float(np.logaddexp(0, z).sum() - z[y].sum())
+def _later(tokens: Tokens, layers: int, experts: int) -> np.ndarray:
+    """Return uses of every expert from a token on, later ones counting less: a weighted mean, (t, n, e)."""
+    found = np.zeros((len(tokens), layers, experts), dtype=np.float32)
+    uses, weight = np.zeros((layers, experts)), 0.0
+    for t in range(len(tokens) - 1, -1, -1):
+        uses, weight = SOON * uses, 1 + SOON * weight
+        for n, used in enumerate(tokens[t]):
+            uses[n, used] += 1
+        found[t] = uses / weight
+    return found
 
 
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    """Return 1 / (1 + exp(-z))."""
-    return 0.5 * (1 + np.tanh(0.5 * z))
+def _best(cases: _Cases, ahead: int, methods: Sequence[str]) -> tuple[list[str], list[np.ndarray], Any]:
+    """Return by layer the method with the least surprise, its weights; and the curve."""
+    ways = []
+    for m in methods:
+        if ahead and m == "lookahead":
+            continue  # which knows the next layer only
+        own = cases.of(ahead, METHODS[m])
+        ways.append([(loss(x, y, w), m, w, x @ w, y) for (x, y), w in zip(own, fitted(own))])
+    best = [min(of_layer, key=lambda way: way[0]) for of_layer in zip(*ways)]
+    curve = rising(np.concatenate([way[3] for way in best]), np.concatenate([way[4] for way in best]))
+    return [way[1] for way in best], [way[2] for way in best], curve

@@ -9,8 +9,9 @@ import numpy as np
 from poise.errors import DataError
 from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
 
-HALF_LIFE = 16  # tokens, of the rate of use of late
-KEPT = 0.5 ** (1 / HALF_LIFE)
+HALF_LIVES = (1, 4, 16, 64)  # tokens, of rates of use of late
+KEPT = 0.5 ** (1 / np.array(HALF_LIVES))[:, None]
+BEFORE = 3  # layers that are looked back on
 
 Tokens = list[list[list[int]]]  # by token and layer, experts in ascending order
 
@@ -22,32 +23,38 @@ class Past:
     ----------
     used : list of tuple of int
         By layer, the experts of its last token, ascending.
-    rate : float array, (layers, experts)
-        How often each was used of late, per token.
+    rate : float array, (layers, half-lives, experts)
+        How often each was used of late, per token, as an exponential average: a use counts at once.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
         self.used: list[tuple[int, ...]] = [()] * layers
-        self.rate = np.zeros((layers, experts))
+        self.rate = np.zeros((layers, len(HALF_LIVES), experts))
 
-    def before(self, n: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Return what was used one and two layers before layer n, and by layer n a token ago.
+    def before(self, n: int, ahead: int = 1) -> list[tuple[int, ...]]:
+        """Return what 1 to `BEFORE` layers before layer n have used, and layer n itself a token ago.
 
         Before the first layers of a token run the last ones of the token before.
+
+        Parameters
+        ----------
+        ahead : int
+            How many layers after the one that runs n is: of layers between them nothing is known.
         """
         layers = len(self.used)
-        return self.used[(n - 1) % layers], self.used[(n - 2) % layers], self.used[n]
+        known = [self.used[(n - back) % layers] if back >= ahead else () for back in range(1, BEFORE + 1)]
+        return [*known, self.used[n]]
 
     def note(self, n: int, experts: Sequence[int]) -> None:
         """Say what layer n uses."""
         self.used[n] = tuple(sorted(experts))
         rate = self.rate[n]
-        rate[list(experts)] += 1 - KEPT
+        rate[:, list(experts)] += 1 - KEPT
         rate *= KEPT
 
 
 def tokens_of_traces(traces: Sequence[RoutingTrace]) -> tuple[list[Tokens], int, int]:
-    """Return decoded tokens of each trace, layers and experts.
+    """Return the tokens of each trace, those of the prompt first, layers and experts.
 
     Raises
     ------
@@ -58,9 +65,12 @@ def tokens_of_traces(traces: Sequence[RoutingTrace]) -> tuple[list[Tokens], int,
     if len(shapes) != 1:
         said = ", ".join(f"{layers} layers of {experts} experts" for layers, experts in shapes)
         raise DataError(f"traces are of {said or 'nothing'}: give traces of one model")
-    found = [tokens_of(t.decode, t.layers) for t in traces]
+    if len({t.model for t in traces} - {None}) > 1:
+        raise DataError("traces are of models with different routers: give traces of one model")
+    found = [[list(map(list, token)) for token in t.prompt_tokens] + tokens_of(t.decode, t.layers)
+             for t in traces]
     if max(map(len, found)) < 2:
-        raise DataError("no trace has two decoded tokens: nothing can be learned of what follows what")
+        raise DataError("no trace has two tokens: nothing can be learned of what follows what")
     return found, *shapes[0]
 
 

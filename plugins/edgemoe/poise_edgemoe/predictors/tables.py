@@ -6,78 +6,79 @@ to one layer and to none; before a token's first layer run the last ones of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from poise_edgemoe.predictors.past import Past, Tokens, replayed
+from poise_edgemoe.predictors.blocks import SMOOTHED, Usual
+from poise_edgemoe.predictors.past import Past
 
-SMOOTHED = 4.0  # visits that a shorter key counts as
-MOST_KEYS = 65_536  # of two layers, the most visited ones
+MOST_KEYS = 65_536  # of two layers: no more are taken up
 LEAST = 1e-4  # of a probability whose logarithm is taken
+AHEAD = 2  # layers, of which each has keys of its own
 
 Experts = tuple[int, ...]
-Counts = dict[tuple[int, Experts, Experts], tuple[int, np.ndarray]]
+Key = tuple[int, int, Experts, Experts]
 
 
 class PathTable:
-    """Probabilities by what the two layers before have used.
+    """Probabilities by what two layers before have used.
 
-    Parameters
+    Attributes
     ----------
-    none : float array, (layers, experts)
-        Share of tokens that use an expert, smoothed.
-    one, two : dict
-        (layer, experts of the layer before, of the one before that) to (visits, counts (experts,)); `one`
-        has () for the latter.
+    counts : dict
+        (layers ahead, layer, experts of the last known layer, of the one before it) to
+        [visits, counts (experts,)]; with () for the latter: whatever that one has used.
     """
 
-    features = 2
+    features: ClassVar[int] = 1
 
-    def __init__(self, none: np.ndarray, one: Counts, two: Counts) -> None:
-        self.none, self.one, self.two = none, one, two
+    def __init__(self, usual: Usual) -> None:
+        self.usual = usual
+        self.experts = usual.counts.shape[1]
+        self.counts: dict[Key, list] = {}
 
-    def inclusion(self, n: int, first: Experts, second: Experts) -> np.ndarray:
+    def inclusion(self, n: int, first: Experts, second: Experts, ahead: int = 1) -> np.ndarray:
         """Return the probability that each expert of layer n is used, (experts,); they sum to k."""
-        p = _backed(self.one.get((n, first, ())), self.none[n])
-        return _backed(self.two.get((n, first, second)), p)
+        p = self._backed((ahead, n, first, ()), self.usual.share(n))
+        return self._backed((ahead, n, first, second), p)
 
-    def of(self, n: int, past: Past) -> np.ndarray:
-        """Return what a probability is made of, (features, experts): 1 and a logarithm."""
-        first, second, _ = past.before(n)
-        p = self.inclusion(n, first, second)
-        return np.stack([np.ones_like(p), np.log(np.maximum(p, LEAST))])
+    def _backed(self, key: Key, less: np.ndarray) -> np.ndarray:
+        if (found := self.counts.get(key)) is None:
+            return less
+        return (found[1] + SMOOTHED * less) / (found[0] + SMOOTHED)
 
+    def of(self, n: int, past: Past, ahead: int) -> np.ndarray:
+        first, second = past.before(n)[ahead - 1: ahead + 1]
+        return np.log(np.maximum(self.inclusion(n, first, second, ahead), LEAST))[None]
 
-def _backed(found: tuple[int, np.ndarray] | None, less: np.ndarray) -> np.ndarray:
-    if found is None:
-        return less
-    visits, counts = found
-    return (counts + SMOOTHED * less) / (visits + SMOOTHED)
+    def learn(self, n: int, experts: list[int], past: Past) -> None:
+        before = past.before(n)
+        for ahead in range(1, AHEAD + 1):
+            first, second = before[ahead - 1: ahead + 1]
+            if not first:  # the beginning of a trace
+                continue
+            for key in dict.fromkeys(((ahead, n, first, ()), (ahead, n, first, second))):
+                if key not in self.counts and len(self.counts) >= MOST_KEYS:
+                    continue
+                seen = self.counts.setdefault(key, [0, np.zeros(self.experts, dtype=np.int32)])
+                seen[0] += 1
+                seen[1][experts] += 1
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        width = max((len(one) for *_, a, b in self.counts for one in (a, b)), default=0)
+        keys = np.full((len(self.counts), 2 + 2 * width), -1, dtype=np.int32)
+        for row, (ahead, n, first, second) in zip(keys, self.counts):
+            row[:2] = ahead, n
+            row[2: 2 + len(first)] = first
+            row[2 + width: 2 + width + len(second)] = second
+        values = list(self.counts.values())
+        return {"keys": keys, "visits": np.array([v for v, _ in values], dtype=np.int32),
+                "counts": np.array([c for _, c in values], np.int32).reshape(-1, self.experts)}
 
-def frequencies(traces: Sequence[Tokens], layers: int, experts: int) -> np.ndarray:
-    """Return the share of tokens that use each expert, (layers, experts), smoothed towards all alike."""
-    counts, tokens = np.zeros((layers, experts)), sum(map(len, traces))
-    for trace in traces:
-        for n, used in replayed(trace, Past(layers, experts)):
-            counts[n, used] += 1
-    k = counts.sum(1, keepdims=True) / max(1, tokens)
-    return (counts + SMOOTHED * k / experts) / (tokens + SMOOTHED)
-
-
-def path_table(traces: Sequence[Tokens], layers: int, experts: int) -> PathTable:
-    """Count what follows every key, but at the beginning of a trace, where none is known."""
-    one: Counts = {}
-    two: Counts = {}
-    for trace in traces:
-        past = Past(layers, experts)
-        for n, used in replayed(trace, past):
-            first, second, _ = past.before(n)
-            for table, key in ((one, (n, first, ())), (two, (n, first, second))):
-                visits, counts = table.get(key, (0, None))
-                counts = np.zeros(experts, dtype=np.int32) if counts is None else counts
-                counts[used] += 1
-                table[key] = visits + 1, counts
-    kept = sorted(two, key=lambda key: -two[key][0])[:MOST_KEYS]
-    return PathTable(frequencies(traces, layers, experts), one, {key: two[key] for key in kept})
+    def read(self, tensors: dict[str, np.ndarray]) -> None:
+        keys, middle = tensors["keys"], 1 + tensors["keys"].shape[1] // 2
+        self.counts = {}
+        for row, visits, counts in zip(keys.tolist(), tensors["visits"].tolist(), tensors["counts"]):
+            first, second = (tuple(e for e in part if e >= 0) for part in (row[2:middle], row[middle:]))
+            self.counts[row[0], row[1], first, second] = [visits, counts.copy()]
