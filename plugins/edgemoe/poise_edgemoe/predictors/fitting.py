@@ -20,6 +20,7 @@ from poise_edgemoe.predictors.blocks import Block
 from poise_edgemoe.predictors.chances import Cases, alike_for, fitted, loss, rising
 from poise_edgemoe.predictors.past import Past, Tokens, replayed, tokens_of_traces
 from poise_edgemoe.predictors.routing import AHEAD, METHODS, ORDER, FromRouting, blocks_for
+from poise_edgemoe.predictors.tables import PathTable
 
 MOST_CASES = 400_000  # (tokens x layers x experts) that weights are fitted to
 FIRST = 4  # tokens of a trace that are no cases: nothing is known yet
@@ -33,10 +34,10 @@ def fit(traces: Sequence[RoutingTrace], method: str = "auto", *, depth: int | No
     ----------
     traces : list of RoutingTrace
         Of one model; each is of tokens that follow one another.
-    method : "auto", "table", "factored", "lookahead" or "combined"
-        The paper's table over the experts of two layers; each expert for itself; the next router; both of
-        these. "auto" takes for each layer the one whose chances were better, of those that the traces have
-        what is needed for (`RoutingTrace.looked`).
+    method : "auto", "table", "factored", "both", "lookahead" or "combined"
+        The paper's table over the experts of two layers; each expert for itself; both of these; the next
+        router; all of them. "auto" takes for each layer the one whose chances were better, of those that
+        the traces have what is needed for (`RoutingTrace.looked`).
     depth : int, optional
         Layers ahead of which it speaks, 1 or 2; without 2, or 1 where only the next router is asked.
 
@@ -86,6 +87,8 @@ def _used(tokens: Sequence[Tokens], layers: int) -> np.ndarray:
 def _needed(blocks: dict[str, Block], methods: Sequence[str]) -> dict[str, Block]:
     """Return the blocks that some method looks at; shares stand behind all."""
     names = {"usual", *(name for m in methods for name in METHODS[m])}
+    if isinstance(table := blocks.get("path"), PathTable):
+        table.often()
     return {name: blocks[name] for name in ORDER if name in names}
 
 
@@ -161,7 +164,8 @@ def _best(cases: _Cases, ahead: int, methods: Sequence[str]) -> tuple[list[str],
         if ahead and m == "lookahead":
             continue  # which knows the next layer only
         own = cases.of(ahead, METHODS[m])
-        ways.append([(loss(x, y, w), m, w, x @ w, y) for (x, y), w in zip(own, fitted(own))])
+        # a weight more has to be worth a nat (Akaike)
+        ways.append([(loss(x, y, w) + len(w), m, w, x @ w, y) for (x, y), w in zip(own, fitted(own))])
     best = [min(of_layer, key=lambda way: way[0]) for of_layer in zip(*ways)]
     curve = rising(np.concatenate([way[3] for way in best]), np.concatenate([way[4] for way in best]))
     return [way[1] for way in best], [way[2] for way in best], curve

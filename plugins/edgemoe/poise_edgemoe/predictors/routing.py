@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 LEAST = 0.05  # chance of an expert that is spoken of
 AHEAD = 2  # layers that are spoken of, where nobody looks into hidden states
 METHODS: dict[str, tuple[str, ...]] = {
-    "table": ("path",), "factored": ("usual", "factored"), "lookahead": ("usual", "looked"),
-    "combined": ("usual", "factored", "looked"),
+    "table": ("path",), "factored": ("usual", "factored"), "both": ("usual", "path", "factored"),
+    "lookahead": ("usual", "looked"), "combined": ("usual", "path", "factored", "looked"),
 }
 ORDER = ("usual", "path", "factored", "looked")
 
@@ -119,6 +119,8 @@ class FromRouting:
         """Return a copy that has seen nothing of what runs."""
         own = copy.deepcopy(self)
         own.past = Past(self.layers, self.experts)
+        if isinstance(table := own.blocks.get("path"), PathTable):
+            table.most = 0  # what it takes was counted to the memory
         return own
 
     def policy(self, encoder: Iterable[int] = ()) -> Predicted:

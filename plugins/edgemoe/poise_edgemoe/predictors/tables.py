@@ -13,7 +13,7 @@ import numpy as np
 from poise_edgemoe.predictors.blocks import SMOOTHED, Usual
 from poise_edgemoe.predictors.past import Past
 
-MOST_KEYS = 65_536  # of two layers: no more are taken up
+MOST_KEYS = 65_536  # are taken up
 LEAST = 1e-4  # of a probability whose logarithm is taken
 AHEAD = 2  # layers, of which each has keys of its own
 
@@ -29,6 +29,8 @@ class PathTable:
     counts : dict
         (layers ahead, layer, experts of the last known layer, of the one before it) to
         [visits, counts (experts,)]; with () for the latter: whatever that one has used.
+    most : int
+        Keys beyond which none is taken up.
     """
 
     features: ClassVar[int] = 1
@@ -37,6 +39,11 @@ class PathTable:
         self.usual = usual
         self.experts = usual.counts.shape[1]
         self.counts: dict[Key, list] = {}
+        self.most = MOST_KEYS
+
+    def often(self) -> None:
+        """Forget keys that came once: they say little, and most are such where many experts are used."""
+        self.counts = {key: seen for key, seen in self.counts.items() if seen[0] > 1}
 
     def inclusion(self, n: int, first: Experts, second: Experts, ahead: int = 1) -> np.ndarray:
         """Return the probability that each expert of layer n is used, (experts,); they sum to k."""
@@ -59,7 +66,7 @@ class PathTable:
             if not first:  # the beginning of a trace
                 continue
             for key in dict.fromkeys(((ahead, n, first, ()), (ahead, n, first, second))):
-                if key not in self.counts and len(self.counts) >= MOST_KEYS:
+                if key not in self.counts and len(self.counts) >= self.most:
                     continue
                 seen = self.counts.setdefault(key, [0, np.zeros(self.experts, dtype=np.int32)])
                 seen[0] += 1
