@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.quantizers.whole import stored_bytes
 from poise.walk import replace, weights
 from poise.walk.experts import Experts
 from poise_edgemoe.kernels import bound_kernels
 from poise_edgemoe.loading import Head, load_hot
-from poise_edgemoe.store.index import Index
+from poise_edgemoe.store.index import EXPERTS, Index
 from poise_edgemoe.tuning.layers import StreamedExpert
 from poise_edgemoe.tuning.shelf import Shelf
 
 
-def open_streamed(folder: Path | str, *, recompute: bool = True, direct: bool = True) -> Any:
-    """Return the model of a store, to be tuned: an adapter trains on it, its own weights do not.
+def open_streamed(
+    folder: Path | str, *, dtype: str | None = None, recompute: bool = True, direct: bool = True
+) -> Any:
+    """Return the model of a store, to be tuned: its experts by an adapter, all else like any model.
 
     It computes what transformers' plain loop over experts computes with the matrices that the store holds,
     bit for bit, gradients too. Experts are read when their layer is reached, forward and backward: those of
@@ -29,6 +33,8 @@ def open_streamed(folder: Path | str, *, recompute: bool = True, direct: bool = 
     ----------
     folder : path
         A store.
+    dtype : "float32", optional
+        What is computed in, whatever the store's type: hot weights are cast once, experts at each use.
     recompute : bool
         Whether activations within a layer are made again in the backward pass (of a model in training)
         rather than kept: one layer's are in memory at a time.
@@ -42,12 +48,24 @@ def open_streamed(folder: Path | str, *, recompute: bool = True, direct: bool = 
     """
     shelf = Shelf(folder, direct=direct)
     bound_kernels(getattr(torch, shelf.index.dtype))  # batches of many lengths leave no kernels behind
-    model = load_hot(Path(folder), shelf.index)
+    model = load_hot(Path(folder), shelf.index).requires_grad_(True)
     _plain_head(model)
     _stream_experts(model, shelf)
     _put_biases(model, shelf)
     if recompute:
         _recompute(model)
+    return model if dtype is None else model.to(getattr(torch, dtype))
+
+
+def open_told(folder: Path, **how: Any) -> Any:
+    """Open a store as `open_streamed` does, and say on stderr what will be in memory."""
+    model = open_streamed(folder, **how)
+    shelf = shelf_of(model)
+    hot, experts = stored_bytes(model)["total"], shelf.index.files[EXPERTS]["bytes"]
+    print(f"poise: {hot / 1e6:.1f} MB of hot weights are in memory, and of {experts / 1e6:.1f} MB of "
+          f"experts in {folder} those of one layer at a time, at most {shelf.layer_bytes / 1e6:.1f} MB; "
+          f"experts train by an adapter only",
+          file=sys.stderr, flush=True)
     return model
 
 
@@ -104,7 +122,7 @@ def _put_biases(model: nn.Module, shelf: Shelf) -> None:
         for part in layer.biased:
             read = [shelf.matrix(n, e, part)[1] for e in range(len(layer.experts))]
             made = torch.stack([bias for bias in read if bias is not None])
-            module.register_parameter(f"{part}_proj_bias", nn.Parameter(made, requires_grad=False))
+            module.register_parameter(f"{part}_proj_bias", nn.Parameter(made))
 
 
 def _recompute(model: Any) -> None:
