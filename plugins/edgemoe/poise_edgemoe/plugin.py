@@ -31,6 +31,11 @@ def register(registry) -> None:
         tasks=("serving", "causal_lm"), paper="arXiv 2308.14352 section III",
     )
     registry.add(
+        "recipe", "edgemoe_tune_and_serve", "poise_edgemoe.tuning.components:EdgeMoETuneAndServe",
+        "tune, convert, serve: held-out loss before, after and from the store, with bytes",
+        tasks=("causal_lm",), paper="arXiv 2308.14352 section III",
+    )
+    registry.add(
         "recipe", "edgemoe_bits", f"{components}:EdgeMoEBits",
         "held-out loss and bytes of experts at 16, 8, 4, 2 bits and in mixed plans",
         tasks=("causal_lm",), paper="arXiv 2308.14352 section III-B",
