@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poise.errors import ConfigError
+from poise.quantizers.sliced import SlicedMatrix
 from poise.walk import Weight
 from poise_edgemoe.store.schemes import RawMatrix
 from poise_edgemoe.tuning.shelf import Shelf
@@ -21,12 +23,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: StreamedExpert) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.read())
+        with layer.lent() as W:
+            return F.linear(x, W)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return (dy @ ctx.layer.read().to(dy.dtype)).to(ctx.dtype), None
+        with ctx.layer.lent() as W:
+            return (dy @ W.to(dy.dtype)).to(ctx.dtype), None
 
 
 class StreamedExpert(nn.Module):
@@ -66,6 +70,28 @@ class StreamedExpert(nn.Module):
         whole: Tensor = stored.dequantize()
         whole = (whole if isinstance(stored, RawMatrix) else whole.T.contiguous()).T
         return (whole if rows is None else whole[rows]).to(self.kind)
+
+    @contextmanager
+    def lent(self) -> Iterator[Tensor]:
+        """Yield the same matrix for one product: one that has to be made is made where the last one was.
+
+        Matrices that come and go would leave an allocator's memory in pieces, one layer's size of it.
+        """
+        (shelf,), kind = self._shelf, self.kind
+        stored, _ = shelf.matrix(*self.at)
+        if kind.device.type != "cpu" or not isinstance(stored, (RawMatrix, SlicedMatrix)):
+            yield self.read()
+            return
+        with shelf.alone():
+            if isinstance(stored, RawMatrix):
+                made = stored.dequantize()
+            else:
+                made = stored.dequantize_into(shelf.scratch("dense", stored.shape, stored.dtype))
+                if self.transposed:
+                    made = shelf.scratch("transposed", made.T.shape, made.dtype).copy_(made.T)
+            if made.dtype != kind.dtype:
+                made = shelf.scratch("cast", made.shape, kind.dtype).copy_(made)
+            yield made.T if self.transposed else made
 
     def held_weights(self, path: str) -> Iterator[Weight]:
         """Yield the matrix, for the walk."""

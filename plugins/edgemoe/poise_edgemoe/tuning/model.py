@@ -14,7 +14,7 @@ from poise.quantizers.whole import stored_bytes
 from poise.walk import replace, weights
 from poise.walk.experts import Experts
 from poise_edgemoe.kernels import bound_kernels
-from poise_edgemoe.loading import Head, load_hot
+from poise_edgemoe.loading import Head, give_back, load_hot
 from poise_edgemoe.store.index import EXPERTS, Index
 from poise_edgemoe.tuning.layers import StreamedExpert
 from poise_edgemoe.tuning.shelf import Shelf
@@ -47,7 +47,7 @@ def open_streamed(
         For a store that is torn, altered, or of a newer version.
     """
     shelf = Shelf(folder, direct=direct)
-    bound_kernels(getattr(torch, shelf.index.dtype))  # batches of many lengths leave no kernels behind
+    bound_kernels(getattr(torch, dtype or shelf.index.dtype))  # batches of many lengths leave none behind
     model = load_hot(Path(folder), shelf.index).requires_grad_(True)
     _plain_head(model)
     _stream_experts(model, shelf)
@@ -101,6 +101,7 @@ def _announcer(shelf: Shelf, n: int) -> Any:
     """Return a hook that has a layer's experts read, in the order in which the loop over them asks."""
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        give_back()  # what the layer before has left in pieces
         shelf.announce(n, used_experts((*args, *kwargs.values()), len(shelf.index.layers[n].experts)))
 
     return announce

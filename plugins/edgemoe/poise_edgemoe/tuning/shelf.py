@@ -6,6 +6,7 @@ once; any other is met again only after all that lie between.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from poise.errors import RunError
@@ -53,6 +55,7 @@ class Shelf:
         self._layer = -1
         self._asked: dict[Key, Request] = {}
         self._made: dict[Key, tuple[Any, Tensor | None]] = {}
+        self._scratch: dict[str, Tensor] = {}
         self.reads = 0
 
     def announce(self, n: int, experts: Iterable[int]) -> None:
@@ -76,6 +79,17 @@ class Shelf:
                 request.wait()
                 self._made[key] = self._forms.matrix((n, expert), part, request.part(part))
             return self._made[key]
+
+    def alone(self) -> threading.RLock:
+        """Return what is held while somebody uses `scratch`."""
+        return self._lock
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return memory of a shape and type, the same for all of one name: it is written to anew."""
+        held, size = self._scratch.get(name), math.prod(shape)
+        if held is None or held.dtype != dtype or len(held) < size:
+            held = self._scratch[name] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
 
     @property
     def layer_bytes(self) -> int:
