@@ -2,8 +2,8 @@
 
 Run: python benchmarks/edgemoe_tuning/run.py FOLDER [--layers 3 --length 256 --steps 5 --r 8]
 
-Each way is a process of its own with one thread; all take the same steps on the same ids, and compute in float32.
-What is made in FOLDER is used again.
+Each way is a process of its own with one thread; all take the same steps on the same ids, and compute in
+float32. What is made in FOLDER is used again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def prepared(folder: Path, layers: int, way: str) -> dict[str, Any]:
         write_olmoe(model, layers=layers, vocab=4096)
     if way == "in memory":
         return {"path": str(model)}
-    bits = int(way.split()[0])
+    bits = int(way.split(maxsplit=1)[0])
     store = folder / f"store{layers}-{bits}"
     if not store.exists():
         print(f"writing {store}", file=sys.stderr)
@@ -69,8 +69,9 @@ def main() -> None:
     for way, runs in found.items():
         best = min(runs, key=lambda one: one["seconds"])
         beside = best["grown"] - best["hot"] - best["layer"] - best["adapter"]
-        sizes = [f"{best[name] / 1e6:,.0f} MB" for name in TERMS] + [f"{beside / 1e6:,.0f} MB"]
-        print(f"| {way} | " + " | ".join([*sizes, f"{best['seconds']:.1f}", f"{best['losses'][-1]:.6f}"]) + " |")
+        cells = [f"{n / 1e6:,.0f} MB" for n in (*(best[name] for name in TERMS), beside)]
+        cells += [f"{best['seconds']:.1f}", f"{best['losses'][-1]:.6f}"]
+        print(f"| {way} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

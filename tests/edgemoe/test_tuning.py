@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from cases import some
-from moe_models import ids
+from moe_models import ids, reference, saved
 
 from poise import load_adapter, save_adapter, weights
 from poise.adapters.saved import fingerprint
@@ -134,6 +134,22 @@ def test_a_store_as_it_is_made_by_default_trains_in_half_precision_with_hot_weig
     assert losses == pytest.approx(others, rel=2e-3)
     assert a.state_dict().keys() == b.state_dict().keys()
     assert others[-1] < others[0]
+
+
+def test_under_autocast_and_in_full_over_a_store_in_half_precision(tmp_path):
+    """What is computed in is the model's matter, as in memory: bits of the same model, cast alike."""
+    path, store = saved(tmp_path / "model", dtype=torch.bfloat16), tmp_path / "store"
+    convert(path, store, bits=16, hot="raw")
+    for dtype in ("float32", None):
+        plain = reference(path, getattr(torch, dtype or "bfloat16")).model
+        other = open_streamed(store, dtype=dtype)
+        assert {p.dtype for p in other.parameters()} == {p.dtype for p in plain.parameters()}
+        same(train(copy.deepcopy(plain), Bone(r=4)), train(other, Bone(r=4)))
+        if dtype:
+            other = open_streamed(store, dtype=dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                a, b = (train(m, Bone(r=4, variant="bat")) for m in (plain, other))
+            same(a, b)
 
 
 def test_without_recomputing_and_in_evaluation_gradients_are_the_same(tmp_path):

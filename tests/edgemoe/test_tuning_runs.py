@@ -177,6 +177,12 @@ def test_weights_that_are_no_numbers_are_refused_by_name(here):
         EdgeMoEStreamed(path=str(here / "model")).build()
 
 
+def test_an_encoder_with_a_decoder_is_refused_by_runs(here):
+    convert(saved(here / "model", "switch_transformers"), here / "store", bits=32)
+    with pytest.raises(ConfigError, match="an encoder with a decoder: runs tune models that"):
+        EdgeMoEStreamed(store=str(here / "store")).build()
+
+
 def test_three_stages_are_one_run_and_what_is_done_is_not_done_again(here, monkeypatch):
     """In 32 bits what is served is what was tuned, bit for bit; stopped in the first stage and the last."""
     stopped_at(4, monkeypatch, *WHOLE, "recipe.bits=32")

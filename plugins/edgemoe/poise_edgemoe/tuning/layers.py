@@ -84,13 +84,12 @@ class StreamedExpert(nn.Module):
             return
         with shelf.alone():
             if isinstance(stored, RawMatrix):
-                made = stored.dequantize()
+                made = shelf.cast(stored.weight, stored.dtype)
             else:
                 made = stored.dequantize_into(shelf.scratch("dense", stored.shape, stored.dtype))
                 if self.transposed:
                     made = shelf.scratch("transposed", made.T.shape, made.dtype).copy_(made.T)
-            if made.dtype != kind.dtype:
-                made = shelf.scratch("cast", made.shape, kind.dtype).copy_(made)
+            made = shelf.cast(made, kind.dtype)
             yield made.T if self.transposed else made
 
     def held_weights(self, path: str) -> Iterator[Weight]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poise.errors import ConfigError
 from poise.quantizers.whole import stored_bytes
 from poise.walk import replace, weights
 from poise.walk.experts import Experts
@@ -60,6 +61,9 @@ def open_streamed(
 def open_told(folder: Path, **how: Any) -> Any:
     """Open a store as `open_streamed` does, and say on stderr what will be in memory."""
     model = open_streamed(folder, **how)
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{folder} holds a {type(model).__name__}, an encoder with a decoder: runs tune "
+                          f"models that continue a text; tune it over open_streamed, in a loop of your own")
     shelf = shelf_of(model)
     hot, experts = stored_bytes(model)["total"], shelf.index.files[EXPERTS]["bytes"]
     print(f"poise: {hot / 1e6:.1f} MB of hot weights are in memory, and of {experts / 1e6:.1f} MB of "

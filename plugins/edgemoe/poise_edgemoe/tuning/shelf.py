@@ -91,6 +91,12 @@ class Shelf:
             held = self._scratch[name] = torch.empty(size, dtype=dtype)
         return held[:size].view(*shape)
 
+    def cast(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a matrix in a type, made in scratch where it has another."""
+        if matrix.dtype == dtype:
+            return matrix
+        return self.scratch(f"as {dtype}", tuple(matrix.shape), dtype).copy_(matrix)
+
     @property
     def layer_bytes(self) -> int:
         """Bytes of the layer whose experts take most."""
