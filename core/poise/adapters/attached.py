@@ -122,6 +122,7 @@ class AttachedLayers:
         self._refuse_gone()
         self._refuse_order(verb)
         self._refuse_retrained(verb)
+        self._refuse_read_only(verb)
         self._refuse_tied()
         try:
             made = [p for layer in self.layers.values() if (p := layer.fold()) is not None]
@@ -134,6 +135,14 @@ class AttachedLayers:
         if not keep:
             for layer in self.layers.values():
                 layer.forget()
+
+    def _refuse_read_only(self, verb: str) -> None:
+        """Raise `ConfigError` for a weight that lies in a file: before any other one is changed."""
+        for name, layer in self.layers.items():
+            if where := layer.weight_beneath.lies_in:
+                raise ConfigError(f"{self.name}: {name} lies in {where}, which {verb}() does not write to: "
+                                  f"save the adapter and load it on the model in memory "
+                                  f"(poise.load_adapter), or write folded_weights()")
 
     def _refuse_tied(self) -> None:
         """Raise `ConfigError` for a weight that was tied since `attach`: another layer would change."""

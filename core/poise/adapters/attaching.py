@@ -138,8 +138,9 @@ def _refuse_shared(chosen: list[Weight], name: str) -> None:
         if w.adapters:
             raise ConfigError(f"{name}: {w.name} is adapted by {w.adapters[0]!r}, and this adapter holds "
                               f"its weights alone: call merge() or detach() on that first")
-        if w.stored is not None:
-            raise ConfigError(f"{name}: {w.name} is packed and cannot train: exclude it, or take an "
+        if w.stored is not None or w.lies_in:
+            how = f"lies in {w.lies_in}" if w.lies_in else "is packed"
+            raise ConfigError(f"{name}: {w.name} {how} and cannot train: exclude it, or take an "
                               f"adapter that freezes its base")
 
 

@@ -74,6 +74,9 @@ def _refuse_adapted(found: list[Weight]) -> None:
 def _refuse_wrapped(w: Weight) -> None:
     """Raise `ConfigError` where a packed layer would drop what acts around the plain one."""
     layer = w.layer
+    if w.lies_in:
+        raise ConfigError(f"{w.name} lies in {w.lies_in}, in the bits that it was written with: leave it "
+                          f"out of the plan, or convert the model anew")
     if isinstance(w.slot, ExpertSlot):
         if foreign := w.slot.foreign():
             raise ConfigError(f"{w.name}: {foreign} stands in for an expert of its block: undo that first")

@@ -99,6 +99,9 @@ class Weight:
         Those of `tied_with` where not only the tensor but the whole layer is the same.
     overlaps : tuple of str
         Other parameters of the model with memory in common, though they are not the same one.
+    lies_in : str
+        Of a weight of a live model that is not in memory: the file or folder that it is read from whenever
+        it is needed. It can be adapted, and is neither written nor trained. Empty for all others.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Weight:
     tied_with: tuple[str, ...] = ()
     again: dict[str, Slot | None] = field(default_factory=dict, repr=False)
     overlaps: tuple[str, ...] = ()
+    lies_in: str = ""
     slot: Slot | None = field(default=None, repr=False)
     plain: Callable[[Tensor], Tensor] = field(default=lambda matrix: matrix, repr=False)
     """A matrix (out, in) in the form in which the plain model holds it."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from poise_edgemoe.engine import Engine
     from poise_edgemoe.split import split_feed_forward
     from poise_edgemoe.store.writer import convert
+    from poise_edgemoe.tuning.components import EdgeMoEStreamed, EdgeMoETuneAndServe
+    from poise_edgemoe.tuning.model import open_streamed
     from poise_edgemoe.widths.plans import expert_errors, half_plan, random_plan, uniform_plan
 
 _HOMES = {
@@ -20,9 +22,12 @@ _HOMES = {
     "EdgeMoEStore": "components", "expert_errors": "widths.plans",
     "half_plan": "widths.plans", "random_plan": "widths.plans", "uniform_plan": "widths.plans",
     "Engine": "engine", "convert": "store.writer", "split_feed_forward": "split",
+    "EdgeMoEStreamed": "tuning.components", "EdgeMoETuneAndServe": "tuning.components",
+    "open_streamed": "tuning.model",
 }
-__all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "convert",
-           "expert_errors", "half_plan", "random_plan", "split_feed_forward", "uniform_plan"]
+__all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "EdgeMoEStreamed",
+           "EdgeMoETuneAndServe", "Engine", "convert", "expert_errors", "half_plan", "open_streamed",
+           "random_plan", "split_feed_forward", "uniform_plan"]
 
 
 def __getattr__(name: str):

@@ -33,7 +33,7 @@ def run(
     context.note("data", splits.provenance)
     asked = text_windows(splits.test, tokens, prompt_length - 1, prompts)
     batch = text_windows(splits.test, tokens, length, windows)
-    per_byte = _tokens_per_byte(splits.test, tokens)
+    per_byte = tokens_per_byte(splits.test, tokens)
     how = {} if temperature is None else {"do_sample": True, "temperature": temperature}
     with model.build(splits.spec) as engine:
         print(engine.opening(), file=sys.stderr, flush=True)
@@ -156,7 +156,8 @@ def in_pieces(model: Any, chunk: int) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def _tokens_per_byte(examples: Any, tokens: Any) -> float:
+def tokens_per_byte(examples: Any, tokens: Any) -> float:
+    """Return how many tokens a byte of text takes: losses of a token times that are losses of a byte."""
     texts = [e.completion for e in examples]
     return sum(len(tokens.encode(t)) for t in texts) / sum(len(t.encode()) for t in texts)
 

@@ -20,9 +20,20 @@ def register(registry) -> None:
                  "bits": 32, "context": 64, "batch": 2},
     )
     registry.add(
+        "model", "edgemoe_streamed", "poise_edgemoe.tuning.components:EdgeMoEStreamed",
+        "a mixture-of-experts model for adapters to train on, its experts read from disk layer by layer",
+        tasks=("causal_lm",), paper="arXiv 2308.14352 section I",
+        example={"byte_moe": {"layers": 2, "experts": 4, "hidden": 32, "steps": 2, "length": 32}},
+    )
+    registry.add(
         "recipe", "edgemoe_generate", f"{components}:EdgeMoEGenerate",
         "text under a memory limit: the time of every token, hits, bytes, memory, held-out loss",
         tasks=("serving", "causal_lm"), paper="arXiv 2308.14352 section III",
+    )
+    registry.add(
+        "recipe", "edgemoe_tune_and_serve", "poise_edgemoe.tuning.components:EdgeMoETuneAndServe",
+        "tune, convert, serve: held-out loss before, after and from the store, with bytes",
+        tasks=("causal_lm",), paper="arXiv 2308.14352 section III",
     )
     registry.add(
         "recipe", "edgemoe_bits", f"{components}:EdgeMoEBits",
