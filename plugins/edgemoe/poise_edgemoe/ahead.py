@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -19,6 +20,8 @@ from poise_edgemoe.statistics import Step
 WINDOW, LEAST = 512, 64  # tokens that are looked back on, and before a layer is judged
 CORE = 0.25  # of the time of a read a core is busy with it, which may be one that computes
 TRUST = 4.0  # right guesses that a source begins with
+LATELY, SURE = 0.5 ** (1 / 32), 8  # how times are averaged, and after how many tokens they count
+WORTH = 0.5  # of the time of reading is what guesses may hide, at most
 
 Guess = tuple[int, float]
 
@@ -33,14 +36,21 @@ class Restraint:
     A layer is left alone for good once its wrong bytes per needed byte exceed the computing time per
     reading time of what was needed: they cost more than all right ones could give.
 
+    A layer is not asked about either as long as asking takes more time than is to be won: `WORTH` of the
+    time in which what it needs of late is read. What is needed is known without asking.
+
     Attributes
     ----------
     off : set of int
-        Layers that are left alone.
+        Layers that are left alone for good.
+    idle : set of int
+        Layers that are left alone for now.
     """
 
     def __init__(self, counts: Counts) -> None:
-        self.counts, self.rho, self.off = counts, 1.0, set[int]()
+        self.counts, self.rho, self.off, self.idle = counts, 1.0, set[int](), set[int]()
+        self._tokens = 0
+        self._need, self._asking = (np.zeros(len(counts.hits)) for _ in range(2))  # seconds, of late
         self._rows: deque[np.ndarray] = deque(maxlen=WINDOW)
         self._before = self._counted()
         self._sum = np.zeros((5, len(counts.hits)))
@@ -56,6 +66,17 @@ class Restraint:
         for e, chance in guesses:
             self._right[layer] += e in experts
             self._said[layer] += chance
+
+    def asked(self, asking: np.ndarray, per_byte: float) -> None:
+        """Look at what a token needed, and at the seconds that asking took, by layer; 0: was not asked."""
+        now = self.counts.needed_bytes - self._before[1]
+        keep = LATELY if self._tokens else 0.0
+        self._tokens += 1
+        self._need = keep * self._need + (1 - keep) * now * per_byte
+        some = asking > 0
+        self._asking[some] = keep * self._asking[some] + (1 - keep) * asking[some]
+        if self._tokens >= SURE:
+            self.idle = set(np.flatnonzero(self._asking > WORTH * self._need).tolist())
 
     def token_done(self, computing: float, per_byte: float) -> None:
         """Look at a token.
@@ -114,6 +135,9 @@ class Ahead:
         self._hidden: Tensor | None = None
         self._said: dict[int, dict[int, float]] = {}  # by layer to come: chances, 0: it was there
         self._sure: set[int] = set()  # layers to come of which all is known, and asked for
+        self._asking = np.zeros(len(encoder))  # seconds in this token, by the layer that is asked about
+        self._alone: set[int] = set()
+        self._asleep = False  # nobody is asked about any layer
         for entrance in found or ():
             entrance.listen(self._enters)
         cache.announce = self.layer_known
@@ -121,21 +145,27 @@ class Ahead:
     def layer_known(self, n: int, experts: Sequence[int]) -> None:
         """Guess layers after that one, whose experts have been asked for."""
         hidden, self._hidden = self._hidden, None
-        if self._note is not None and self.cache.length == 1:
-            self._note(n, experts)
         said = self._said.pop(n, {})
         self._sure.discard(n)
         if self.cache.length != 1:
             self._said.clear()
             self._sure.clear()
             return
-        self.restraint.known(n, [(e, chance) for e, chance in said.items() if chance], experts)
+        if self._asleep:
+            return
+        began = time.perf_counter()
+        if said:
+            self.restraint.known(n, [(e, chance) for e, chance in said.items() if chance], experts)
+        if self._note is not None:
+            self._note(n, experts)
         layer, token = n, self.token
         for _ in range(self._depth):
             before, layer = layer, self._following[layer]
             token += layer <= before
-            if layer not in self._sure and layer not in self.restraint.off:
+            if layer not in self._sure and layer not in self._alone:
                 self._guess(layer, Seen(token, n, tuple(experts), hidden))
+                began, before = time.perf_counter(), began
+                self._asking[layer] += began - before
 
     def _guess(self, layer: int, seen: Seen) -> None:
         """Have what the source says of a layer read, the likeliest first.
@@ -161,6 +191,10 @@ class Ahead:
         self.token += 1
         reader = self.cache.reader
         per_byte = reader.seconds / reader.bytes_read if reader.bytes_read else 0.0
+        self.restraint.asked(self._asking, per_byte)
+        self._asking[:] = 0
+        self._alone = self.restraint.off | self.restraint.idle
+        self._asleep = len(self._alone) == len(self._asking)
         self.restraint.token_done(step.seconds - step.stall_seconds, per_byte)
 
     def _checked(self, layer: int, guesses: Iterable[Guess]) -> list[Guess]:
@@ -183,7 +217,8 @@ class Ahead:
         return e, chance
 
     def _enters(self, hidden: Tensor) -> None:
-        self._hidden = hidden.clone() if self.cache.length == 1 else None  # its own to change
+        alone = self._asleep or self.cache.length != 1
+        self._hidden = None if alone else hidden.clone()  # its own to change
 
 
 def following(encoder: Sequence[bool]) -> list[int]:

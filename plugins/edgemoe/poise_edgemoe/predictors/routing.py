@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from poise_edgemoe.predictors.tables import PathTable
 if TYPE_CHECKING:
     from poise_edgemoe.prefetch import LookAhead, Seen
 
-LEAST = 0.05  # chance of an expert that is spoken of
+LEAST = 0.15  # chance of an expert that is spoken of: less is never worth a read
 AHEAD = 2  # layers that are spoken of, where nobody looks into hidden states
 METHODS: dict[str, tuple[str, ...]] = {
     "table": ("path",), "factored": ("usual", "factored"), "both": ("usual", "path", "factored"),
@@ -73,6 +73,7 @@ class FromRouting:
         self.layers, self.experts = self.usual.counts.shape
         self.past = Past(self.layers, self.experts)
         self.look: LookAhead | None = None
+        self._kept: dict[tuple[str, int], np.ndarray] = {}  # of layers that were spoken of two ahead
 
     @property
     def depth(self) -> int:
@@ -92,12 +93,22 @@ class FromRouting:
 
     def chances(self, n: int, past: Past, ahead: int = 1) -> np.ndarray:
         """Return the chance that each expert of layer n is used when it runs next, (experts,)."""
-        w, x = self.weights[ahead - 1][n], self._features(n, past, ahead)
+        return self._chances(n, ahead, lambda name: self.blocks[name].of(n, past, ahead))
+
+    def _chances(self, n: int, ahead: int, of: Callable[[str], np.ndarray]) -> np.ndarray:
+        w, method = self.weights[ahead - 1][n], METHODS[self.methods[ahead - 1][n]]
+        x = np.concatenate([of(name) for name in ORDER if name in method])
         return np.interp(w[0] + w[1:] @ x, *self.curves[ahead - 1])
 
-    def _features(self, n: int, past: Past, ahead: int) -> np.ndarray:
-        method = METHODS[self.methods[ahead - 1][n]]
-        return np.concatenate([self.blocks[name].of(n, past, ahead) for name in ORDER if name in method])
+    def _known(self, name: str, n: int, ahead: int) -> np.ndarray:
+        """Return a block's numbers; a layer nearer, only what the layer between has used is new in them."""
+        block, kept = self.blocks[name], self._kept.get((name, n)) if ahead == 1 else None
+        if kept is not None:
+            return block.nearer(kept, n, self.past)  # type: ignore[attr-defined]
+        made = block.of(n, self.past, ahead)
+        if ahead == 2 and hasattr(block, "nearer"):
+            self._kept[name, n] = made
+        return made
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
         """Return experts that have some chance, each with it."""
@@ -105,7 +116,7 @@ class FromRouting:
         if ahead == 1 and self.look is not None and seen.hidden is not None and layer > seen.layer:
             looked: Any = self.blocks["looked"]
             looked.ranks[layer] = self.look.found[layer].chosen(seen.hidden).tolist()
-        chances = self.chances(layer, self.past, ahead)
+        chances = self._chances(layer, ahead, lambda name: self._known(name, layer, ahead))
         return [(int(e), float(chances[e])) for e in np.flatnonzero(chances >= LEAST)]
 
     def note(self, n: int, experts: Sequence[int]) -> None:
@@ -114,11 +125,13 @@ class FromRouting:
         for block in self.blocks.values():
             block.learn(n, used, self.past)
         self.past.note(n, used)
+        for name in self.blocks:
+            self._kept.pop((name, n), None)
 
     def started(self) -> FromRouting:
         """Return a copy that has seen nothing of what runs."""
         own = copy.deepcopy(self)
-        own.past = Past(self.layers, self.experts)
+        own.past, own._kept = Past(self.layers, self.experts), {}
         if isinstance(table := own.blocks.get("path"), PathTable):
             table.most = 0  # what it takes was counted to the memory
         return own
