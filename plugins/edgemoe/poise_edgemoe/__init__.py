@@ -13,16 +13,23 @@ if TYPE_CHECKING:
     from poise_edgemoe.engine import Engine
     from poise_edgemoe.split import split_feed_forward
     from poise_edgemoe.store.writer import convert
+    from poise_edgemoe.widths.allocating import allocate
+    from poise_edgemoe.widths.plan import load_plan
     from poise_edgemoe.widths.plans import expert_errors, half_plan, random_plan, uniform_plan
+    from poise_edgemoe.widths.profile_file import load_profile
+    from poise_edgemoe.widths.profiling import profile
 
 _HOMES = {
     "ByteMoE": "components", "EdgeMoEBits": "components", "EdgeMoEGenerate": "components",
     "EdgeMoEStore": "components", "expert_errors": "widths.plans",
     "half_plan": "widths.plans", "random_plan": "widths.plans", "uniform_plan": "widths.plans",
     "Engine": "engine", "convert": "store.writer", "split_feed_forward": "split",
+    "profile": "widths.profiling", "load_profile": "widths.profile_file",
+    "allocate": "widths.allocating", "load_plan": "widths.plan",
 }
-__all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "convert",
-           "expert_errors", "half_plan", "random_plan", "split_feed_forward", "uniform_plan"]
+__all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "Engine", "allocate", "convert",
+           "expert_errors", "half_plan", "load_plan", "load_profile", "profile", "random_plan",
+           "split_feed_forward", "uniform_plan"]
 
 
 def __getattr__(name: str):
