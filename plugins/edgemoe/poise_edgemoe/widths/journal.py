@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from poise.errors import FileError
+
 NAME = "journal.jsonl"
 
 
@@ -20,11 +22,21 @@ class Journal:
     folder : Path
     request : str
         What two pieces of work with the same results have in common.
+
+    Raises
+    ------
+    FileError
+        For a folder of somebody else's, which is not cleared.
     """
 
     def __init__(self, folder: Path, request: str) -> None:
         self.path = folder / NAME
         lines = self._lines()
+        own = {path.name for path in folder.iterdir()} - {"lock"}
+        if own and not lines:
+            raise FileError(f"{folder} is in the way: it holds {min(own)}, and nothing that was measured; "
+                            f"remove "
+                            f"it, or name another file")
         if not lines or lines[0] != {"request": request}:
             for path in folder.iterdir():
                 if path.name != "lock":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +128,11 @@ def metric_of(metric: Any, higher_is_better: bool | None = None, tokenizer: Any 
             return Metric(metric, higher=True, of_rows=accuracy)
         if metric == "rouge2":
             return Metric(metric, higher=True, of_rows=lambda m, w: rouge2_of(m, w, tokenizer))
-    own: Any = metric
-    if callable(own):
+    if callable(metric):
         if not isinstance(higher_is_better, bool):
             raise ConfigError("a metric of one's own needs higher_is_better=True or False")
         name = getattr(metric, "__name__", type(metric).__name__)
-        return Metric(name, higher=higher_is_better, of_model=own)
+        return Metric(name, higher=higher_is_better, of_model=cast(Callable[[Any], float], metric))
     raise ConfigError(f"metric={metric!r} is not allowed: it must be one of {', '.join(NAMES)}, or a "
                       f"function of "
                       f"the model")
