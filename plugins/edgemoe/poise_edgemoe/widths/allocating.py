@@ -82,6 +82,8 @@ def allocate(
     """
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     limits = _checked(found, bytes, loss, method, objective, min_bits, ends, fill)
+    budget = parse_bytes(bytes) if bytes is not None else 0
+    percent = percent_of(loss) if loss is not None else 0.0
     needed = loss is not None
     with ExitStack() as stack:
         measure = None
@@ -90,8 +92,8 @@ def allocate(
                                needed=needed or bool(verify))
         ask = _Ask(found, limits, method, objective, fill, measure)
         if bytes is not None:
-            return _within(ask, parse_bytes(bytes))
-        return _reaching(ask, percent_of(loss))
+            return _within(ask, budget)
+        return _reaching(ask, percent)
 
 
 def _untold(label: str, done: int, of: int) -> None:

@@ -83,8 +83,7 @@ def table_of(profile: Profile, limits: Limits, objective: str, only: Sequence[in
         least = limits.least(one.layer, layers)
         if not (fit := [b for b in columns if b >= least]):
             raise ConfigError(f"no width of {', '.join(map(str, columns))} has {least} bits or more: "
-                              f"profile more "
-                              f"widths, or lower the limit")
+                              f"profile more widths, or lower the limit")
         found.append([b if b >= least else fit[0] for b in columns])
     widths = np.array(found)
     cost = np.array([[_cost(profile, one, b, objective) for b in row]

@@ -49,8 +49,7 @@ class Forms:
         if self.rounding == "weighted":
             if not (low := [b for b in self.widths if b in LOW_BITS]):
                 raise ConfigError(f"rounding=weighted has no effect: it is of 2 and 3 bits, and the widths "
-                                  f"are "
-                                  f"{', '.join(map(str, self.widths))}; leave it out")
+                                  f"are {', '.join(map(str, self.widths))}; leave it out")
             check_roundable(self.plain(low[0]))
 
     def plain(self, bits: int) -> Any:

@@ -80,8 +80,7 @@ def check_raw(folder: Path, index: Index) -> None:
     """
     if index.hot or any(form["entry"] != "raw" for form in index.quantizers):
         raise ConfigError(f"{folder} holds quantized weights: widths are measured on a model as trained; "
-                          f"give "
-                          f"its directory, or a store made with bits=16 or 32 and without hot=8 or 4")
+                          f"give its directory, or a store made with bits=16 or 32 and without hot=8 or 4")
 
 
 def _expert_facts(folder: Path, index: Index, tell: Progress) -> Iterator[list[Any]]:

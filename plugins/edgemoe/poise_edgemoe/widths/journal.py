@@ -35,8 +35,7 @@ class Journal:
         own = {path.name for path in folder.iterdir()} - {"lock"}
         if own and not lines:
             raise FileError(f"{folder} is in the way: it holds {min(own)}, and nothing that was measured; "
-                            f"remove "
-                            f"it, or name another file")
+                            f"remove it, or name another file")
         if not lines or lines[0] != {"request": request}:
             for path in folder.iterdir():
                 if path.name != "lock":

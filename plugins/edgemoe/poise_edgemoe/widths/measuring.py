@@ -111,8 +111,7 @@ class Bench:
         losses = torch.cat([token_losses(self.engine, part) for part in windows.split(self.rows)])
         if not losses.isfinite().all():
             raise DataError(f"the loss of {int((~losses.isfinite()).sum())} of {losses.numel()} tokens is "
-                            f"NaN or "
-                            f"Inf: the model cannot be measured on these data")
+                            f"NaN or Inf: the model cannot be measured on these data")
         return losses
 
     def uniform(self, bits: int) -> dict[tuple[int, int, str], int]:

@@ -80,8 +80,7 @@ class Metric:
         values = torch.cat([self.of_rows(model, part) for part in windows.split(rows)]).double()
         if not values.isfinite().all():
             raise DataError(f"{self.name} of {int((~values.isfinite()).sum())} of {len(values)} windows is "
-                            f"NaN "
-                            f"or Inf: the model cannot be measured on these data")
+                            f"NaN or Inf: the model cannot be measured on these data")
         error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         return Measured(sign * float(values.mean()), error, tuple((sign * values).tolist()))
 
@@ -105,8 +104,7 @@ class Metric:
         """Refuse a reference of 0, of which there are no percents."""
         if not self.perplexity and reference == 0:
             raise DataError(f"{self.name} of the model as trained is 0: a loss in percent of it says "
-                            f"nothing; take "
-                            f"another metric")
+                            f"nothing; take another metric")
 
 
 def metric_of(metric: Any, higher_is_better: bool | None = None, tokenizer: Any = None) -> Metric:
@@ -120,8 +118,7 @@ def metric_of(metric: Any, higher_is_better: bool | None = None, tokenizer: Any 
     if isinstance(metric, str):
         if higher_is_better is not None:
             raise ConfigError(f"higher_is_better={higher_is_better} has no effect beside metric={metric}, "
-                              f"which "
-                              f"has its direction: leave it out")
+                              f"which has its direction: leave it out")
         if metric == "cross_entropy":
             return Metric(metric, perplexity=True, of_rows=cross_entropy)
         if metric == "accuracy":
@@ -134,8 +131,7 @@ def metric_of(metric: Any, higher_is_better: bool | None = None, tokenizer: Any 
         name = getattr(metric, "__name__", type(metric).__name__)
         return Metric(name, higher=higher_is_better, of_model=cast(Callable[[Any], float], metric))
     raise ConfigError(f"metric={metric!r} is not allowed: it must be one of {', '.join(NAMES)}, or a "
-                      f"function of "
-                      f"the model")
+                      f"function of the model")
 
 
 def halves(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,7 @@ class Plan(dict[str, int]):
         f = self.facts
         if (scheme, group) != (f["scheme"], f["group"]) and any(b != 16 for b in self.values()):
             raise ConfigError(f"the plan is of scheme={f['scheme']} group={f['group']}, not of "
-                              f"scheme={scheme} "
-                              f"group={group}: give its own")
+                              f"scheme={scheme} group={group}: give its own")
         names = {w.name for layer in source.layers for one in layer.experts for w in one.values()}
         if odd := sorted(names ^ self.keys()):
             where = "the model lacks" if odd[0] in self else "the plan does not name"
@@ -119,8 +118,7 @@ def load_plan(path: Path | str) -> Mapping[str, Any]:
     said = read_json(report_path(path))
     if not isinstance(said, dict) or said.get("kind") != KIND or said.get("version") != VERSION:
         raise FileError(f"{report_path(path)} is no report of a plan of version {VERSION}: allocate again, "
-                        f"or "
-                        f"remove it to have the plan unchecked")
+                        f"or remove it to have the plan unchecked")
     return _bound(plan, said, path)
 
 
@@ -133,8 +131,7 @@ def _bound(plan: Mapping[str, Any], said: dict[str, Any], path: Path) -> Plan:
         raise FileError(f"{report_path(path)} is torn: {odd[0]} is {facts[odd[0]]!r}")
     if odd := [k for k, b in plan.items() if isinstance(b, bool) or not isinstance(b, int)]:
         raise ConfigError(f"{path}: {odd[0]} has {plan[odd[0]]!r}, which is no number of bits; remove the "
-                          f"report "
-                          f"beside it to have another kind of plan")
+                          f"report beside it to have another kind of plan")
     made = Plan.__new__(Plan)
     dict.__init__(made, plan)
     made.facts, made.report = facts, dict(said.get("report", {}))

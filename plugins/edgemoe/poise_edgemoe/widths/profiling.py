@@ -109,6 +109,8 @@ def profile(
         if out is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="poise-profile-")))
         else:
+            if Path(out).is_dir():
+                raise ConfigError(f"out={out} is a folder: name the file to write, as profile.json")
             work = work_folder(out)
         stack.enter_context(alone(work))
         made = _profiled(model, data, work, ask, metric, higher_is_better, memory, tokenizer, tell)

@@ -48,8 +48,7 @@ def about_plan(plan: Plan, path: str) -> str:
     counted = ", ".join(f"{n} at {b}" for b, n in sorted(widths.items()))
     rows = [f"{path}: {r['method']}, matrices by bits: {counted}",
             f"  {r['bytes'] / 1e6:.2f} MB of experts, {r['reads'] / 1e6:.3f} MB of them for a token; "
-            f"damage "
-            f"{r['damage']:.3g}, no plan of this cost is below {r['bound']:.3g}"]
+            f"damage {r['damage']:.3g}, no plan of this cost is below {r['bound']:.3g}"]
     if found := r["verified"]:
         for half, name in (("calibration", "calibration"), ("held_out", "held out")):
             one = found[half]
@@ -57,8 +56,7 @@ def about_plan(plan: Plan, path: str) -> str:
                         f"{one['standard_error']:.2g})")
         if not r["additive"]["within"]:
             rows.append(f"  note: damages sum up to {r['additive']['predicted']:.3g}, and "
-                        f"{r['additive']['measured']:.3g} "
-                        f"was measured")
+                        f"{r['additive']['measured']:.3g} was measured")
     else:
         rows.append("  not measured: the model or its data are not at hand")
     if "met" in r and not r["met"]:

@@ -62,8 +62,7 @@ def windows_of(
         text, checksum = _read(Path(data))
         if tokenizer is None:
             raise ConfigError(f"{data} is text, and the model has no tokenizer: put its tokenizer.json "
-                              f"into the "
-                              f"folder, or give tokenizer=, or token ids")
+                              f"into the folder, or give tokenizer=, or token ids")
         halves = [torch.tensor(tokenizer.encode(half), dtype=torch.long) for half in in_halves(text)]
     else:
         ids = _ids(data)
@@ -72,8 +71,7 @@ def windows_of(
     for half in halves:
         if len(half) and not 0 <= int(half.min()) <= int(half.max()) < vocab:
             raise DataError(f"the data hold token {int(half.max())}, and the model knows {vocab}: give its "
-                            f"own "
-                            f"tokenizer")
+                            f"own tokenizer")
     first = _slots(halves[0], length, windows, "the first half, for calibration,")
     second = _slots(halves[1], length, held_out, "the second half, which is held out,")
     drawn = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))[:windows]
