@@ -26,6 +26,7 @@ from poise_edgemoe.widths.verifying import Verifier, verifier
 
 RESULTS = Path(__file__).parent / "results"
 AT = (3, 4)  # bits whose uniform bytes are the budget
+AROUND = {3: (2, 4), 4: (3, 8)}  # widths that are mixed at random and by frequency
 DRAWS = 5  # random plans for each seed
 
 
@@ -41,12 +42,10 @@ def model_of(name: str, folder: Path, smoke: bool) -> tuple[Any, Any]:
     return convert(split_feed_forward(dense), folder / "store", bits=32), smollm2.tokenizer()
 
 
-def other_plans(found: Profile, budget: int, seed: int) -> Iterator[tuple[str, dict[Any, int]]]:
-    """Yield plans of 2 and 4 bits (4 and 8 where the budget has room) chosen at random and by frequency."""
-    choice = table_of(found, Limits(), "bytes", (2, 4, 8))
-    totals = choice.table.cost.sum(0)
-    low = max(c for c in range(3) if totals[c] <= budget)
-    high = min(low + 1, 2)
+def other_plans(found: Profile, budget: int, bits: int, seed: int) -> Iterator[tuple[str, dict[Any, int]]]:
+    """Yield plans of two widths around the uniform one, the wider dealt out at random and by frequency."""
+    choice = table_of(found, Limits(), "bytes", AROUND[bits])
+    low, high = 0, 1
     orders = {"frequency": sorted(range(len(found.entries)), key=lambda x: (-found.entries[x].tokens, x))}
     for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(1000 * seed + draw)
@@ -77,7 +76,7 @@ def rows_of(
                      "increase": loss["increase"]})
 
     add("uniform", check.bench.uniform(budget_bits))
-    for way, bits in other_plans(found, budget, seed):
+    for way, bits in other_plans(found, budget, budget_bits, seed):
         add(way, bits)
     for way in ("paper", "hull", "exact"):
         plan = allocate(found, bytes=budget, method=way, verify=False)
