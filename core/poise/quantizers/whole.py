@@ -186,7 +186,8 @@ def _place(packed: list[tuple[Weight, Any, Any]]) -> None:
             replaced = replaced.like
         elif w.stored is not None:  # another library's: the plain layer is an ordinary one
             replaced = None
-        layer = PackedLinear(stored, quantizer, bias, replaced)
+        # one that only chose the scales of another's form is not needed again
+        layer = PackedLinear(stored, getattr(quantizer, "plain", quantizer), bias, replaced)
         for slot in w.slots:
             slot.put(layer)
     for experts in fused.values():

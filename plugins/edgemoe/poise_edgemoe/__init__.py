@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from poise_edgemoe.store.writer import convert
     from poise_edgemoe.tuning.components import EdgeMoEStreamed, EdgeMoETuneAndServe
     from poise_edgemoe.tuning.model import open_streamed
+    from poise_edgemoe.widths.allocating import allocate
+    from poise_edgemoe.widths.plan import load_plan
     from poise_edgemoe.widths.plans import expert_errors, half_plan, random_plan, uniform_plan
+    from poise_edgemoe.widths.profile_file import load_profile
+    from poise_edgemoe.widths.profiling import profile
 
 _HOMES = {
     "ByteMoE": "components", "EdgeMoEBits": "components", "EdgeMoEGenerate": "components",
@@ -24,10 +28,12 @@ _HOMES = {
     "Engine": "engine", "convert": "store.writer", "split_feed_forward": "split",
     "EdgeMoEStreamed": "tuning.components", "EdgeMoETuneAndServe": "tuning.components",
     "open_streamed": "tuning.model",
+    "profile": "widths.profiling", "load_profile": "widths.profile_file",
+    "allocate": "widths.allocating", "load_plan": "widths.plan",
 }
 __all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "EdgeMoEStreamed",
-           "EdgeMoETuneAndServe", "Engine", "convert", "expert_errors", "half_plan", "open_streamed",
-           "random_plan", "split_feed_forward", "uniform_plan"]
+           "EdgeMoETuneAndServe", "Engine", "allocate", "convert", "expert_errors", "half_plan", "load_plan",
+           "load_profile", "open_streamed", "profile", "random_plan", "split_feed_forward", "uniform_plan"]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""`poise moe convert | inspect | plan | generate | bench`: stores and engines from the command line.
+"""`poise moe convert | inspect | plan | generate | bench | profile | allocate`, from the command line.
 
 A flag that changes nothing in the case at hand is refused, where it was given: hence None for what was not.
 """
@@ -62,13 +62,9 @@ class Convert:
         return 0
 
     def _plan(self) -> Mapping[str, Any] | None:
-        from poise.files import read_json
+        from poise_edgemoe.widths.plan import load_plan
 
-        if self.plan is None:
-            return None
-        if not isinstance(plan := read_json(self.plan), Mapping):
-            raise ConfigError(f"{self.plan} holds no plan: it is to map names or patterns to bits")
-        return plan
+        return None if self.plan is None else load_plan(self.plan)
 
 
 @dataclass(frozen=True)
@@ -212,3 +208,113 @@ class Bench:
 
         print(measure(**{k: v for k, v in given.items() if not k.startswith("frequencies")}))
         return 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measure how much each width damages each expert; one that was cut short goes on."""
+
+    model: str = option(help="a transformers directory, or a store of 16 or 32 bits")
+    data: str | None = option(None, "a text file: its first half calibrates, its second is held out; "
+                                    "needed")
+    out: str | None = option(None, "the profile to write, profile.json; needed")
+    widths: list[int] = option([], "a width to look at; may be given several times; without: 2, 3, 4, 8, "
+                                   "16")
+    scheme: str = option("asym_group", "how experts are quantized, as for convert")
+    group: int = option(64, "columns that share a scale", low=1)
+    rounding: str = option("nearest", "weighted: scales at 2 and 3 bits are fitted to what experts are "
+                                      "given",
+                           choices=("nearest", "weighted"))
+    damage: str = option("output", "error of an expert's output, or of its weights; loss: of the model "
+                                   "with it "
+                                   "alone narrow, as in the paper, a run each",
+                         choices=("output", "weight", "loss"))
+    per: str = option("expert", "what has a width of its own", choices=("expert", "projection"))
+    metric: str = option("cross_entropy", "what losses are of",
+                         choices=("cross_entropy", "accuracy", "rouge2"))
+    low: int = option(2, "width of the one expert, with --damage loss")
+    high: int = option(4, "width of the others, with --damage loss")
+    seed: int = option(0, "draws the windows of the first half", low=0)
+    windows: int = option(64, "of the first half", low=1)
+    held_out: int = option(64, "windows of the second half", low=1)
+    length: int = option(128, "of a window", low=4, high=512, unit="tokens")
+    tokens_per_expert: int = option(256, "most that an output's error is taken on", low=1)
+    memory: str | None = option(None, MEMORY.replace("room for all experts", "a quarter of the experts"))
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _need(self, "profile", data="FILE", out="profile.json")
+
+    def run(self) -> int:
+        """Profile, with progress; print where it is and what should be known."""
+        from poise_edgemoe.widths.forms import WIDTHS
+        from poise_edgemoe.widths.profiling import profile
+        from poise_edgemoe.widths.telling import about_profile, telling
+
+        given = options_of(self)
+        given["widths"] = sorted(given["widths"]) or list(WIDTHS)
+        with telling() as tell:
+            made = profile(given.pop("model"), given.pop("data"), progress=tell, **given)
+        print(about_profile(made, str(self.out)))
+        return 0
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Choose a width for each expert of a profile, within a budget, and measure the plan."""
+
+    profile: str = option(help="as moe profile wrote it")
+    loss: str | None = option(None, "the budget: most loss of the model as trained, 2%")
+    bytes: str | None = option(None, "or: most bytes of all experts in the store, 900MB")
+    speed: str | None = option(None, "or: most bytes of experts that a token reads when none is in memory, "
+                                     "40MB")
+    method: str = option("hull", "upgrades by damage removed per byte; the best choice; the paper's",
+                         choices=("hull", "exact", "paper"))
+    objective: str | None = option(None, "of --loss, what is saved: bytes (without), or reads of a token",
+                                   choices=("bytes", "reads"))
+    min_bits: int | None = option(None, "no expert gets fewer")
+    ends: int | None = option(None, "no expert of the first and the last layer gets fewer; 4 is usual")
+    model: str | None = option(None, "where the model is now; without: where it was")
+    data: str | None = option(None, "where the text is now; without: where it was")
+    memory: str | None = option(None, MEMORY.replace("room for all experts", "a quarter of the experts"))
+    verify: bool = option(True, "measure the plan on the whole model")
+    out: str | None = option(None, "the plan to write, for convert --plan; without: plan.json beside the "
+                                   "profile")
+    plot: str | None = option(None, "a picture of widths by layer and expert to write, FILE.png")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        given = [n for n in ("loss", "bytes", "speed") if getattr(self, n) is not None]
+        if len(given) != 1:
+            what = f"--{' and --'.join(given)} are given" if given else "no budget is given"
+            raise ConfigError(f"moe allocate: {what}: give one of --loss 2%, --bytes 900MB, --speed 40MB")
+        if self.objective is not None and self.loss is None:
+            raise ConfigError(f"--objective {self.objective} has no effect without --loss: leave it out "
+                              f"(--speed is of reads, --bytes of bytes)")
+
+    def run(self) -> int:
+        """Allocate, with progress; print the plan's table."""
+        from poise_edgemoe.widths.allocating import allocate
+        from poise_edgemoe.widths.telling import about_plan, telling
+
+        given = {k: v for k, v in options_of(self).items() if k not in ("profile", "speed", "out", "plot")}
+        given["objective"] = "reads" if self.speed is not None else self.objective or "bytes"
+        given["bytes"] = self.speed if self.speed is not None else self.bytes
+        given["verify"] = True if self.verify else None if self.loss is not None else False
+        target = Path(self.out) if self.out is not None else Path(self.profile).with_name("plan.json")
+        with telling() as tell:
+            plan = allocate(self.profile, progress=tell, **given)
+        plan.save(target)
+        if self.plot is not None:
+            from poise_edgemoe.plots import width_map
+
+            width_map(plan, Path(self.plot))
+        print(about_plan(plan, str(target)))
+        return 0
+
+
+def _need(component: Any, verb: str, **named: str) -> None:
+    """Refuse a verb without an option that it needs."""
+    for name, shown in named.items():
+        if getattr(component, name) is None:
+            raise ConfigError(f"moe {verb} needs --{name} {shown}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,4 +113,55 @@ def time_against_roofline(lines: list[Any], target: Path) -> None:
     axes.set_yticks(at, [f"{one.size}  {one.name}" for one in lines])
     axes.invert_yaxis()
     axes.set(xlabel="ms a token", title="Where the time of a token goes")
+    _finish(figure, axes, target)
+
+
+def width_map(plan: Mapping[str, int], target: Path) -> None:
+    """Draw the bits of each expert, layers downwards; its matrices side by side where they differ."""
+    colours = require("matplotlib.colors", "plots")
+    rows: dict[str, dict[int, list[int]]] = {}
+    for name, bits in plan.items():
+        path, expert, _ = name.rsplit(".", 2)
+        rows.setdefault(path, {}).setdefault(int(expert), []).append(bits)
+    mixed = any(len(set(found)) > 1 for one in rows.values() for found in one.values())
+    lines = [[bits for e in sorted(one) for bits in (one[e] if mixed else one[e][:1])]
+             for one in rows.values()]
+    longest = max(map(len, lines))
+    grid = [[*line, *[float("nan")] * (longest - len(line))] for line in lines]
+    widths = sorted({bits for line in lines for bits in line})
+    figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(max(4.5, min(14, 1.8 + 0.28 * longest)), max(2.2, min(12, 1.4 + 0.28 * len(lines)))),
+        layout="constrained")
+    axes = figure.subplots()
+    shades = ["#d1495b", "#edae49", "#7a9e7e", "#0b6e99", "#222222", "#8d6a9f", "#b08968", "#9a9a9a"]
+    place = {b: n for n, b in enumerate(widths)}
+    axes.imshow([[place.get(b, float("nan")) for b in line] for line in grid], aspect="auto",
+                cmap=colours.ListedColormap(shades[: len(widths)]), vmin=-0.5, vmax=len(widths) - 0.5)
+    for b in widths:
+        axes.plot([], [], "s", color=shades[place[b]], label=f"{b} bits")
+    parts = len(next(iter(next(iter(rows.values())).values())))
+    axes.set(xlabel="expert" + (f", its {parts} matrices side by side" if mixed else ""),
+             ylabel="layer with experts", yticks=range(len(lines)), title="Bits of each expert")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, target)
+
+
+def plans_against_bytes(rows: list[dict[str, Any]], target: Path, ylabel: str) -> None:
+    """Draw what plans lose against the experts' bytes, a colour for each way of choosing.
+
+    Parameters
+    ----------
+    rows : list of dict
+        `way`, `bytes`, `loss` of each plan.
+    """
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    looks = {"uniform": ("#222222", "s"), "random": ("#aaaaaa", "o"), "frequency": ("#edae49", "o"),
+             "paper": ("#8d6a9f", "^"), "hull": ("#0b6e99", "o"), "exact": ("#d1495b", "x")}
+    for way, (colour, mark) in looks.items():
+        dots = sorted((r["bytes"] / 1e6, r["loss"]) for r in rows if r["way"] == way)
+        if dots:
+            axes.plot([x for x, _ in dots], [y for _, y in dots], mark, color=colour, label=way, ms=5,
+                      ls="-" if way == "uniform" else "", lw=0.8)
+    axes.set(xlabel="bytes of all experts (MB, scales and pages included)", ylabel=ylabel, xscale="log")
     _finish(figure, axes, target)

@@ -44,6 +44,7 @@ def register(registry) -> None:
     registry.add(
         "command", "moe", {
             "convert": f"{commands}:Convert", "inspect": f"{commands}:Inspect", "plan": f"{commands}:Plan",
-            "generate": f"{commands}:Generate", "bench": f"{commands}:Bench"},
+            "generate": f"{commands}:Generate", "bench": f"{commands}:Bench",
+            "profile": f"{commands}:Profile", "allocate": f"{commands}:Allocate"},
         "mixture-of-experts models on disk, under a memory limit",
     )

@@ -127,6 +127,8 @@ def stored(quantizer: Any, matrix: Tensor) -> tuple[Any, Any]:
     DataError
         For NaN and Inf.
     """
+    if hasattr(quantizer, "stored"):  # chooses scales for a plain one (`rounding.Weighted`)
+        return quantizer.stored(matrix)
     try:
         return quantizer, quantizer.quantize(matrix)
     except DataError:
@@ -146,6 +148,8 @@ def written(quantizer: Any) -> dict[str, Any]:
     """
     if isinstance(quantizer, Raw):
         return {"entry": "raw", "kind": quantizer.kind, "bits": quantizer.bits}
+    if hasattr(quantizer, "plain"):  # of which it chooses the scales (`rounding.Weighted`)
+        return written(quantizer.plain)
     if isinstance(quantizer, Laid):
         return {**written(quantizer.quantizer), "layout": quantizer.tag}
     for entry in entries("quantizer"):

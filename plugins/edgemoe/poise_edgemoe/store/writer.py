@@ -75,7 +75,7 @@ def convert(
         only ones of a format of ggml.
     plan : mapping, optional
         Name or pattern of an expert's matrix to bits or a quantizer, as `quantize_model` takes it; what it
-        does not name is stored at `bits`.
+        does not name is stored at `bits`. One that `allocate` made is refused for another model.
     scheme : str
         sym_channel, asym_channel, sym_group, asym_group, or a registered quantizer; q8_0, q4_0, q4_k, q3_k
         and q2_k are ggml's blocks, the bytes of a GGUF file.
@@ -113,6 +113,8 @@ def convert(
     hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
     _refuse_taken(path)
     source = open_source(model)
+    if (bound := getattr(plan, "for_source", None)) is not None:  # it knows which model it was made for
+        plan = bound(source, scheme, group)
     forms, dtype = _forms(source, bits, plan, scheme, group), _dtype(source, hot)
     _check_layout(source, forms, layout)
     partial = path.with_name(f"{path.name}.partial")
@@ -216,7 +218,7 @@ def _check_layout(source: Source, forms: dict[str, Any], layout: str) -> None:
             if (kind := (id(forms[w.name]), tuple(w.shape))) not in seen:
                 seen.add(kind)
                 try:
-                    check_layout(layout, forms[w.name], w.shape, w.dtype)
+                    check_layout(layout, getattr(forms[w.name], "plain", forms[w.name]), w.shape, w.dtype)
                 except ConfigError as error:
                     raise ConfigError(f"{w.name}: {error}" if layout in LAYOUTS else str(error)) from None
 
@@ -294,7 +296,7 @@ def _request(source: Source, forms: dict[str, Any], hot: Any, layout: str) -> st
     """Return what two conversions to the same bytes have in common, as a hash."""
     rest = hot if isinstance(hot, str) else written(hot)
     facts: list[Any] = [VERSION, source.config.to_dict(), rest, layout]
-    facts.append([(k, written(q)) for k, q in forms.items()])
+    facts.append([(k, written(q), getattr(q, "checksum", None)) for k, q in forms.items()])
     if source.directory is None:
         facts.append(os.urandom(8).hex())  # nobody knows whether a live model is still the same
     else:
