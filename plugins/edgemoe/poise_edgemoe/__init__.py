@@ -32,8 +32,9 @@ _HOMES = {
     "allocate": "widths.allocating", "load_plan": "widths.plan",
 }
 __all__ = ["ByteMoE", "EdgeMoEBits", "EdgeMoEGenerate", "EdgeMoEStore", "EdgeMoEStreamed",
-           "EdgeMoETuneAndServe", "Engine", "allocate", "convert", "expert_errors", "half_plan", "load_plan",
-           "load_profile", "open_streamed", "profile", "random_plan", "split_feed_forward", "uniform_plan"]
+           "EdgeMoETuneAndServe", "Engine", "allocate", "convert", "expert_errors", "half_plan",
+           "load_plan", "load_profile", "open_streamed", "profile", "random_plan", "split_feed_forward",
+           "uniform_plan"]
 
 
 def __getattr__(name: str):
