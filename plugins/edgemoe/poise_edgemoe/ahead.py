@@ -67,6 +67,10 @@ class Restraint:
             self._right[layer] += e in experts
             self._said[layer] += chance
 
+    def prompt_done(self) -> None:
+        """Leave out of account what a prompt has needed: it is no token."""
+        self._before = self._counted()
+
     def asked(self, asking: np.ndarray, per_byte: float) -> None:
         """Look at what a token needed, and at the seconds that asking took, by layer; 0: was not asked."""
         now = self.counts.needed_bytes - self._before[1]
@@ -187,7 +191,7 @@ class Ahead:
     def token_done(self, step: Step) -> None:
         """A call of the model is over."""
         if self.cache.length != 1:
-            return
+            return self.restraint.prompt_done()
         self.token += 1
         reader = self.cache.reader
         per_byte = reader.seconds / reader.bytes_read if reader.bytes_read else 0.0
