@@ -274,7 +274,7 @@ def test_a_layer_is_not_asked_about_while_asking_takes_longer_than_reading():
     rule = Restraint(counts)
     counts.needed_bytes += 10**6
     rule.prompt_done()  # which is no token
-    for token in range(SURE):
+    for _ in range(SURE):
         assert rule.idle == set()
         counts.needed_bytes += [100, 100, 0]  # 0.1 s, of which guesses may hide a half
         rule.asked(np.array([0.06, 0.04, 0.01]), per_byte)

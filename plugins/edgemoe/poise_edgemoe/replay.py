@@ -43,7 +43,8 @@ def mapped(trace: RoutingTrace, layers: int, experts: int) -> RoutingTrace:
     read = _mapped(trace.prompt_tokens, trace.layers, layers, experts)
     bytes_ = tuple(trace.layer_bytes[m * trace.layers // layers] for m in range(layers))
     return RoutingTrace(layers, experts, bytes_, _uses(prompt), _uses(decode),
-                        tuple(tuple(map(tuple, token)) for token in read))
+                        tuple(tuple(map(tuple, token)) for token in read),
+                        trace.looked if (layers, experts) == (trace.layers, trace.experts) else ())
 
 
 class Replay:
@@ -87,6 +88,19 @@ class Replay:
         return used[turn].view(self._time, k).repeat(rows // self._time, 1)
 
 
+class Recorded:
+    """Asks a router as a predictor would, and says what was recorded instead."""
+
+    def __init__(self, entrance: Any, state: Replay, layer: int) -> None:
+        self.entrance, self.state, self.layer = entrance, state, layer
+
+    def chosen(self, hidden: Tensor) -> Tensor:
+        """Return what the router of the recorded model said, for each row."""
+        rows = len(self.entrance.chosen(hidden))
+        token = self.state.trace.looked[(self.state.tokens - 1) % len(self.state.trace.looked)]
+        return torch.tensor([token[self.layer]] * rows)
+
+
 @contextmanager
 def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
     """Let an engine use the experts of a trace, whatever its routers say, until the end of the block.
@@ -95,7 +109,8 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
     after the last, the first follows. A call with more, a prompt or a chunk of one, uses all experts of the
     recorded prompt, dealt out over its tokens in turn. All experts of a token weigh the same. Layers and
     numbers of experts are mapped as `mapped` says. An engine with `prefetch="oracle"` and the mapped trace
-    then knows what comes.
+    then knows what comes, and a predictor
+    that asks routers hears what those of the trace's model said, where it is recorded and of this shape.
 
     Raises
     ------
@@ -110,6 +125,10 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
     if engine.ahead is not None:
         engine.ahead.token = 0  # an oracle begins anew, too
     state = Replay(trace, len(layers), min(len(layer.experts) for layer in layers))
+    look = getattr(engine.ahead.source, "look", None) if engine.ahead is not None else None
+    asked = None if look is None else look.found
+    if look is not None and state.trace.looked:
+        look.found = [Recorded(one, state, n) for n, one in enumerate(look.found)]
     hook = engine.model.register_forward_pre_hook(_begins(state), with_kwargs=True)
     for module in engine.experts:
         module.chooser = state.choose
@@ -117,6 +136,8 @@ def replay(engine: Engine, trace: RoutingTrace) -> Iterator[Replay]:
         yield state
     finally:
         hook.remove()
+        if look is not None:
+            look.found = asked
         for module in engine.experts:
             module.chooser = None
 
