@@ -303,7 +303,7 @@ def test_what_is_saved_predicts_the_same(method, tmp_path):
     assert again.model == "c0ffee" and again.said() == predictor.said()
     for (_, _, _, one), (_, _, _, other) in zip(walked(predictor, chain(30)), walked(again, chain(30))):
         np.testing.assert_array_equal(one, other)
-    predictors.save(again, tmp_path / "q")
+    predictors.save(again, str(tmp_path / "q.json"))
     assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
     assert (tmp_path / "p.json").read_bytes() == (tmp_path / "q.json").read_bytes()
 

@@ -16,7 +16,7 @@ from poise_edgemoe.predictors.routing import AHEAD, METHODS, ORDER, FromRouting,
 KIND, VERSION = "poise predictor of experts", 1
 
 
-def save(predictor: FromRouting, path: Path) -> None:
+def save(predictor: FromRouting, path: Path | str) -> None:
     """Write PATH.safetensors and PATH.json, the latter last."""
     arrays = {"k": predictor.usual.k, "again": predictor.again}
     for ahead, (weights, curve) in enumerate(zip(predictor.weights, predictor.curves)):
@@ -26,7 +26,7 @@ def save(predictor: FromRouting, path: Path) -> None:
         arrays |= flattened(f"block.{name}", block)
     said = {"kind": KIND, "version": VERSION, "half_lives": list(HALF_LIVES), "experts": predictor.experts,
             "methods": [list(by_layer) for by_layer in predictor.methods], "model": predictor.model}
-    save_arrays(stem_of(path), arrays, said)
+    save_arrays(stem_of(Path(path)), arrays, said)
 
 
 def load(path: Path | str) -> FromRouting:
