@@ -14,13 +14,14 @@ from poise.interfaces import Parts
 from poise.options import options_of
 from poise.registry import build
 from poise.runs.context import RunContext
+from poise_edgemoe import Engine, convert
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.components import ByteMoE
 from poise_edgemoe.drawn import write_drawn_store
 from poise_edgemoe.paper import comparing
 from poise_edgemoe.paper.components import EdgeMoEPaper
 from poise_edgemoe.paper.figures import ratios, report, summed
-from poise_edgemoe.paper.making import at_size, larger, load_profile
+from poise_edgemoe.paper.making import at_size, go_on, larger, load_profile
 from poise_edgemoe.paper.ways import BY_NAME, WAYS, RecordedLook
 from poise_edgemoe.store.index import PAGE, padded, read_index
 
@@ -165,6 +166,19 @@ def test_routers_say_what_was_recorded():
     state.tokens = 2
     assert found[1].chosen(torch.zeros(1)).tolist() == [[1]]
     assert len(asked) == 2  # for the time that it takes
+
+
+def test_texts_go_on_after_their_end(tmp_path):
+    """A token that ends a text is drawn sooner or later: no way is measured on fewer tokens for that."""
+    model = MODEL.build()
+    store = convert(model, tmp_path / "store", bits=32)
+    prompt = torch.ones(1, 4, dtype=torch.long)
+    with Engine.open(store, context=32) as engine:
+        new = engine.generate(prompt, 8)[0, 4:].tolist()
+        engine.source = replace(engine.source, end=(new[2],))
+        assert engine.generate(prompt, 8).shape[1] < 12
+        go_on(engine)
+        assert engine.generate(prompt, 8)[0, 4:].tolist() == new
 
 
 # ------------------------------------------------------------------ what is refused

@@ -25,7 +25,7 @@ from poise_edgemoe.engine import Engine
 from poise_edgemoe.generation import forget_peak, peak_bytes
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.paper.figures import drawn, ratios, summed
-from poise_edgemoe.paper.making import Made, Settings, known, make
+from poise_edgemoe.paper.making import Made, Settings, go_on, known, make
 from poise_edgemoe.paper.ways import WAYS, Known, Way, memory_at, open_way, put_look, too_small
 from poise_edgemoe.replay import replay
 from poise_edgemoe.store.index import EXPERTS, read_index
@@ -162,6 +162,7 @@ def _routed(engine: Engine, made: Made, scale: str) -> Iterator[None]:
 def decoded(engine: Engine, prompt: torch.Tensor, settings: Settings, seed: int) -> Row:
     """Return what the tokens after the first ones took, by token, and the prompt."""
     new = 1 + settings.warm + settings.tokens
+    go_on(engine)
     made = engine.stream(prompt, new, do_sample=True, seed=seed % 2**31, stop=[])
     started = time.perf_counter()
     next(made)

@@ -161,9 +161,15 @@ def _traces(
         if not path.exists():
             tell(f"routing of prompt {n}")
             with Engine.open(store, context=settings.context, prefetch=Listening()) as engine:
+                go_on(engine)
                 write_trace(path, recorded(engine, ids[None], new, seed=seed_for(f"prompt {n}")))
         found.append(read_trace(path))
     return found
+
+
+def go_on(engine: Engine) -> None:
+    """Let texts go on after their end: the next one begins, and all ways take as many tokens."""
+    engine.source = replace(engine.source, end=())
 
 
 def known(traces: list[RoutingTrace], limits: list[int], share: Callable[[int], float]) -> Known:
