@@ -27,7 +27,7 @@ class EdgeMoEPaper:
     """
 
     top: list[int] = option([2, 1], "experts a token, a model for each; 1: Switch-style")
-    limits: list[int] = option([20, 40, 60, 80, 100],
+    limits: list[int] = option([20, 30, 40, 60, 80, 100],
                                "memory for experts, in % of all of them at 4 bits")
     loss: float = option(2.0, "what plans may lose, in percent of perplexity", above=0)
     tokens: int = option(48, "measured tokens", low=1)
