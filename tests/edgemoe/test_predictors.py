@@ -7,6 +7,7 @@ import os
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from poise_edgemoe.cache.traces import tokens_of
 from poise_edgemoe.predictors.blocks import SMOOTHED, Factored, Usual
 from poise_edgemoe.predictors.past import BEFORE, Past, replayed
 from poise_edgemoe.predictors.tables import PathTable
+from poise_edgemoe.prefetch import Seen
 
 LAYERS, EXPERTS = 3, 6
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -199,6 +201,58 @@ def test_chances_are_how_often_it_happens(method):
     usual = happened.mean()
     surprise = -(happened * np.log(said) + ~happened * np.log1p(-said)).mean()
     assert surprise < 0.9 * -(usual * np.log(usual) + (1 - usual) * np.log1p(-usual))
+
+
+@few
+@given(st.data())
+def test_c_counts_and_says_what_numpy_does(data):
+    """Also where somebody has looked, and where experts are used twice or not at all."""
+    layers, experts = data.draw(st.integers(2, 5)), data.draw(st.integers(2, 9))
+    layer = st.sets(st.integers(0, experts - 1), min_size=1, max_size=4).map(sorted)
+    found = data.draw(st.lists(st.lists(layer, min_size=layers, max_size=layers), min_size=3, max_size=9))
+    seen = trace(found, layers, experts)
+    looked = tuple(tuple(tuple(reversed(used)) for used in token) for token in found)
+    predictor = predictors.fit([dataclasses.replace(seen, looked=looked)],
+                               data.draw(st.sampled_from(["factored", "combined", "lookahead"])), depth=1)
+    c, numpy = predictor.started(), predictor.started()
+    if c._fast is None:
+        pytest.skip("no compiler")
+    numpy._fast, numpy.look, c.look = None, None, None
+    for token in found:
+        for n, used in enumerate(token):
+            ask = Seen(0, (n - 1) % layers, (), None)
+            mine, theirs = dict(c.candidates(n, ask)), dict(numpy.candidates(n, ask))
+            assert mine.keys() == theirs.keys()
+            assert mine == pytest.approx(theirs, rel=1e-4)
+            c.note(n, used)
+            numpy.note(n, used)
+    for name, block in c.blocks.items():
+        for key, counts in block.tensors().items():
+            np.testing.assert_array_equal(counts, numpy.blocks[name].tensors()[key])
+    np.testing.assert_allclose(c.past.rate, numpy.past.rate, rtol=1e-12)
+    assert c.past.used == numpy.past.used
+
+
+def test_the_next_router_is_listened_to():
+    """An expert that it names, the likeliest, is always used: nothing else tells."""
+    draw = np.random.default_rng(3)
+    found = [[sorted(draw.choice(8, 2, replace=False).tolist()) for _ in range(3)] for _ in range(150)]
+    looked = tuple(((), *((used[0], (used[1] + 1) % 8) for used in token[1:])) for token in found)
+    for method in ("lookahead", "combined", "auto"):
+        p = predictors.fit([dataclasses.replace(trace(found, 3, 8), looked=looked)], method).started()
+        p.look = SimpleNamespace(found=[Says([[5, 1]])] * 3)
+        said = dict(p.candidates(1, Seen(0, 0, (), torch.zeros(1, 1, 4))))
+        assert max(said, key=said.get) == 5 and said[5] > 0.8
+        p._fast = None
+        assert dict(p.candidates(1, Seen(0, 0, (), torch.zeros(1, 1, 4)))) == pytest.approx(said, rel=1e-4)
+
+
+class Says:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def chosen(self, hidden):
+        return torch.tensor(self.rows)
 
 
 # ------------------------------------------------------------------ in an engine

@@ -6,6 +6,7 @@ import math
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from moe_models import ids, reference
@@ -13,7 +14,7 @@ from test_engine import decoder, opened, store_of
 
 from poise.errors import ConfigError, DataError
 from poise.testing.families import tiny
-from poise_edgemoe.ahead import CORE, LEAST, WINDOW, Restraint, following
+from poise_edgemoe.ahead import CORE, LEAST, SURE, WINDOW, Restraint, following
 from poise_edgemoe.cache import RoutingTrace
 from poise_edgemoe.cache.counts import Counts
 from poise_edgemoe.cache.traces import tokens_of
@@ -116,6 +117,7 @@ def test_a_sure_source_is_read_however_wrong_and_changes_nothing(source, tmp_pat
     for experts in (3, 5, 8, 20):
         made = Wrong(store, trace) if source == "wrong" else source
         with opened(store, experts, prefetch=made) as engine:
+            always_ask(engine)
             assert torch.equal(engine.generate(ids(), 24), want)
             check_counts(engine)
             said = engine.stats()["prefetch"]
@@ -140,12 +142,18 @@ def test_mixed_widths_and_prompts_that_borrow_room(tmp_path):
 # ------------------------------------------------------------------ sources
 
 
+def always_ask(engine):
+    """Experts of some kilobytes are read sooner than anybody is asked about them."""
+    engine.ahead.restraint.asked = lambda *_: None
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("experts", [8, 12, 20])
 def test_an_oracle_that_has_heard_it_before_wastes_nothing(experts, rows, tmp_path):
     store, _ = store_of(tmp_path, "qwen3_moe", num_experts=12, num_hidden_layers=3)
     want, trace = recorded(store, ids(rows), 30)
     with opened(store, experts, prefetch="oracle", trace=trace) as engine:
+        always_ask(engine)
         assert torch.equal(engine.generate(ids(rows), 30), want)
         check_counts(engine)
         said = engine.stats()["prefetch"]
@@ -159,6 +167,7 @@ def test_an_oracle_follows_a_replayed_trace(tmp_path):
     store, _ = store_of(tmp_path, "qwen3_moe", num_hidden_layers=2)
     trace = mapped(TRACE, 2, 4)
     with opened(store, 4, prefetch="oracle", trace=trace) as engine:
+        always_ask(engine)
         engine.generate(ids(), 3)  # not the trace's: what comes is not known
         before = engine.stats()["prefetch"]
         with replay(engine, TRACE):
@@ -258,6 +267,44 @@ def test_a_layer_is_left_alone_when_its_wrong_bytes_cost_more_than_the_right_one
         counts.needed_bytes += 100
         rule.token_done(0.2, per_byte)
     assert rule._sum[0].tolist() == [0, 0, 0] and rule.off == {0}
+
+
+def test_a_layer_is_not_asked_about_while_asking_takes_longer_than_reading():
+    counts, per_byte = Counts(3), 1e-3
+    rule = Restraint(counts)
+    counts.needed_bytes += 10**6
+    rule.prompt_done()  # which is no token
+    for token in range(SURE):
+        assert rule.idle == set()
+        counts.needed_bytes += [100, 100, 0]  # 0.1 s, of which guesses may hide a half
+        rule.asked(np.array([0.06, 0.04, 0.01]), per_byte)
+        rule.token_done(1.0, per_byte)
+    assert rule.idle == {0, 2} and rule.off == set()
+    for _ in range(40):  # what it needs is known without asking
+        counts.needed_bytes += [400, 100, 0]
+        rule.asked(np.array([0.0, 0.04, 0.0]), per_byte)
+        rule.token_done(1.0, per_byte)
+    assert rule.idle == {2}
+
+
+def test_a_source_that_is_not_worth_asking_is_not_asked_and_one_that_always_wants_it_is(tmp_path):
+    store, _ = store_of(tmp_path, "qwen3_moe", num_experts=12, num_hidden_layers=3)
+    want, trace = recorded(store, ids(), 40)
+    for always in (False, True):
+        made = Counting(store, trace)
+        made.always = always
+        with opened(store, 20, prefetch=made) as engine:
+            engine.ahead.restraint.asked = lambda *_: engine.ahead.restraint.idle.update(range(3))
+            assert torch.equal(engine.generate(ids(), 40), want)
+        assert made.last >= 38 if always else made.last <= 1
+
+
+class Counting(Wrong):
+    last = 0  # token that it was asked about
+
+    def candidates(self, layer, seen):
+        self.last = seen.token
+        return super().candidates(layer, seen)
 
 
 def test_nothing_is_read_ahead_beyond_a_threshold_of_one(tmp_path):

@@ -67,6 +67,10 @@ class Restraint:
             self._right[layer] += e in experts
             self._said[layer] += chance
 
+    def prompt_done(self) -> None:
+        """Leave out of account what a prompt has needed: it is no token."""
+        self._before = self._counted()
+
     def asked(self, asking: np.ndarray, per_byte: float) -> None:
         """Look at what a token needed, and at the seconds that asking took, by layer; 0: was not asked."""
         now = self.counts.needed_bytes - self._before[1]
@@ -136,7 +140,7 @@ class Ahead:
         self._said: dict[int, dict[int, float]] = {}  # by layer to come: chances, 0: it was there
         self._sure: set[int] = set()  # layers to come of which all is known, and asked for
         self._asking = np.zeros(len(encoder))  # seconds in this token, by the layer that is asked about
-        self._alone: set[int] = set()
+        self._alone, self._always = set[int](), bool(getattr(source, "always", False))
         self._asleep = False  # nobody is asked about any layer
         for entrance in found or ():
             entrance.listen(self._enters)
@@ -187,13 +191,13 @@ class Ahead:
     def token_done(self, step: Step) -> None:
         """A call of the model is over."""
         if self.cache.length != 1:
-            return
+            return self.restraint.prompt_done()
         self.token += 1
         reader = self.cache.reader
         per_byte = reader.seconds / reader.bytes_read if reader.bytes_read else 0.0
         self.restraint.asked(self._asking, per_byte)
         self._asking[:] = 0
-        self._alone = self.restraint.off | self.restraint.idle
+        self._alone = set() if self._always else self.restraint.off | self.restraint.idle
         self._asleep = len(self._alone) == len(self._asking)
         self.restraint.token_done(step.seconds - step.stall_seconds, per_byte)
 

@@ -24,6 +24,7 @@ from poise_edgemoe.cache.slots import size_of
 from poise_edgemoe.cache.traces import RoutingTrace, read_trace
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.plots import hits_over_share
+from poise_edgemoe.predictors import load
 from poise_edgemoe.recording import recorded
 from poise_edgemoe.store.index import Index, read_index
 
@@ -41,7 +42,7 @@ class Size:
 
 def bench(
     source: str, memory: Sequence[str], prompt: str | None, max_new_tokens: int | None, context: int | None,
-    frequencies: str | None, frequencies_out: str | None, out: str | None,
+    frequencies: str | None, frequencies_out: str | None, predictor: str | None, out: str | None,
 ) -> str:
     """Return the table of decode hits, and which policy to take; options as `poise moe bench` has them.
 
@@ -61,10 +62,15 @@ def bench(
         sizes = [_recorded(trace, m) for m in memory]
     sizes = sizes or [Size(f"{s} %", slots_at(trace, s / 100)) for s in SHARES]
     known = None if frequencies is None else read_frequencies(frequencies)
-    policies = len(POLICIES) + (known is not None)  # with Belady's; static needs frequencies
+    learned = None if predictor is None else load(predictor)
+    if learned is not None:
+        learned.check(trace.layers, trace.experts, trace.model)
+    # with Belady's; static needs frequencies
+    policies = len(POLICIES) + (known is not None) + (learned is not None)
     print(f"poise: simulating {policies} policies at {len(sizes)} sizes", file=sys.stderr, flush=True)
     with progress(policies * len(sizes), "simulations") as bar:
-        hits = hits_of_all(trace, [s.slots for s in sizes], known, encoder, bar.advance)
+        hits = hits_of_all(trace, [s.slots for s in sizes], known, encoder, bar.advance,
+                           learned and (lambda: learned.policy(encoder)))
     if frequencies_out is not None:
         write_frequencies(frequencies_out, frequencies_of(trace.decode, _tokens(trace)))
     if out is not None:

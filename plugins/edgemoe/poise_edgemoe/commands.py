@@ -20,6 +20,7 @@ from poise_edgemoe.store.schemes import HOTS
 MEMORY = "most bytes that the engine holds, 900MB or 4GB; without: room for all experts"
 TOTAL = "most bytes of the whole process, in place of --memory"
 CONTEXT = "most tokens of prompt and continuation; without: the model's, at most 4096"
+PREDICTOR = "as moe fit wrote it (FILE.json): reads ahead, and evicts with policy predicted"
 FREQUENCIES = 'JSON file, {"layer,expert": uses per token}, for static and the paper\'s policies'
 
 
@@ -121,8 +122,10 @@ class Generate:
     frequencies: str | None = option(None, FREQUENCIES)
     freq_source: str | None = option(None, "of the paper's policies; mixed without",
                                      choices=("offline", "online", "mixed"))
-    prefetch: str | None = option(None, "who says what the next layer will use, to be read ahead; none "
-                                        "without", choices=("none", "lookahead", "oracle"))
+    prefetch: str | None = option(None, "who says what layers to come will use, to be read ahead; none "
+                                        "without, or the predictor that is given",
+                                  choices=("none", "lookahead", "oracle", "predictor"))
+    predictor: str | None = option(None, PREDICTOR)
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
     kernel: str | None = option(None, "what multiplies packed matrices; auto without; reference: each made "
                                       "in full, exact", choices=KERNELS)
@@ -147,16 +150,15 @@ class Generate:
     def run(self) -> int:
         """Print the text as it is made, and what it took on stderr."""
         from poise.runs.progress import parts
-        from poise_edgemoe.cache.choosing import chosen_policy
+        from poise_edgemoe.chosen import chosen
         from poise_edgemoe.engine import Engine
-        from poise_edgemoe.store.index import read_index
 
         names = ("do_sample", "temperature", "top_k", "top_p", "seed", "stop")
         sampling = {n: getattr(self, n) for n in names if getattr(self, n) not in (None, [])}
-        policy = chosen_policy(read_index(self.store), self.policy, self.frequencies, self.freq_source)
+        how = chosen(self.store, policy=self.policy, frequencies=self.frequencies,
+                     freq_source=self.freq_source, prefetch=self.prefetch, predictor=self.predictor)
         with Engine.open(self.store, memory=self.memory, total=self.total, context=self.context,
-                         policy=policy, prefetch=self.prefetch or "none", trace=self.trace,
-                         kernel=self.kernel or "auto") as engine:
+                         trace=self.trace, kernel=self.kernel or "auto", **how) as engine:
             print(engine.opening(), file=sys.stderr, flush=True)
             with parts("prompt") as engine.progress:
                 # what is wrong is refused before anything is printed
@@ -184,6 +186,7 @@ class Bench:
     context: int | None = option(None, CONTEXT, low=1, unit="tokens")
     frequencies: str | None = option(None, FREQUENCIES)
     frequencies_out: str | None = option(None, "a file to write the uses per token to")
+    predictor: str | None = option(None, "as moe fit wrote it: what it gives, beside the others")
     out: str | None = option(None, "a picture to write, FILE.png")
 
     def __post_init__(self) -> None:

@@ -129,8 +129,11 @@ class EdgeMoEStore:
     frequencies: str | None = option(None, 'JSON file, {"layer,expert": uses per token}')
     freq_source: str | None = option(None, "of the paper's policies; null: mixed",
                                      choices=("offline", "online", "mixed"))
-    prefetch: str = option("none", "who says what the next layer will use, to be read ahead",
-                           choices=("none", "lookahead", "oracle"))
+    prefetch: str | None = option(None, "who says what layers to come will use, to be read ahead; null: "
+                                        "none, or the predictor that is given",
+                                  choices=("none", "lookahead", "oracle", "predictor"))
+    predictor: str | None = option(None, "as poise moe fit wrote it (FILE.json): reads ahead, and evicts "
+                                         "with policy=predicted")
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
     kernel: str = option("auto", "what multiplies packed matrices; reference: each made in full, exact",
                          choices=KERNELS)
@@ -148,9 +151,10 @@ class EdgeMoEStore:
                               f"which is converted already: leave one of them out")
         if self.path is not None and self.byte_moe:
             raise ConfigError(f"byte_moe has no effect beside path={self.path}: leave one of them out")
-        from poise_edgemoe.flags import check_convert, check_trace
+        from poise_edgemoe.flags import check_convert, check_predictor, check_trace
 
         check_trace(self.prefetch, self.trace)
+        check_predictor(self.prefetch, self.predictor, self.policy)
         if self.store is None:
             check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot,
                           layout=self.layout)
@@ -162,7 +166,7 @@ class EdgeMoEStore:
         from poise_edgemoe.stores import open_store
 
         names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source", "prefetch",
-                 "trace", "kernel")
+                 "predictor", "trace", "kernel")
         return open_store(self.folder(), **{n: getattr(self, n) for n in names})
 
     def folder(self) -> Path:
@@ -200,6 +204,9 @@ class EdgeMoEStore:
         found = {n: Input(Path(where), ("*.json", "*.safetensors", "*.bin"))
                  for n in ("path", "store") if (where := getattr(self, n))}
         single = {n: Input(Path(where)) for n in ("frequencies", "trace") if (where := getattr(self, n))}
+        if self.predictor is not None:
+            stem = self.predictor.removesuffix(".json")
+            single["predictor"] = Input(Path(f"{stem}.json"))
         return found | single
 
     def _dtype(self) -> str:
@@ -214,7 +221,8 @@ class EdgeMoEStore:
         if given := [n for n in ("policy", *names) if getattr(self, n) is not None]:
             from poise_edgemoe.cache.policies import DEFAULT_POLICY, check_policy
 
-            check_policy(self.policy or DEFAULT_POLICY, [n for n in given if n in names])
+            if given != ["policy"] or self.policy != "predicted":
+                check_policy(self.policy or DEFAULT_POLICY, [n for n in given if n in names])
 
     def _byte_moe(self) -> ByteMoE:
         return make(ByteMoE, self.byte_moe, "byte_moe")

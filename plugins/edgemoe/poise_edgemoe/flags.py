@@ -60,6 +60,25 @@ def check_trace(prefetch: Any, trace: Any) -> None:
         _refuse("trace", trace, "only prefetch=oracle listens to it: leave it out, or take the oracle")
 
 
+def check_predictor(prefetch: str | None, predictor: str | None, policy: str | None) -> None:
+    """Refuse a predictor that nobody asks, and whoever would ask one that is not given.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if predictor is None:
+        for name, asks in (("prefetch=predictor", prefetch == "predictor"),
+                           ("policy=predicted", policy == "predicted")):
+            if asks:
+                raise ConfigError(f"{name} needs a predictor: give predictor=FILE.json (poise moe fit "
+                                  f"makes one)")
+    elif prefetch not in (None, "predictor") and policy != "predicted":
+        rule = policy or "expected"
+        _refuse("predictor", predictor, f"neither prefetch={prefetch} nor policy={rule} asks it: leave it "
+                                        f"out, or take prefetch=predictor or policy=predicted")
+
+
 def _refuse(name: str, value: Any, why: str) -> None:
     if value is not None:
         raise ConfigError(f"{name}={value} has no effect: {why}")

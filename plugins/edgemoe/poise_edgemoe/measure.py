@@ -27,6 +27,7 @@ from poise_edgemoe.cache.slots import size_of
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.plots import time_against_roofline
+from poise_edgemoe.predictors import load
 from poise_edgemoe.replay import replay
 from poise_edgemoe.store.index import Index, read_index
 from poise_edgemoe.store.reader import Request, mapped
@@ -34,7 +35,7 @@ from poise_edgemoe.store.reader import Request, mapped
 SHARES = (25, 50, 75, 100)  # % of the experts, where no limit is given
 NEW, WARM, LEAST = 32, 4, 2  # tokens; of them not counted; the first comes of the prompt
 BLOBS, ROUNDS = 16, 3  # reads to calibrate with
-SOURCES = ("none", "lookahead", "oracle")
+SOURCES, PREDICTOR = ("none", "lookahead", "oracle"), "predictor"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Line:
 
 def measure(
     source: str, memory: Sequence[str], prompt: str | None, max_new_tokens: int | None, context: int | None,
-    out: str | None,
+    out: str | None, predictor: str | None = None,
 ) -> str:
     """Return one table; options as `poise moe bench` has them.
 
@@ -94,14 +95,15 @@ def measure(
                           f"routing")
     if new < LEAST:
         raise ConfigError(f"--max-new-tokens {new} leaves nothing to measure: give {LEAST} or more")
+    learned = None if predictor is None else load(predictor)
     trace = record(source, index, (), prompt, new, context)
     sizes = memory or [f"{share} %" for share in SHARES]
-    ways = [(size, name) for size in sizes for name in _ways(source, index, size, context)]
+    ways = [(size, name) for size in sizes for name in _ways(source, index, size, context, learned)]
     lines, computing = [], []
     print("poise: measuring", file=sys.stderr, flush=True)
     with progress(len(ways), "ways") as bar:
         for size, name in ways:
-            with _opened(source, index, size, name, trace, context) as engine:
+            with _opened(source, index, size, name, trace, context, learned) as engine:
                 ids = opening_prompt(engine, source, prompt, engine.budget.context - new)
                 lines.append(_line(engine, size, name, ids, new))
                 if name == "none":
@@ -120,12 +122,13 @@ def _limited(lines: Sequence[Line], computing: float) -> list[Line]:
     return [replace(one, computing=computing, speed=speed) for one in lines]
 
 
-def _ways(source: str, index: Index, size: str, context: int | None) -> list[str]:
+def _ways(source: str, index: Index, size: str, context: int | None, learned: Any) -> list[str]:
     """Return what is measured at a size: sources of guesses, and baselines of this kind of store."""
     if share_kept(index, _budget(source, index, size, context)) == 1:
         return ["none"]
     raw = all(form["entry"] == "raw" for form in index.quantizers)
-    return [*SOURCES, "IO-EXP" if raw else "IO-QEXP", "STI"]
+    own = [PREDICTOR] if learned is not None else []
+    return [*SOURCES, *own, "IO-EXP" if raw else "IO-QEXP", "STI"]
 
 
 def _budget(source: str, index: Index, size: str, context: int | None) -> Any:
@@ -139,15 +142,17 @@ def _budget(source: str, index: Index, size: str, context: int | None) -> Any:
 
 @contextmanager
 def _opened(
-    source: str, index: Index, size: str, name: str, trace: RoutingTrace, context: int | None
+    source: str, index: Index, size: str, name: str, trace: RoutingTrace, context: int | None, learned: Any
 ) -> Iterator[Engine]:
     budget = _budget(source, index, size, context)
-    if name not in SOURCES:
+    if name not in (*SOURCES, PREDICTOR):
         with open_baseline(name, source, memory=budget.total, context=context) as engine:
             yield engine
         return
     known = trace if name == "oracle" else None
-    with Engine(Path(source), budget, DEFAULT_POLICY, prefetch=name, trace=known) as engine:
+    policy = learned.policy() if name == PREDICTOR else DEFAULT_POLICY
+    asked = learned if name == PREDICTOR else name
+    with Engine(Path(source), budget, policy, prefetch=asked, trace=known) as engine:
         yield engine
 
 

@@ -50,6 +50,7 @@ def register(registry) -> None:
         "command", "moe", {
             "convert": f"{commands}:Convert", "inspect": f"{commands}:Inspect", "plan": f"{commands}:Plan",
             "generate": f"{commands}:Generate", "bench": f"{commands}:Bench",
-            "profile": f"{commands}:Profile", "allocate": f"{commands}:Allocate"},
+            "profile": f"{commands}:Profile", "allocate": f"{commands}:Allocate",
+            "fit": "poise_edgemoe.fit_command:Fit"},
         "mixture-of-experts models on disk, under a memory limit",
     )

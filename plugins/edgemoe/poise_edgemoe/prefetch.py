@@ -55,7 +55,8 @@ class Predictor(Protocol):
     """Guesses the experts of a MoE layer before its router speaks; asked while a token is computed.
 
     With an attribute `depth` it is asked for as many layers after the one that runs, the nearest first;
-    without for one. What it has said of a layer stays said until that layer runs.
+    without for one. What it has said of a layer stays said until that layer runs. It is not asked where
+    that is not worth its time, unless it has an attribute `always` that is true.
     """
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:

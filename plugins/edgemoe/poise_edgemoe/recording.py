@@ -20,7 +20,7 @@ class Listening:
         (token, layer) to the experts that the router named, of the first row.
     """
 
-    looks = True
+    looks = always = True
 
     def __init__(self) -> None:
         self.look: Any = None

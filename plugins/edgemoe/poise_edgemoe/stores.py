@@ -14,18 +14,20 @@ from poise.caches import cache_folder
 from poise.errors import FileError
 from poise.models.serving import InMemory
 from poise_edgemoe import small_moe
-from poise_edgemoe.cache.choosing import chosen_policy
+from poise_edgemoe.chosen import chosen
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.store.index import VERSION, read_index
 from poise_edgemoe.store.writer import convert
 
 
 def open_store(
-    folder: Path, *, policy: str | None, frequencies: str | None, freq_source: str | None, **limits: Any
+    folder: Path, *, policy: str | None, frequencies: str | None, freq_source: str | None,
+    prefetch: str | None, predictor: str | None, **limits: Any,
 ) -> Engine:
     """Open a store; options as `EdgeMoEStore` has them."""
-    rule = chosen_policy(read_index(folder), policy, frequencies, freq_source)
-    return Engine.open(folder, policy=rule, **limits)
+    how = chosen(folder, policy=policy, frequencies=frequencies, freq_source=freq_source, prefetch=prefetch,
+                 predictor=predictor)
+    return Engine.open(folder, **how, **limits)
 
 
 def store_of_directory(path: Path, how: Mapping[str, Any]) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from poise_edgemoe.cache.belady import Belady
-from poise_edgemoe.cache.policies import POLICIES, make_policy, options_of
+from poise_edgemoe.cache.policies import POLICIES, PREDICTED, make_policy, options_of
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.cache.simulator import simulate
 from poise_edgemoe.cache.traces import RoutingTrace
@@ -47,6 +47,7 @@ def hits_of(trace: RoutingTrace, slots: int, policy: str = "expected") -> float:
 def hits_of_all(
     trace: RoutingTrace, sizes: Sequence[int], frequencies: Mapping[Key, float] | None = None,
     encoder: Collection[int] = (), advance: Callable[[], None] = lambda: None,
+    predicted: Callable[[], Policy] | None = None,
 ) -> dict[str, list[float | None]]:
     """Return the share of decode hits by policy and size; Belady's optimum is the last.
 
@@ -63,6 +64,8 @@ def hits_of_all(
         Layers of an encoder.
     advance : callable
         Called after each simulation.
+    predicted : callable, optional
+        Makes a policy that asks a predictor.
 
     Returns
     -------
@@ -70,15 +73,15 @@ def hits_of_all(
         None where a size is too small for a policy: fewer slots than layers that share them.
     """
     uses, found = trace.prompt + trace.decode, {}
-    for name in [*POLICIES, "belady"]:
-        if name == "static" and frequencies is None:
+    for name in [*POLICIES, PREDICTED, "belady"]:
+        if (name == "static" and frequencies is None) or (name == PREDICTED and predicted is None):
             continue
         found[name] = []
         for slots in sizes:
             short = name in POLICIES and POLICIES[name].per_layer and slots < trace.layers
             rate = None
             if not short:
-                policy = _made(name, trace, frequencies, encoder)
+                policy = _made(name, trace, frequencies, encoder) if name != PREDICTED else predicted()  # type: ignore[misc]
                 rate = simulate(uses, slots, policy, len(trace.prompt), pins=name != "belady").hit_rate
             found[name].append(rate)
             advance()

@@ -15,6 +15,7 @@ from poise.errors import ConfigError, nearest
 from poise_edgemoe.cache.policy import Key, Policy
 
 DEFAULT_POLICY = "expected"
+PREDICTED = "predicted"  # of a predictor that was fitted (`poise_edgemoe.predictors`)
 Frequencies = Mapping[Key, float] | np.ndarray
 
 
@@ -300,9 +301,12 @@ def check_policy(name: str, options: Iterable[str] = ()) -> None:
     ------
     ConfigError
     """
-    if name not in (names := list(POLICIES)):
+    names = [*POLICIES, PREDICTED]
+    if name not in names:
         raise ConfigError(f"policy={name!r} is none of {', '.join(names)}{nearest(name, names)}")
-    known = options_of(POLICIES[name])
+    if name == PREDICTED and not list(options):
+        raise ConfigError("policy='predicted' asks a predictor: make it of one, predictor.policy()")
+    names, known = list(POLICIES), [] if name == PREDICTED else options_of(POLICIES[name])
     if bad := [o for o in options if o not in known]:
         has = f"has {', '.join(known)}" if known else "has no options"
         others = [n for n in names if bad[0] in options_of(POLICIES[n])]

@@ -67,10 +67,6 @@ class Usual:
         """Return logarithms of the shares and of rates of late (..., half-lives, experts)."""
         return np.log(np.concatenate([self.share(n)[..., None, :], rate + SLOW], -2))
 
-    def nearer(self, made: np.ndarray, n: int, past: Past) -> np.ndarray:
-        """Return what was said two layers ahead, one layer ahead."""
-        return made
-
     def copy(self) -> Usual:
         """Return another that has counted the same."""
         own = Usual(self.k, self.counts.shape[1])
@@ -115,14 +111,6 @@ class Factored:
             some = np.array(sizes) > 0
             said[some] = np.add.reduceat(ratios, starts[some])
         return said
-
-    def nearer(self, made: np.ndarray, n: int, past: Past) -> np.ndarray:
-        """Return what was said two layers ahead, with what is known a layer later."""
-        if seen := past.used[(n - 1) % len(past.used)]:
-            at, p = list(seen), self.usual.share(n).astype(np.float32)
-            visits = self.visits[0, n, at][:, None] + SMOOTHED
-            made[0] = np.log((self.both[0, n, at] + SMOOTHED * p) / (visits * p)).sum(0)
-        return made
 
     def learn(self, n: int, experts: list[int], past: Past) -> None:
         sources, seen, _ = _flat(past.before(n))

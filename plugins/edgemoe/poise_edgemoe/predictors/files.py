@@ -57,7 +57,8 @@ def stem_of(path: Path) -> Path:
 def _made(arrays: dict[str, np.ndarray], said: dict[str, Any]) -> FromRouting:
     k, experts, methods = arrays["k"], said["experts"], said["methods"]
     layers, model = len(k), said["model"]
-    _check(k.ndim == 1 and layers > 0 and isinstance(experts, int) and experts > 0, "sizes")
+    _check(k.ndim == 1 and k.dtype == float and layers > 0 and isinstance(experts, int) and experts > 0,
+           "sizes")
     _check(1 <= len(methods) <= AHEAD and all(len(m) == layers for m in methods), "methods")
     _check(model is None or isinstance(model, str), "model")
     names = {name for m in methods for one in m for name in METHODS[one]}
@@ -71,7 +72,8 @@ def _made(arrays: dict[str, np.ndarray], said: dict[str, Any]) -> FromRouting:
                 for n, m in enumerate(by_layer)] for a, by_layer in enumerate(methods)]
     curves = [(arrays[f"curve.{a}.scores"], arrays[f"curve.{a}.chances"]) for a in range(len(methods))]
     for scores, chances in curves:
-        _check(len(scores) == len(chances) > 0 and bool((np.diff(scores) > 0).all())
+        _check(scores.dtype == chances.dtype == float and scores.ndim == chances.ndim == 1
+               and len(scores) == len(chances) > 0 and bool((np.diff(scores) > 0).all())
                and bool(((chances >= 0) & (chances <= 1)).all()), "curve")
     again = _of(arrays["again"], 1 + blocks["usual"].features)
     return FromRouting({n: blocks[n] for n in ORDER if n in blocks}, methods, weights, curves, again, model)
@@ -84,7 +86,7 @@ def _alike(array: np.ndarray, like: np.ndarray, free: bool) -> bool:
 
 
 def _of(array: np.ndarray, length: int) -> np.ndarray:
-    _check(array.shape == (length,) and bool(np.isfinite(array).all()), "weights")
+    _check(array.shape == (length,) and array.dtype == float and bool(np.isfinite(array).all()), "weights")
     return array
 
 

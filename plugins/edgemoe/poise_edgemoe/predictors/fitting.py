@@ -23,6 +23,7 @@ from poise_edgemoe.predictors.routing import AHEAD, METHODS, ORDER, FromRouting,
 from poise_edgemoe.predictors.tables import PathTable
 
 MOST_CASES = 400_000  # (tokens x layers x experts) that weights are fitted to
+MOST_USED = 2  # experts of a token, for keys that are sets of them
 FIRST = 4  # tokens of a trace that are no cases: nothing is known yet
 SOON = 0.8  # weight of a use a token later, and so on
 
@@ -34,10 +35,11 @@ def fit(traces: Sequence[RoutingTrace], method: str = "auto", *, depth: int | No
     ----------
     traces : list of RoutingTrace
         Of one model; each is of tokens that follow one another.
-    method : "auto", "table", "factored", "both", "lookahead" or "combined"
+    method : "auto", "table", "factored", "both", "lookahead", "combined" or "all"
         The paper's table over the experts of two layers; each expert for itself; both of these; the next
-        router; all of them. "auto" takes for each layer the one whose chances were better, of those that
-        the traces have what is needed for (`RoutingTrace.looked`).
+        router; it and each expert for itself; all of them. "auto" takes for each layer the one whose
+        chances were better, of those that the traces have what is needed for (`RoutingTrace.looked`), and
+        with the table only where a token uses at most `MOST_USED` experts: keys of more do not come again.
     depth : int, optional
         Layers ahead of which it speaks, 1 or 2; without 2, or 1 where only the next router is asked.
 
@@ -54,7 +56,10 @@ def fit(traces: Sequence[RoutingTrace], method: str = "auto", *, depth: int | No
         raise ConfigError(f"depth={depth!r} is not allowed: of method {method!r} it must be "
                           f"{' or '.join(map(str, range(1, most + 1)))}")
     tokens, layers, experts = tokens_of_traces(traces)
-    blocks = blocks_for({name for m in methods for name in METHODS[m]}, _used(tokens, layers), experts)
+    k = _used(tokens, layers)
+    if method == "auto" and k.max() > MOST_USED:
+        methods = [m for m in methods if "path" not in METHODS[m]]
+    blocks = blocks_for({name for m in methods for name in METHODS[m]}, k, experts)
     cases = _Cases(blocks, layers, experts, depth or most, tokens)
     for walked, trace in zip(tokens, traces):
         cases.walk(walked, trace.looked)

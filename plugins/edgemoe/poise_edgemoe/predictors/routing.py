@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from poise.errors import ConfigError
 from poise_edgemoe.predictors.blocks import Block, Factored, Looked, Usual
 from poise_edgemoe.predictors.chances import Curve
+from poise_edgemoe.predictors.fast import Fast, fast
 from poise_edgemoe.predictors.past import Past
 from poise_edgemoe.predictors.policy import Predicted
 from poise_edgemoe.predictors.tables import PathTable
@@ -22,7 +23,8 @@ LEAST = 0.15  # chance of an expert that is spoken of: less is never worth a rea
 AHEAD = 2  # layers that are spoken of, where nobody looks into hidden states
 METHODS: dict[str, tuple[str, ...]] = {
     "table": ("path",), "factored": ("usual", "factored"), "both": ("usual", "path", "factored"),
-    "lookahead": ("usual", "looked"), "combined": ("usual", "path", "factored", "looked"),
+    "lookahead": ("usual", "looked"), "combined": ("usual", "factored", "looked"),
+    "all": ("usual", "path", "factored", "looked"),
 }
 ORDER = ("usual", "path", "factored", "looked")
 
@@ -73,7 +75,7 @@ class FromRouting:
         self.layers, self.experts = self.usual.counts.shape
         self.past = Past(self.layers, self.experts)
         self.look: LookAhead | None = None
-        self._kept: dict[tuple[str, int], np.ndarray] = {}  # of layers that were spoken of two ahead
+        self._fast: Fast | None = None  # of a copy that runs, where there is a compiler
 
     @property
     def depth(self) -> int:
@@ -93,45 +95,43 @@ class FromRouting:
 
     def chances(self, n: int, past: Past, ahead: int = 1) -> np.ndarray:
         """Return the chance that each expert of layer n is used when it runs next, (experts,)."""
-        return self._chances(n, ahead, lambda name: self.blocks[name].of(n, past, ahead))
-
-    def _chances(self, n: int, ahead: int, of: Callable[[str], np.ndarray]) -> np.ndarray:
         w, method = self.weights[ahead - 1][n], METHODS[self.methods[ahead - 1][n]]
-        x = np.concatenate([of(name) for name in ORDER if name in method])
+        x = np.concatenate([self.blocks[name].of(n, past, ahead) for name in ORDER if name in method])
         return np.interp(w[0] + w[1:] @ x, *self.curves[ahead - 1])
-
-    def _known(self, name: str, n: int, ahead: int) -> np.ndarray:
-        """Return a block's numbers; a layer nearer, only what the layer between has used is new in them."""
-        block, kept = self.blocks[name], self._kept.get((name, n)) if ahead == 1 else None
-        if kept is not None:
-            return block.nearer(kept, n, self.past)  # type: ignore[attr-defined]
-        made = block.of(n, self.past, ahead)
-        if ahead == 2 and hasattr(block, "nearer"):
-            self._kept[name, n] = made
-        return made
 
     def candidates(self, layer: int, seen: Seen) -> Iterable[tuple[int, float]]:
         """Return experts that have some chance, each with it."""
-        ahead = (layer - seen.layer - 1) % self.layers + 1
+        ahead, named = (layer - seen.layer - 1) % self.layers + 1, []
         if ahead == 1 and self.look is not None and seen.hidden is not None and layer > seen.layer:
+            named = self.look.found[layer].chosen(seen.hidden).tolist()
+        method = METHODS[self.methods[ahead - 1][layer]]
+        if self._fast is not None and "path" not in method and len(named) < 2:
+            return self._fast.chances(
+                layer, ahead, self.weights[ahead - 1][layer], "factored" in method,
+                named[0] if named and "looked" in method else None, self.curves[ahead - 1], LEAST)
+        if named:
             looked: Any = self.blocks["looked"]
-            looked.ranks[layer] = self.look.found[layer].chosen(seen.hidden).tolist()
-        chances = self._chances(layer, ahead, lambda name: self._known(name, layer, ahead))
+            looked.ranks[layer] = named
+        chances = self.chances(layer, self.past, ahead)
         return [(int(e), float(chances[e])) for e in np.flatnonzero(chances >= LEAST)]
 
     def note(self, n: int, experts: Sequence[int]) -> None:
         """Learn what layer n uses."""
         used = sorted(experts)
-        for block in self.blocks.values():
-            block.learn(n, used, self.past)
-        self.past.note(n, used)
-        for name in self.blocks:
-            self._kept.pop((name, n), None)
+        for name, block in self.blocks.items():
+            if self._fast is None or name not in ("usual", "factored"):
+                block.learn(n, used, self.past)
+        (self._fast or self.past).note(n, used)
 
     def started(self) -> FromRouting:
         """Return a copy that has seen nothing of what runs."""
-        own = copy.deepcopy(self)
-        own.past, own._kept = Past(self.layers, self.experts), {}
+        own = copy.copy(self)
+        own.blocks = blocks_for(self.blocks, self.usual.k, self.experts)
+        for name, block in own.blocks.items():
+            block.read({key: a.copy() for key, a in self.blocks[name].tensors().items()})
+        own.usual = own.blocks["usual"]  # type: ignore[assignment]
+        own.past, own.look = Past(self.layers, self.experts), None
+        own._fast = fast(own.usual, own.blocks.get("factored"), own.past)
         if isinstance(table := own.blocks.get("path"), PathTable):
             table.most = 0  # what it takes was counted to the memory
         return own
