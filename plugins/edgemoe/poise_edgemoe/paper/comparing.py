@@ -68,11 +68,15 @@ def run(parts: Parts, context: Any, settings: Settings, tops: list[int]) -> dict
 
 
 def keys_of(name: str, settings: Settings) -> list[tuple[str, str, Way, int | None, int]]:
-    """Return what is measured of a model: key, scale, way, limit, repeat; ways take turns."""
+    """Return what is measured of a model: key, scale, way, limit, repeat.
+
+    Ways take turns at each limit, so that what else the machine does falls on all of them.
+    """
     scales = ["trained"] + (["large"] if settings.hidden is not None else [])
+    turns = [(way, None) for way in WAYS if not way.limited]
+    turns += [(way, limit) for limit in settings.limits for way in WAYS if way.limited]
     return [(f"{name}/{scale}/{way.name}/{limit}/{repeat}", scale, way, limit, repeat)
-            for scale in scales for repeat in range(settings.repeats) for way in WAYS
-            for limit in (settings.limits if way.limited else [None])]
+            for scale in scales for repeat in range(settings.repeats) for way, limit in turns]
 
 
 def _model(
@@ -143,7 +147,8 @@ def measured(
             row |= decoded(engine, made.prompt, settings, seed)
         row["grown_bytes"] = peak_bytes() - before if watched else None
         row["budget"], row["policy"] = engine.budget.total, engine.cache.policy.name
-        measure = scale == "trained" and not repeat
+        # one limit is enough: whatever is in memory, the loss is that of the store
+        measure = scale == "trained" and not repeat and limit in (None, max(settings.limits))
         row["loss"] = mean_loss(engine.logits, made.batch, rows=1) if measure else None
     return row
 

@@ -93,8 +93,9 @@ def table_two(found: Sequence[Row], model: str) -> list[Row]:
     for way in ("IO-FREE", "IO-QFREE", "IO-QEXP", "STI-like", "EdgeMoE", "ours"):
         own, big = ([r for r in found if (r["model"], r["scale"], r["way"]) == (model, scale, way)
                      and r["fits"]] for scale in ("trained", "large"))
-        if own:
-            made.append({"way": way, "loss": own[0]["loss"], "store_bytes": (big or own)[0]["store_bytes"]})
+        losses = [r["loss"] for r in own if r["loss"] is not None]
+        if losses:
+            made.append({"way": way, "loss": losses[0], "store_bytes": (big or own)[0]["store_bytes"]})
     return made
 
 
