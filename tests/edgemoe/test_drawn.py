@@ -70,3 +70,22 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(FileError, match="No space left on device"):
         write_drawn_store(tmp_path / "store", config, group=16)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_drawn_store_has_the_widths_of_a_plan(tmp_path):
+    config = tiny("mixtral").config
+    whole = read_index(write_drawn_store(tmp_path / "whole", config, bits=4, group=16))
+    names = [(n, e, part) for n, e, parts in whole.blobs() for part in parts]
+    widths = {key: (2, 3, 16)[i % 3] for i, key in enumerate(names)}
+    plan = {f"{whole.layers[n].path}.{e}.{part}": b for (n, e, part), b in widths.items()}
+    store = write_drawn_store(tmp_path / "store", config, scheme="sym_channel", plan=plan)
+    index = read_index(store)
+    bits = {(n, e, part): index.quantizers[m.form]["bits"] for n, e, parts in index.blobs()
+            for part, m in parts.items()}
+    assert bits == widths
+    with Engine.open(store, context=64, kernel="reference") as engine:
+        assert engine.logits(ids(1)).isfinite().all()
+    plan.popitem()
+    with pytest.raises(ConfigError, match="the plan does not name"):
+        write_drawn_store(tmp_path / "other", config, plan=plan)
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob("*.partial"))

@@ -71,18 +71,22 @@ def open_baseline(
         return _with_all(Engine.open(path, context=context, batch=batch, kernel=kernel))
     kind = StreamingEngine if name == "STI" else Engine
     kept = 0 if name == "STI" else getattr(read_config(Path(path)), "num_experts_per_tok", 1)
-    return kind(Path(path), _budget(path, index, kept, memory, context, batch), "lru", kernel=kernel)
+    return kind(Path(path), budget_of(path, index, kept, memory, context, batch), "lru", kernel=kernel)
 
 
 def _trained(index: Index) -> bool:
     return all(form["entry"] == "raw" for form in index.quantizers)
 
 
-def _budget(
-    path: Path | str, index: Index, kept: int, memory: str | int | None, context: int | None, batch: int
+def budget_of(
+    path: Path | str, index: Index, kept: int, memory: str | int | None, context: int | None,
+    batch: int = 1, learned: int = 0,
 ) -> Budget:
-    """Return a budget for so many experts, or for what `memory` leaves; it has room for a whole prompt."""
-    whole = plan_memory(path, context=context, batch=batch)
+    """Return a budget for so many experts, or for what `memory` leaves; it has room for a whole prompt.
+
+    `learned`: bytes of a predictor.
+    """
+    whole = plan_memory(path, context=context, batch=batch, learned=learned)
     rest, largest = whole.total - whole.experts, max(size_of(m) for _, _, m in index.blobs())
     least = rest + (STAGES + kept) * largest
     given = least if memory is None else parse_bytes(memory)

@@ -7,6 +7,7 @@ and quantized, and written again and again; routing is to be replayed (`poise_ed
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ Blob = tuple[bytes, int]  # a matrix as it lies in a store, and its checksum
 
 def write_drawn_store(
     path: Path | str, config: Any, *, bits: int = 4, group: int = 64, hot: int = 4, distinct: int = 4,
-    seed: int = 0,
+    seed: int = 0, scheme: str = "asym_group", plan: Mapping[str, int] | None = None,
 ) -> Path:
     """Write the store of a configuration with random weights, layer by layer.
 
@@ -48,16 +49,21 @@ def write_drawn_store(
     config : transformers' configuration
         Of a served decoder.
     bits, group : int
-        Of experts, `asym_group`.
+        Of experts; 16: bfloat16.
     hot : int
         Bits of all else but norms and routers: 4 or 8.
     distinct : int
-        How many experts are drawn; the others are the same again.
+        How many experts are drawn, at each number of bits; the others are the same again.
+    scheme : str
+        As `convert` has it.
+    plan : mapping, optional
+        Name of an expert's matrix to bits, in place of `bits`: that of another model of as many layers and
+        experts, whose proportions are kept.
 
     Raises
     ------
     ConfigError
-        For a path that exists, or a configuration without experts.
+        For a path that exists, a configuration without experts, or a plan of other experts.
     FileError
         When it cannot be written; nothing is left of it.
     """
@@ -74,8 +80,9 @@ def write_drawn_store(
         make_folder(path.parent)
         partial.mkdir()
         with removed_on_failure(partial):
-            quantizer = scheme_quantizer("asym_group", bits, group)
-            _write(partial, config, model, blocks, quantizer, hot, distinct,
+            widths = _widths(config, blocks, bits, plan)
+            forms = {b: scheme_quantizer(scheme, b, group) for b in sorted(set(widths.values()))}
+            _write(partial, config, model, blocks, widths, forms, hot, distinct,
                    torch.Generator().manual_seed(seed))
             os.rename(partial, path)
         sync_folder(path.parent)
@@ -84,20 +91,39 @@ def write_drawn_store(
     return path
 
 
+def _widths(
+    config: Any, blocks: dict[str, Any], bits: int, plan: Mapping[str, int] | None
+) -> dict[str, int]:
+    """Return bits by name of a matrix."""
+    transposed = FAMILIES[config.model_type].transposed
+    names = [f"{path}.{e}.{part}" for path, module in blocks.items()
+             for shapes, _, experts in [expert_shapes(module, transposed)]
+             for e in range(experts) for part in shapes]
+    if plan is None:
+        return dict.fromkeys(names, bits)
+    if odd := sorted(set(names) ^ plan.keys()):
+        where = "the model lacks" if odd[0] in plan else "the plan does not name"
+        raise ConfigError(f"the plan is of other experts: {where} {odd[0]}; give one of a model with as "
+                          f"many layers and experts")
+    return {name: plan[name] for name in names}
+
+
 def _write(
-    folder: Path, config: Any, model: Any, blocks: dict[str, Any], quantizer: Any, hot: int, distinct: int,
-    draw: torch.Generator,
+    folder: Path, config: Any, model: Any, blocks: dict[str, Any], widths: dict[str, int],
+    forms: dict[int, Any], hot: int, distinct: int, draw: torch.Generator,
 ) -> None:
-    layers = _write_experts(folder, config, blocks, quantizer, distinct, draw)
+    layers = _write_experts(folder, config, blocks, widths, forms, distinct, draw)
     packed = write_hot(Source(config, [], lambda: iter(())), _reads(model, config, draw), folder, DTYPE,
                        build("quantizer", "affine", bits=hot, group=64))
     write_json(folder / CONFIG, config.to_dict())
-    finish(folder, config.model_type, DTYPE, [written(quantizer)], layers, packed)
+    finish(folder, config.model_type, DTYPE, [written(q) for q in forms.values()], layers, packed)
 
 
 def _write_experts(
-    folder: Path, config: Any, blocks: dict[str, Any], quantizer: Any, distinct: int, draw: torch.Generator
+    folder: Path, config: Any, blocks: dict[str, Any], widths: dict[str, int], forms: dict[int, Any],
+    distinct: int, draw: torch.Generator,
 ) -> list[Layer]:
+    places = {b: n for n, b in enumerate(forms)}
     transposed = FAMILIES[config.model_type].transposed
     layers: list[Layer] = []
     known: dict[Any, list[Blob]] = {}
@@ -106,14 +132,15 @@ def _write_experts(
             shapes, biased, experts = expert_shapes(module, transposed)
             turns = count(len(layers))
             where = []
-            for _ in range(experts):
+            for e in range(experts):
                 turn, parts = next(turns) % distinct, {}
                 for part, shape in shapes.items():
-                    blobs = known.setdefault((part, tuple(shape)), [])
+                    width = widths[f"{path}.{e}.{part}"]
+                    blobs = known.setdefault((part, tuple(shape), width), [])
                     if len(blobs) <= turn:
-                        blobs += [_blob(quantizer, shape, part in biased, draw) for _ in range(distinct)]
+                        blobs += [_blob(forms[width], shape, part in biased, draw) for _ in range(distinct)]
                     data, crc = blobs[turn]
-                    parts[part] = Matrix(f.tell(), len(data), 0, crc)
+                    parts[part] = Matrix(f.tell(), len(data), places[width], crc)
                     f.write(data)
                     f.write(bytes(padded(len(data), PAGE) - len(data)))
                 where.append(parts)

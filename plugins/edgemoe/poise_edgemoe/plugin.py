@@ -40,6 +40,11 @@ def register(registry) -> None:
         "held-out loss and bytes of experts at 16, 8, 4, 2 bits and in mixed plans",
         tasks=("causal_lm",), paper="arXiv 2308.14352 section III-B",
     )
+    registry.add(
+        "recipe", "edgemoe_paper", "poise_edgemoe.paper.components:EdgeMoEPaper",
+        "the paper's comparison: baselines, EdgeMoE as in the paper, ours, under memory limits",
+        tasks=("causal_lm",), paper="arXiv 2308.14352 section IV",
+    )
     commands = "poise_edgemoe.commands"
     registry.add(
         "command", "moe", {

@@ -1,0 +1,1 @@
+"""The paper's comparison: its baselines, EdgeMoE as in the paper and ours, under limits (section IV)."""
