@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from poise_edgemoe.store.index import payload, places
 
 def bytes_of(made: Any, bias: Tensor | None) -> bytearray:
     """Return a stored matrix and its bias as they lie in a store."""
-    tensors = made.tensors()
+    return bytes_of_tensors(made.tensors(), bias)
+
+
+def bytes_of_tensors(tensors: Mapping[str, Tensor], bias: Tensor | None) -> bytearray:
+    """Return tensors and a bias one after the other, each at a line."""
     found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
                    None if bias is None else (len(bias), bias.dtype))
     data = bytearray(payload(found))
