@@ -36,7 +36,7 @@ def test_it_converts_serves_and_says_what_bases_have_served(call, place, tmp_pat
         served = float(last.split("(")[1].split(" %")[0])
         assert served == 0 if share in (None, "0") else 0 < served <= 100 * float(share)
     assert told[None] == told["0"]
-    code, ordinary, err = call("generate", "store", *words)
+    code, _, err = call("generate", "store", *words)
     assert code == 0 and "bases" not in err
 
 

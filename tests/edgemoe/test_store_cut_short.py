@@ -22,12 +22,12 @@ from poise_edgemoe.store.writer import convert
 
 KILLED = """
 import sys, time
-from poise_edgemoe.store import writer
-real = writer._write_matrix
+from poise_edgemoe.store import writer, writing
+real = writing._planes
 def slowly(*given):
     time.sleep(0.02)
     return real(*given)
-writer._write_matrix = slowly
+writing._planes = slowly
 writer.convert(sys.argv[1], sys.argv[2], bits=4, group=8)
 """
 

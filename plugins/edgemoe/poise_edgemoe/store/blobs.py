@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from poise_edgemoe.store.index import payload, places
-
-
-def bytes_of(made: Any, bias: Tensor | None) -> bytearray:
-    """Return a stored matrix and its bias as they lie in a store."""
-    return bytes_of_tensors(made.tensors(), bias)
 
 
 def bytes_of_tensors(tensors: Mapping[str, Tensor], bias: Tensor | None) -> bytearray:
