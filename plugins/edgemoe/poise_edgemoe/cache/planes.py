@@ -72,7 +72,7 @@ class PlanedCache(ExpertCache):
         self.dropped = 0  # refinements that nobody read before their expert left
         self._through = memoryview(mapped(largest))
         self._room = memoryview(mapped(_room(index))) if share else None
-        self._folds: dict[Key, dict[str, Folded]] = {}
+        self._folds: dict[tuple[int, ...], dict[str, Folded]] = {}  # by layer and forms
         self._coarse: list[Apart] = []  # of the layer that runs
         self._used: Apart | None = None  # whose base is in use
 
@@ -206,9 +206,10 @@ class PlanedCache(ExpertCache):
         return self._fold(key)[part].at, self._fold(key)[part].nbytes
 
     def _fold(self, key: Key) -> dict[str, Folded]:
-        if key not in self._folds:
-            self._folds[key] = fold(self.index, *key, self.forms.whole(key), self.forms.halves(key))
-        return self._folds[key]
+        kind = (key[0], *(m.form for m in self.index.layers[key[0]].experts[key[1]].values()))
+        if kind not in self._folds:
+            self._folds[kind] = fold(self.index, *key, self.forms.whole(key), self.forms.halves(key))
+        return self._folds[kind]
 
 
 def aside(index: Index, share: float) -> int:
