@@ -125,7 +125,8 @@ def _ways(source: str, index: Index, size: str, context: int | None) -> list[str
     if share_kept(index, _budget(source, index, size, context)) == 1:
         return ["none"]
     raw = all(form["entry"] == "raw" for form in index.quantizers)
-    return [*SOURCES, "IO-EXP" if raw else "IO-QEXP", "STI"]
+    streamed = ["STI"] if index.planes == 1 else []  # which does not take planes
+    return [*SOURCES, "IO-EXP" if raw else "IO-QEXP", *streamed]
 
 
 def _budget(source: str, index: Index, size: str, context: int | None) -> Any:
