@@ -33,6 +33,16 @@ def test_a_drawn_store_opens_and_decodes(family, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_drawn_store_in_planes_is_the_same_store(tmp_path):
+    found = []
+    for planes in (1, 2):
+        store = write_drawn_store(tmp_path / f"{planes}", tiny("gpt_oss").config, group=16, planes=planes)
+        assert read_index(store).planes == planes
+        with Engine.open(store, context=64, kernel="reference") as engine:
+            found.append(engine.logits(ids(1)))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_drawn_routing_reuses_experts_as_often_as_asked(share):
     trace = drawn_trace(6, 64, 8, 60, share, seed=3)

@@ -41,6 +41,7 @@ def opened(store, experts=None, policy="expected", kernel="reference", **options
     """Open a store with room for that many of its largest experts; None: for all. Exact, if not said."""
     own = {k: options.pop(k) for k in ("direct", "prefetch", "trace") if k in options}
     budget = plan_memory(store, **{"batch": 3, "context": 64} | options)
+    own |= {k: options[k] for k in ("base_share",) if k in options}
     if experts is not None:
         largest = max(size_of(m) for _, _, m in read_index(store).blobs())
         budget = dataclasses.replace(budget, experts=budget.staging + experts * largest)

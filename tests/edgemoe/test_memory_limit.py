@@ -26,20 +26,22 @@ import transformers.models.olmoe.modeling_olmoe
 from poise_edgemoe import Engine
 store, memory, context, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 prefetch = sys.argv[5] if len(sys.argv) > 5 else "none"
+share = float(sys.argv[6]) if len(sys.argv) > 6 else 0.0
 
 def status(key):
     return int(next(x for x in open("/proc/self/status") if x.startswith(key)).split()[1]) * 1024
 
-with Engine.open(store, memory=memory, context=context, batch=batch, prefetch=prefetch) as engine:
+with Engine.open(store, memory=memory, context=context, batch=batch, prefetch=prefetch,
+                 base_share=share) as engine:
     open("/proc/self/clear_refs", "w").write("5")  # the peak so far is that of imports
     for seed in range(2):
         ids = torch.randint(3, 8000, (batch, context - 4), generator=torch.Generator().manual_seed(seed))
         engine.generate(ids, 4)
-    if prefetch != "none":
+    if prefetch != "none" or share:
         engine.generate(ids[:, :32], 24)
     faults = status("VmHWM") - engine.base
     print(json.dumps({"grown": faults, "total": engine.budget.total, "hits": engine.stats()["hit_rate"],
-                      "chunk": engine.budget.chunk,
+                      "chunk": engine.budget.chunk, "planes": engine.stats()["planes"],
                       "ahead": engine.stats()["prefetch"]["prefetched"]}))
 """
 
@@ -99,6 +101,19 @@ def test_the_limit_is_kept(memory, context, batch, prefetch, store):
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["total"] <= int(memory[:-2]) * 10**6 < whole and (said["ahead"] > 0) == (prefetch != "none")
     assert said["grown"] <= said["total"] and 0 < said["hits"] < 1, said
+
+
+@pytest.mark.parametrize("share", [0.5, slowly(0.0), slowly(1.0)])
+def test_the_limit_is_kept_while_planes_are_put_together(share, tmp_path):
+    store = convert(olmoe(), tmp_path / "store", bits=8, planes=2)
+    with pytest.raises(ConfigError, match="smallest workable value") as told:
+        plan_memory(store, memory="1kB", context=96, base_share=share)
+    memory = int(re.search(r"value is (\d+)MB", str(told.value))[1]) + 6
+    given = [sys.executable, "-c", WORKER, str(store), f"{memory}MB", "96", "1", "none", str(share)]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["grown"] <= said["total"] <= memory * 10**6 and 0 < said["hits"] < 1, said
+    assert (said["planes"]["from_base"] > 0) == (share > 0)
 
 
 @pytest.mark.slow

@@ -22,12 +22,12 @@ from poise_edgemoe.store.writer import convert
 
 KILLED = """
 import sys, time
-from poise_edgemoe.store import writer
-real = writer._write_matrix
+from poise_edgemoe.store import writer, writing
+real = writing._planes
 def slowly(*given):
     time.sleep(0.02)
     return real(*given)
-writer._write_matrix = slowly
+writing._planes = slowly
 writer.convert(sys.argv[1], sys.argv[2], bits=4, group=8)
 """
 
@@ -59,17 +59,17 @@ def test_a_conversion_that_is_killed_goes_on_and_ends_with_the_same_bytes(kills,
 
 def test_what_was_begun_for_other_options_is_begun_again(tmp_path, monkeypatch):
     source = saved(tmp_path / "model", "mixtral")
-    real = writer._write_layer
+    real = writer.write_layer
 
     def fails(*given):
         if given[1].path.startswith("model.layers.1"):
             raise OSError(28, "No space left on device")
         return real(*given)
 
-    monkeypatch.setattr(writer, "_write_layer", fails)
+    monkeypatch.setattr(writer, "write_layer", fails)
     with pytest.raises(FileError, match="No space left on device: free some room and convert again"):
         convert(source, tmp_path / "store", bits=4, group=8)
-    monkeypatch.setattr(writer, "_write_layer", real)
+    monkeypatch.setattr(writer, "write_layer", real)
     convert(source, tmp_path / "store", bits=8, group=8)
     convert(source, tmp_path / "other", bits=8, group=8)
     assert contents(tmp_path / "store") == contents(tmp_path / "other")

@@ -72,7 +72,7 @@ NONE = "is no index of a store"
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda s: s.update(version=2), "has version 2; this Poise reads 1"),
+    (lambda s: s.update(version=3), "has version 3; this Poise reads 1 and 2"),
     (lambda s: s.update(version="1"), "has version '1'; this Poise reads 1"),
     (lambda s: s.update(version=True), "has version True; this Poise reads 1"),
     (lambda s: s.update(version=1.0), r"has version 1\.0; this Poise reads 1"),

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from poise.errors import ConfigError
 from poise_edgemoe.budget import Budget, parse_bytes, plan_memory
+from poise_edgemoe.cache.planes import aside
 from poise_edgemoe.cache.policy import Key, Policy
 from poise_edgemoe.cache.slots import STAGES, ExpertCache, Held, Resident, size_of
 from poise_edgemoe.engine import Engine
@@ -62,6 +63,9 @@ def open_baseline(
     if name not in BASELINES:
         raise ConfigError(f"baseline={name!r} is not allowed: it must be one of {', '.join(BASELINES)}")
     index = read_index(path)
+    if name == "STI" and index.planes > 1:
+        raise ConfigError(f"baseline=STI does not fit the store {path}, whose experts lie in planes: "
+                          f"convert it with planes=1")
     if TRAINED.get(name, _trained(index)) != _trained(index):
         wanted = "as trained (convert with bits=16)" if TRAINED[name] else "quantized (convert with bits=4)"
         raise ConfigError(f"baseline={name} does not fit the store {path}: it needs experts {wanted}")
@@ -88,12 +92,12 @@ def budget_of(
     """
     whole = plan_memory(path, context=context, batch=batch, learned=learned)
     rest, largest = whole.total - whole.experts, max(size_of(m) for _, _, m in index.blobs())
-    least = rest + (STAGES + kept) * largest
+    least = rest + aside(index, 0.0) + kept * largest
     given = least if memory is None else parse_bytes(memory)
     if given < least:
         raise ConfigError(f"memory={memory} is too small: the smallest workable value is "
-                          f"{-(-least // 10**6)}MB (all but experts {rest / 1e6:.1f}, {STAGES + kept} "
-                          f"experts of {largest / 1e6:.1f})")
+                          f"{-(-least // 10**6)}MB (all but experts {rest / 1e6:.1f}, {kept} experts "
+                          f"of {largest / 1e6:.1f}, those being read {aside(index, 0.0) / 1e6:.1f})")
     return replace(whole, experts=min(whole.experts, given - rest))
 
 
@@ -102,8 +106,8 @@ def _with_all(engine: Engine) -> Engine:
     cache = engine.cache
     for n, layer in enumerate(engine.index.layers):
         with cache.layer(n, range(len(layer.experts))) as get:
-            for e, parts in enumerate(layer.experts):
-                for part in parts:
+            for e in range(len(layer.experts)):
+                for part in layer.shapes:
                     get(e, part)
     cache.counts.clear()
     return engine

@@ -11,7 +11,9 @@ import torch
 
 from poise.errors import ConfigError
 from poise.models.serving import context_of
-from poise_edgemoe.cache.slots import STAGES, size_of
+from poise_edgemoe.cache.allowance import check_share
+from poise_edgemoe.cache.planes import aside
+from poise_edgemoe.cache.slots import size_of
 from poise_edgemoe.loading import HEAD_ROWS, hot_files, prepare, read_config
 from poise_edgemoe.models import model_class
 from poise_edgemoe.store.index import Index, read_index
@@ -39,7 +41,7 @@ class Budget:
     index : int
         The index of the store, the policy's tables, a predictor.
     staging : int
-        Experts that are read without being kept.
+        Experts that are read without being kept, and room to put planes together.
     experts : int
         Experts in memory, `staging` included.
     chunk : int
@@ -98,7 +100,7 @@ def parse_bytes(said: str | int) -> int:
 
 def plan_memory(
     path: Path | str, *, memory: str | int | None = None, total: str | int | None = None,
-    context: int | None = None, batch: int = 1, learned: int = 0,
+    context: int | None = None, batch: int = 1, learned: int = 0, base_share: float = 0.0,
 ) -> Budget:
     """Return how a limit is shared out; see `Engine.open`. `learned`: bytes of a predictor.
 
@@ -115,15 +117,15 @@ def plan_memory(
         raise ConfigError(f"batch={batch!r} is not allowed: it must be a whole number >= 1")
     if memory is not None and total is not None:
         raise ConfigError("memory and total are both given: give one of them")
-    least = _least(index, config, Path(path), context, batch)
+    least = _least(index, config, Path(path), context, batch, check_share(base_share, index.planes))
     least = replace(least, index=least.index + learned)
     every = sum(size_of(m) for _, _, m in index.blobs())
     whole = max(0, min(context, MOST_CHUNK) * batch - least.tokens) * least.token_bytes
     given = memory is not None or total is not None
     limit = _limit(memory, total) if given else least.total + every + whole
-    largest = least.staging // STAGES
+    largest = max(size_of(m) for _, _, m in index.blobs())
     if limit < least.total + largest or (total is not None and parse_bytes(total) < status_bytes("VmHWM")):
-        _refuse(least, memory, total)
+        _refuse(least, largest, memory, total)
     kept = min(limit - least.total, every)
     spare = min(limit - least.total - kept, whole) // least.token_bytes
     least = replace(least, workspace=least.workspace + spare * least.token_bytes,
@@ -134,8 +136,7 @@ def plan_memory(
     return replace(least, experts=least.experts + kept, chunk=chunk)
 
 
-def _refuse(least: Budget, memory: str | int | None, total: str | int | None) -> None:
-    largest = least.staging // STAGES
+def _refuse(least: Budget, largest: int, memory: str | int | None, total: str | int | None) -> None:
     given = f"memory={memory}" if total is None else f"total={total}"
     smallest, besides = least.total + largest, ""
     if total is not None:  # a process that has held more than `total` cannot stay below it
@@ -145,8 +146,8 @@ def _refuse(least: Budget, memory: str | int | None, total: str | int | None) ->
     raise ConfigError(f"{given} is too small: the smallest workable value is "
                       f"{-(-smallest // 10**6)}MB ({besides}hot weights {least.hot / 1e6:.1f}, "
                       f"keys and values {least.kv / 1e6:.1f}, workspace {least.workspace / 1e6:.1f}, index "
-                      f"{least.index / 1e6:.1f}, one expert {largest / 1e6:.1f}, two being read "
-                      f"{least.staging / 1e6:.1f})")
+                      f"{least.index / 1e6:.1f}, one expert {largest / 1e6:.1f}, those being "
+                      f"read {least.staging / 1e6:.1f})")
 
 
 def _limit(memory: str | int | None, total: str | int | None) -> int:
@@ -177,10 +178,12 @@ def _context(context: int | None, config: Any) -> int:
     return context
 
 
-def _least(index: Index, config: Any, folder: Path, context: int, batch: int) -> Budget:
+def _least(
+    index: Index, config: Any, folder: Path, context: int, batch: int, base_share: float
+) -> Budget:
     """Return all terms but experts that are kept, for prompts in the smallest pieces."""
     dtype = getattr(torch, index.dtype)
-    staging = STAGES * max(size_of(m) for _, _, m in index.blobs())
+    staging = aside(index, base_share)
     hot = sum(p.stat().st_size for p in hot_files(folder, index))
     kv = kv_bytes(config, dtype) * context * batch
     tables = 2048 * sum(len(layer.experts) for layer in index.layers)

@@ -40,6 +40,8 @@ class Convert:
     layout: str | None = option(None, "order of packed bytes, which changes no value: auto (without), "
                                       "plain, ggml, torch (for this processor)", choices=LAYOUTS)
     plan: str | None = option(None, "JSON file: names or patterns of experts' matrices to bits")
+    planes: int | None = option(None, "2: each matrix as a base of half the bits, and the rest, for "
+                                      "generate --base-share; 1 without", choices=(1, 2))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -52,11 +54,11 @@ class Convert:
 
         plan = self._plan()
         check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot, plan=plan,
-                      layout=self.layout)
+                      layout=self.layout, planes=self.planes)
         check_bits(self.bits, self.model, plan)
         hot: Any = int(self.hot) if self.hot in ("8", "4") else self.hot
         given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot, "plan": plan,
-                 "layout": self.layout}
+                 "layout": self.layout, "planes": self.planes}
         with parts("layers written") as tell:
             print(convert(self.model, self.store, progress=tell,
                           **{k: v for k, v in given.items() if v is not None}))
@@ -129,6 +131,8 @@ class Generate:
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
     kernel: str | None = option(None, "what multiplies packed matrices; auto without; reference: each made "
                                       "in full, exact", choices=KERNELS)
+    base_share: float | None = option(None, "share of expert uses that bases may serve while the rest is "
+                                            "read, of a store with planes; 0 without", low=0, high=1)
     max_new_tokens: int = option(128, "most tokens that are made", low=1)
     do_sample: bool = option(False, "draw tokens; otherwise the likeliest are taken")
     temperature: float | None = option(None, "what logits are divided by before a draw, 1 without", above=0)
@@ -158,7 +162,8 @@ class Generate:
         how = chosen(self.store, policy=self.policy, frequencies=self.frequencies,
                      freq_source=self.freq_source, prefetch=self.prefetch, predictor=self.predictor)
         with Engine.open(self.store, memory=self.memory, total=self.total, context=self.context,
-                         trace=self.trace, kernel=self.kernel or "auto", **how) as engine:
+                         trace=self.trace, kernel=self.kernel or "auto",
+                         base_share=self.base_share or 0.0, **how) as engine:
             print(engine.opening(), file=sys.stderr, flush=True)
             with parts("prompt") as engine.progress:
                 # what is wrong is refused before anything is printed

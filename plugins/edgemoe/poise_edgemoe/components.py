@@ -120,6 +120,8 @@ class EdgeMoEStore:
     hot: str | None = option(None, "the rest; null: bf16, with 32 bits the model's own type", choices=HOTS)
     layout: str | None = option(None, "order of packed bytes, which changes no value; null: auto",
                                 choices=LAYOUTS)
+    planes: int | None = option(None, "2: a base of half the bits, and the rest, for base_share; null: 1",
+                                choices=(1, 2))
     memory: str | None = option(None, "most bytes that the engine holds; null: room for all experts")
     total: str | None = option(None, "most bytes of the whole process, in place of memory")
     context: int | None = option(None, "longest prompt and continuation; null: the model's, at most 4096",
@@ -137,6 +139,8 @@ class EdgeMoEStore:
     trace: str | None = option(None, "recorded routing (.route.csv.gz) of the store, for the oracle")
     kernel: str = option("auto", "what multiplies packed matrices; reference: each made in full, exact",
                          choices=KERNELS)
+    base_share: float = option(0.0, "share of an answer's expert uses that bases may serve, of planes=2",
+                               low=0, high=1)
 
     trained: ClassVar[bool] = True
     form: ClassVar[str] = "served"
@@ -145,19 +149,21 @@ class EdgeMoEStore:
         check_options(self)
         if self.memory is not None and self.total is not None:
             raise ConfigError("memory and total are both given: give one of them")
-        of_model = ("path", "byte_moe", "bits", "scheme", "group", "hot", "layout")
+        of_model = ("path", "byte_moe", "bits", "scheme", "group", "hot", "layout", "planes")
         if self.store is not None and (bad := [n for n in of_model if getattr(self, n)]):
             raise ConfigError(f"{bad[0]}={getattr(self, bad[0])} has no effect beside store={self.store}, "
                               f"which is converted already: leave one of them out")
         if self.path is not None and self.byte_moe:
             raise ConfigError(f"byte_moe has no effect beside path={self.path}: leave one of them out")
+        from poise_edgemoe.cache.allowance import check_share
         from poise_edgemoe.flags import check_convert, check_predictor, check_trace
 
         check_trace(self.prefetch, self.trace)
         check_predictor(self.prefetch, self.predictor, self.policy)
         if self.store is None:
             check_convert(bits=self.bits, scheme=self.scheme, group=self.group, hot=self.hot,
-                          layout=self.layout)
+                          layout=self.layout, planes=self.planes)
+            check_share(self.base_share, self.planes or 1)
         self._byte_moe()
         self._check_policy()
 
@@ -166,7 +172,7 @@ class EdgeMoEStore:
         from poise_edgemoe.stores import open_store
 
         names = ("memory", "total", "context", "batch", "policy", "frequencies", "freq_source", "prefetch",
-                 "predictor", "trace", "kernel")
+                 "predictor", "trace", "kernel", "base_share")
         return open_store(self.folder(), **{n: getattr(self, n) for n in names})
 
     def folder(self) -> Path:
@@ -177,7 +183,7 @@ class EdgeMoEStore:
             return Path(self.store)
         hot = int(self.hot) if self.hot in ("8", "4") else self.hot
         given = {"bits": self.bits, "scheme": self.scheme, "group": self.group, "hot": hot,
-                 "layout": self.layout}
+                 "layout": self.layout, "planes": self.planes}
         how = {k: v for k, v in given.items() if v is not None}
         if self.path is not None:
             return store_of_directory(Path(self.path), how)

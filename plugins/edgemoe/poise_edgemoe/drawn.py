@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,22 +23,23 @@ from poise.walk.families import holds_experts
 from poise_edgemoe.cache.traces import RoutingTrace, tokens_of
 from poise_edgemoe.loading import expert_shapes
 from poise_edgemoe.models import empty_model, in_full
-from poise_edgemoe.store.blobs import bytes_of
+from poise_edgemoe.store.blobs import bytes_of_tensors
 from poise_edgemoe.store.checksums import crc32
 from poise_edgemoe.store.hot import write_hot
-from poise_edgemoe.store.index import CONFIG, EXPERTS, PAGE, Layer, Matrix, padded
+from poise_edgemoe.store.index import CONFIG, EXPERTS, LOW, PAGE, Layer, Matrix, padded
+from poise_edgemoe.store.planes import Planed, in_planes
 from poise_edgemoe.store.schemes import scheme_quantizer, written
 from poise_edgemoe.store.source import BIAS, Source
 from poise_edgemoe.store.writer import finish
 from poise_edgemoe.synthetic import removed_on_failure
 
 DTYPE, SPREAD = torch.bfloat16, 0.02
-Blob = tuple[bytes, int]  # a matrix as it lies in a store, and its checksum
+Blob = tuple[bytes, int]  # a matrix, or a plane of one, as it lies in a store, and its checksum
 
 
 def write_drawn_store(
     path: Path | str, config: Any, *, bits: int = 4, group: int = 64, hot: int = 4, distinct: int = 4,
-    seed: int = 0, scheme: str = "asym_group", plan: Mapping[str, int] | None = None,
+    seed: int = 0, scheme: str = "asym_group", plan: Mapping[str, int] | None = None, planes: int = 1,
 ) -> Path:
     """Write the store of a configuration with random weights, layer by layer.
 
@@ -59,6 +60,8 @@ def write_drawn_store(
     plan : mapping, optional
         Name of an expert's matrix to bits, in place of `bits`: that of another model of as many layers and
         experts, whose proportions are kept.
+    planes : 1 or 2
+        As `convert` has it.
 
     Raises
     ------
@@ -81,7 +84,10 @@ def write_drawn_store(
         partial.mkdir()
         with removed_on_failure(partial):
             widths = _widths(config, blocks, bits, plan)
-            forms = {b: scheme_quantizer(scheme, b, group) for b in sorted(set(widths.values()))}
+            forms: dict[int, Any] = {b: scheme_quantizer(scheme, b, group)
+                                     for b in sorted(set(widths.values()))}
+            if planes == 2:
+                forms = {b: in_planes(q, "an expert", (16, 64)) for b, q in forms.items()}
             _write(partial, config, model, blocks, widths, forms, hot, distinct,
                    torch.Generator().manual_seed(seed))
             os.rename(partial, path)
@@ -126,7 +132,7 @@ def _write_experts(
     places = {b: n for n, b in enumerate(forms)}
     transposed = FAMILIES[config.model_type].transposed
     layers: list[Layer] = []
-    known: dict[Any, list[Blob]] = {}
+    known: dict[Any, list[list[Blob]]] = {}
     with open(folder / EXPERTS, "wb") as f:
         for path, module in blocks.items():
             shapes, biased, experts = expert_shapes(module, transposed)
@@ -138,23 +144,38 @@ def _write_experts(
                     width = widths[f"{path}.{e}.{part}"]
                     blobs = known.setdefault((part, tuple(shape), width), [])
                     if len(blobs) <= turn:
-                        blobs += [_blob(forms[width], shape, part in biased, draw) for _ in range(distinct)]
-                    data, crc = blobs[turn]
-                    parts[part] = Matrix(f.tell(), len(data), places[width], crc)
-                    f.write(data)
-                    f.write(bytes(padded(len(data), PAGE) - len(data)))
-                where.append(parts)
+                        form = forms[width]
+                        blobs += [_blobs(form, shape, part in biased, draw) for _ in range(distinct)]
+                    parts |= zip((part, part + LOW), ((places[width], *blob) for blob in blobs[turn]))
+                where.append({name: _put(f, *parts[name]) for name in sorted(parts, key=_is_low)})
             layers.append(Layer(path, False, shapes, biased, transposed, where))
         f.flush()
         os.fsync(f.fileno())
     return layers
 
 
-def _blob(quantizer: Any, shape: list[int], biased: bool, draw: torch.Generator) -> Blob:
+def _is_low(name: str) -> bool:
+    """Return whether it is a second plane: those come after all bases."""
+    return name.endswith(LOW)
+
+
+def _put(f: BinaryIO, form: int, data: bytes, crc: int) -> Matrix:
+    offset = f.tell()
+    f.write(data)
+    f.write(bytes(padded(len(data), PAGE) - len(data)))
+    return Matrix(offset, len(data), form, crc)
+
+
+def _blobs(quantizer: Any, shape: list[int], biased: bool, draw: torch.Generator) -> list[Blob]:
+    """Return a matrix as it lies in a store, each plane by itself."""
     weight = torch.empty(*shape).normal_(0, SPREAD, generator=draw).to(DTYPE)
     bias = torch.zeros(shape[0], dtype=DTYPE) if biased else None
-    data = bytes(bytes_of(quantizer.quantize(weight), bias))
-    return data, crc32(data)
+    if isinstance(quantizer, Planed):
+        high, low = quantizer.split(quantizer.quantizer.quantize(weight))
+        found = [bytes(bytes_of_tensors(high, bias)), bytes(bytes_of_tensors(low, None))]
+    else:
+        found = [bytes(bytes_of_tensors(quantizer.quantize(weight).tensors(), bias))]
+    return [(data, crc32(data)) for data in found]
 
 
 def _reads(model: Any, config: Any, draw: torch.Generator) -> dict[str, Any]:

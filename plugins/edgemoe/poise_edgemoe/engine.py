@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,8 @@ from poise_edgemoe.beside import renew
 from poise_edgemoe.body import fuse
 from poise_edgemoe.budget import Budget, percent, plan_memory, resident_bytes, share_kept, status_bytes
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
+from poise_edgemoe.cache.allowance import check_share
+from poise_edgemoe.cache.planes import PlanedCache
 from poise_edgemoe.cache.slots import ExpertCache
 from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.experts import put_experts
@@ -70,6 +73,7 @@ class Engine:
     def __init__(
         self, folder: Path, budget: Budget, policy: str | Policy, *, kernel: str = "auto",
         direct: bool = True, prefetch: str | Predictor = "none", trace: RoutingTrace | None = None,
+        base_share: float = 0.0,
     ) -> None:
         self.index = prepare(folder)
         self.folder, self.budget = folder, budget
@@ -81,7 +85,9 @@ class Engine:
         rule = policy_for(self.index, policy)
         self.reader = Reader(folder, direct=direct)
         try:
-            self.cache = self.cache_type(self.index, self.reader, budget.experts, rule, kernel)
+            share = check_share(base_share, self.index.planes)
+            make = partial(PlanedCache, share=share) if self.index.planes > 1 else self.cache_type
+            self.cache = make(self.index, self.reader, budget.experts, rule, kernel)
             self.experts = put_experts(self.model, self.cache)
             _choose_kernel(self.model, kernel)
             if self.cache.forms.fast:  # what is stored as it is, is computed as transformers does it
@@ -112,7 +118,7 @@ class Engine:
         cls, path: Path | str, memory: str | int | None = None, total: str | int | None = None,
         context: int | None = None, batch: int = 1, policy: str | Policy = DEFAULT_POLICY,
         kernel: str = "auto", direct: bool = True, prefetch: str | Predictor = "none",
-        trace: RoutingTrace | Path | str | None = None,
+        trace: RoutingTrace | Path | str | None = None, base_share: float = 0.0,
     ) -> Engine:
         """Open a store.
 
@@ -145,6 +151,12 @@ class Engine:
             takes a copy, or an object of one's own (`prefetch.Predictor`).
         trace : path or RoutingTrace, optional
             What the oracle knows, of this store's layers and experts.
+        base_share : float
+            Of a store with planes, the share of an answer's expert uses that may be served from bases while
+            the rest is read: from 0, where answers are those of the ordinary store, to 1
+            (`cache.allowance`). Only experts that are missing when a token is decoded are; the use after
+            that has all of it. With `prefetch="none"` no delay changes an answer: an engine that has had
+            the same calls gives the same.
 
         Raises
         ------
@@ -166,12 +178,13 @@ class Engine:
         known = None if trace is None else trace_for(index, trace)  # before what is held is counted
         learned = prefetch.nbytes if isinstance(prefetch, Learned) else 0
         budget = plan_memory(path, memory=memory, total=total, context=context, batch=batch,
-                             learned=learned)
+                             learned=learned, base_share=base_share)
         rule = policy_for(index, policy if policy != "predicted" else predicted_policy(index, prefetch))
         if policy != DEFAULT_POLICY and share_kept(index, budget) == 1:
             raise ConfigError(f"policy={rule.name} has no effect, as all experts stay in memory: leave it "
                               "out, or give a lower limit")
-        engine = cls(Path(path), budget, rule, kernel=kernel, direct=direct, prefetch=prefetch, trace=known)
+        engine = cls(Path(path), budget, rule, kernel=kernel, direct=direct, prefetch=prefetch, trace=known,
+                     base_share=base_share)
         if engine.cache.forms.slow:
             warnings.warn(f"{SLOW}: {engine.cache.forms.slow}", stacklevel=2)
         if not (memory is total is None or bound_kernels(getattr(torch, index.dtype))):
@@ -227,9 +240,10 @@ class Engine:
     def summary(self) -> str:
         """Return in one line what was measured."""
         s = self.stats()
+        base = f"; {self.cache.allowance.words()}" if isinstance(self.cache, PlanedCache) else ""
         return (f"poise: {s['tokens']} tokens in {s['seconds']:.1f} s, {100 * s['hit_rate']:.1f} % of "
                 f"experts were in memory, {s['bytes_read'] / 1e6:.1f} MB read, {s['stall_seconds']:.1f} s "
-                f"waited for")
+                f"waited for{base}")
 
     def close(self) -> None:
         """Give back memory, thread and file. A second time: nothing."""
@@ -282,6 +296,8 @@ class Engine:
     def _begin(self, length: int, chunk: int) -> int:
         """Begin a prompt of that many tokens; what ran before has ended. Return its number."""
         self._run += 1
+        if isinstance(self.cache, PlanedCache):
+            self.cache.allowance.begin()
         renew(self.model)
         self._done, self._parts = 0, len(self.index.layers) * -(-length // chunk)
         self._tell()

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from poise.errors import ConfigError
-from poise_edgemoe.store.schemes import RAW, SCHEMES
+from poise_edgemoe.store.planes import ALLOWED, HALF
+from poise_edgemoe.store.schemes import BLOCKS, RAW, SCHEMES
 
 
 def check_convert(
     *, bits: int | None, scheme: str | None, group: int | None, hot: str | None,
-    plan: Mapping[str, Any] | None = None, layout: str | None = None,
+    plan: Mapping[str, Any] | None = None, layout: str | None = None, planes: int | None = None,
 ) -> None:
-    """Refuse options without effect, of those that were given (not None).
+    """Refuse options without effect, of those that were given (not None), and planes of what has none.
 
     Raises
     ------
@@ -29,6 +30,12 @@ def check_convert(
     if scheme is not None and scheme not in grouped:
         _refuse("group", group, f"scheme {scheme} does not take it: leave it out, or take "
                                 f"{' or '.join(grouped)}")
+    if planes == 2:
+        bad = [f"bits={w}" for w in widths if isinstance(w, int) and w not in HALF]
+        bad += [f"scheme={scheme}"] if scheme in BLOCKS else []
+        bad += [f"layout={layout}"] if layout in ("ggml", "torch") else []
+        if bad:
+            raise ConfigError(f"planes=2 does not fit {bad[0]}: it takes {ALLOWED}, in plain layout")
     if bits == 32 and hot == "bf16":
         _refuse("hot", hot, "with 32 bits the rest keeps the model's own type: leave it out, or take 16 "
                             "bits")

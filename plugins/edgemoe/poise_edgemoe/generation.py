@@ -38,16 +38,18 @@ def run(
     with model.build(splits.spec) as engine:
         print(engine.opening(), file=sys.stderr, flush=True)
         watched = forget_peak()
-        rows, texts = [], []
+        rows, texts, answers = [], [], []
         with context.progress(prompts * max_new_tokens, "tokens") as bar:
             for n, ids in enumerate(asked):
                 seed = {"seed": context.seed_for(f"prompt {n}")} if how else {}
                 made = continued(engine, ids[None], max_new_tokens, how | seed, bar.advance)
                 rows += [{"prompt": n, **row} for row in calls(engine, prompt_length, len(made))]
+                answers.append(engine.stats()["planes"])
                 texts.append((tokens.decode(ids.tolist()), tokens.decode(made)))
         peak = peak_bytes() if watched else None
-        loss = per_byte * held_out(engine.logits, batch, context)
-        metrics = figures(rows) | {"loss": loss} | memory(engine, peak)
+        decodes = answers[-1] is not None and answers[-1]["allowed"] > 0
+        loss = per_byte * held_out(token_by_token(engine) if decodes else engine.logits, batch, context)
+        metrics = figures(rows) | {"loss": loss} | memory(engine, peak) | from_bases(answers, context)
     metrics |= _compared(model, engine, batch, per_byte, loss, context) if compare else {}
     context.note("what it took", [{"what": name, "value": value} for name, value in metrics.items()])
     _write(context.directory, rows, texts)
@@ -102,6 +104,16 @@ def memory(engine: Engine, peak: int | None) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
+def from_bases(answers: list[Any], context: Any) -> dict[str, float]:
+    """Note what bases have served in each answer; return the share of uses, of a store with any."""
+    if answers[-1] is None:
+        return {}
+    context.note("served from bases", [
+        {"prompt": n, "uses": said["answer_uses"], "from_base": said["answer_from_base"],
+         "share": said["answer_share"]} for n, said in enumerate(answers)])
+    return {"base_share": answers[-1]["share"]}
+
+
 def forget_peak() -> bool:
     """Have the process's peak begin anew; False where the system does not allow it."""
     try:
@@ -140,6 +152,16 @@ def held_out(logits_of: Callable[[Tensor], Tensor], batch: Tensor, context: Any)
             return logits_of(ids)
 
         return mean_loss(one, batch, rows=1)
+
+
+def token_by_token(engine: Engine) -> Callable[[Tensor], Tensor]:
+    """Return a function from ids to logits that feeds one token at a time: bases serve no prompts."""
+
+    def logits(ids: Tensor) -> Tensor:
+        _, step = engine.source.start(ids[:, :1])
+        return torch.stack([step(part) for part in ids.split(1, 1)], 1)
+
+    return logits
 
 
 def in_pieces(model: Any, chunk: int) -> Callable[[Tensor], Tensor]:

@@ -128,7 +128,8 @@ def _ways(source: str, index: Index, size: str, context: int | None, learned: An
         return ["none"]
     raw = all(form["entry"] == "raw" for form in index.quantizers)
     own = [PREDICTOR] if learned is not None else []
-    return [*SOURCES, *own, "IO-EXP" if raw else "IO-QEXP", "STI"]
+    streamed = ["STI"] if index.planes == 1 else []  # which does not take planes
+    return [*SOURCES, *own, "IO-EXP" if raw else "IO-QEXP", *streamed]
 
 
 def _budget(source: str, index: Index, size: str, context: int | None) -> Any:

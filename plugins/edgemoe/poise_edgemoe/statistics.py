@@ -32,6 +32,8 @@ class Step:
         Padding to pages included.
     hits, misses : int
         Experts that were in memory when they were asked for, or being read ahead, and those that were not.
+    from_base : int
+        Of those misses, the ones that were served from their bases.
     major_faults : int
         Pages of the process that the system had to read from a disk: 0 while all it needs stays in memory.
     """
@@ -43,6 +45,7 @@ class Step:
     bytes_read: int
     hits: int
     misses: int
+    from_base: int
     major_faults: int
 
 
@@ -84,11 +87,12 @@ class Statistics:
             "stall_seconds": whole.pop("stall_seconds"), "major_faults": self.faults,
             "direct": cache.reader.direct, "prefetch": {**whole, "off": off},
             "layers": [cache.counts.layer(n) for n in each], "steps": [asdict(s) for s in self.steps],
+            "planes": cache.planes(),
         }
 
     def _counters(self) -> tuple[float, ...]:
         cache, counts = self.cache, self.cache.counts
         return (time.perf_counter(), float(counts.stall.sum()),
                 kernel.seconds() + ggml.seconds() + fused.seconds(), cache.reader.bytes_read,
-                int(counts.hits.sum()), int(counts.misses.sum()),
+                int(counts.hits.sum()), int(counts.misses.sum()), cache.from_base,
                 resource.getrusage(resource.RUSAGE_SELF).ru_majflt)

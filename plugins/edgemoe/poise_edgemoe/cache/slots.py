@@ -83,6 +83,15 @@ class ExpertCache:
         self.length = 1  # positions of each row in the running call
         self.recorded: list[Key] | None = None  # uses, in their order, while somebody asks for them
 
+    @property
+    def from_base(self) -> int:
+        """Uses that were served from a base: none, where there are no bases."""
+        return 0
+
+    def planes(self) -> dict[str, Any] | None:
+        """Return what bases have served, as plain values; None: the store has none."""
+        return None
+
     @contextmanager
     def layer(self, n: int, experts: Sequence[int]) -> Iterator[Held]:
         """Hold the experts of a layer for as long as it is computed.
@@ -236,8 +245,12 @@ class ExpertCache:
         if place is None:
             return False
         self.policy.added(key)
-        self.resident[key] = self.read(key, place)
+        self.resident[key] = self._begun(key, place)
         return True
+
+    def _begun(self, key: Key, place: mmap.mmap) -> Resident:
+        """Have an expert read that somebody waits for."""
+        return self.read(key, place)
 
     def _claim(self, held: Resident) -> None:
         """A guess was right: it goes first if it is not there yet."""
@@ -348,16 +361,20 @@ class ExpertCache:
             self._await(held, part)
             request = held.request(part)
             self._checked.update((held.key, name) for name in request.matrices)
-            held.matrices[part] = self._view(held, part, request)
+            held.matrices[part] = self._view(held, part)
         return held.matrices[part]
 
-    def _view(self, held: Resident, part: str, request: Request) -> tuple[Any, Tensor | None]:
+    def _where(self, key: Key, part: str) -> tuple[int, int]:
+        """Return where a matrix begins in its expert's place, and its length."""
+        matrices = self.index.layers[key[0]].experts[key[1]]
+        return matrices[part].offset - next(iter(matrices.values())).offset, matrices[part].nbytes
+
+    def _view(self, held: Resident, part: str) -> tuple[Any, Tensor | None]:
         """Return a matrix; one that is laid out as another one was in this place before, is that view."""
-        matrices = self.index.layers[held.key[0]].experts[held.key[1]]
-        at = matrices[part].offset - next(iter(matrices.values())).offset
+        at, nbytes = self._where(held.key, part)
         known, layout = self._views.setdefault(id(held.place), {}), (at, self.forms.alike(held.key, part))
         if layout not in known:
-            made = self.forms.matrix(held.key, part, request.part(part))
+            made = self.forms.matrix(held.key, part, memoryview(held.place)[at: at + nbytes])
             if not lasting(made[0]):
                 return made
             known[layout] = made

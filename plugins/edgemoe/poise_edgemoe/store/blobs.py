@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from poise_edgemoe.store.index import payload, places
 
 
-def bytes_of(made: Any, bias: Tensor | None) -> bytearray:
-    """Return a stored matrix and its bias as they lie in a store."""
-    tensors = made.tensors()
+def bytes_of_tensors(tensors: Mapping[str, Tensor], bias: Tensor | None) -> bytearray:
+    """Return tensors and a bias one after the other, each at a line."""
     found = places({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()},
                    None if bias is None else (len(bias), bias.dtype))
     data = bytearray(payload(found))

@@ -20,13 +20,14 @@ from poise.errors import FileError
 from poise.files import checksum, read_json, write_json
 from poise_edgemoe.store.schemes import read_quantizer
 
-KIND, VERSION = "poise experts", 1
+KIND, VERSION, PLANED = "poise experts", 1, 2  # the second: of a store in planes, which older ones refuse
 INDEX, EXPERTS, HOT, CONFIG = "index.json", "experts.bin", "hot", "config.json"
 PAGE, LINE = 4096, 64  # matrices begin at pages, their tensors at cache lines
 DTYPES = ("float32", "bfloat16", "float16")
 SERVED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe",
           "gpt_oss", "phimoe", "switch_transformers")
 PARTS = ("gate_up", "wi", "down", "wo")  # of an expert, in the order in which it uses them
+LOW = "_low"  # after the name of a part: its second plane
 _NAME, _SHA = re.compile(r"(?!\.+$)[\w.-]{1,200}", re.ASCII), re.compile(r"[0-9a-f]{64}")
 
 
@@ -101,6 +102,14 @@ class Index:
     hot: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
+    @property
+    def planes(self) -> int:
+        """In how many planes experts are stored, each of which begins at a page: 1 or 2.
+
+        Of two, the bases of an expert's parts come first, then what refines them (`part + LOW`).
+        """
+        return max((form.get("planes", 1) for form in self.quantizers), default=1)
+
     def blobs(self) -> Iterator[tuple[int, int, dict[str, Matrix]]]:
         """Yield (layer, expert, matrices) in the order of the file."""
         for n, layer in enumerate(self.layers):
@@ -138,7 +147,7 @@ def payload(found: dict[str, Any]) -> int:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write the index, last of all files."""
-    body = {"kind": KIND, "version": VERSION, **asdict(index)}
+    body = {"kind": KIND, "version": VERSION if index.planes == 1 else PLANED, **asdict(index)}
     write_json(folder / INDEX, {**body, "checksum": _own(body)})
 
 
@@ -162,9 +171,9 @@ def read_index(folder: Path | str) -> Index:
     if not isinstance(said, dict) or said.get("kind") != KIND:
         raise FileError(f"{path} is no index of a store")
     version = said.get("version")
-    if type(version) is not int or version != VERSION:
-        raise FileError(f"{path} has version {version!r}; this Poise reads {VERSION}: convert the model "
-                        f"again, or update")
+    if type(version) is not int or version not in (VERSION, PLANED):
+        raise FileError(f"{path} has version {version!r}; this Poise reads {VERSION} and {PLANED}: convert "
+                        f"the model again, or update")
     if said.get("checksum") != _own({k: v for k, v in said.items() if k != "checksum"}):
         raise FileError(f"{path} is altered: its checksum does not match")
     try:
@@ -173,6 +182,8 @@ def read_index(folder: Path | str) -> Index:
         raise FileError(f"{path} is no index of a store: {error}") from None
     for form in index.quantizers:
         read_quantizer(form, str(path))
+    if (of := VERSION if index.planes == 1 else PLANED) != version:
+        raise FileError(f"{path} has version {version}, and what it says is of version {of}: it is altered")
     _check_files(Path(folder), index)
     _check_family(Path(folder), index)
     _check_blobs(path, index)
@@ -291,12 +302,18 @@ def _check_blobs(path: Path, index: Index) -> None:
     end = 0
     for n, e, matrices in index.blobs():
         where = f"expert {e} in layer {n}"
-        if set(matrices) != set(index.layers[n].shapes):
+        shapes = list(index.layers[n].shapes)
+        there = shapes if index.planes == 1 else [*shapes, *(part + LOW for part in shapes)]
+        if set(matrices) != set(there):
             raise FileError(f"{path}: {where} lacks a part, or has one too many: its layer has "
-                            f"{', '.join(index.layers[n].shapes)}")
+                            f"{', '.join(there)}")
+        if index.planes > 1 and not all(part.endswith(LOW) for part in list(matrices)[len(shapes):]):
+            raise FileError(f"{path}: the bases of {where} do not come before what refines them")
         for part, m in matrices.items():
             if not 0 <= m.form < len(index.quantizers):
                 raise FileError(f"{path}: {part} of {where} is in no form that the index knows")
+            if index.quantizers[m.form].get("planes", 1) != index.planes:
+                raise FileError(f"{path}: {part} of {where} is in one plane, and others are in two")
             if m.offset != end or m.nbytes < 1:
                 raise FileError(f"{path}: {part} of {where} does not begin at {end}, where the one "
                                 f"before it ends")

@@ -38,4 +38,5 @@ def _form(said: dict[str, Any], where: str) -> str:
     bits, group = getattr(quantizer, "bits", None), getattr(quantizer, "group", 0)
     return ", ".join([*([] if bits is None else [f"{bits} bits"]), said["entry"],
                       *([f"group {group}"] if group > 0 else []),
-                      *([said["layout"]] if "layout" in said else [])])
+                      *([said["layout"]] if "layout" in said else []),
+                      *([f"{said['planes']} planes"] if "planes" in said else [])])

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,12 +41,18 @@ class Request:
         Whose they are, said when reading fails.
     check : bool
         Whether checksums are looked at.
+    through : memoryview or None
+        Memory as long as the buffer, into which they are read first; the reader's alone meanwhile.
+    then : callable or None
+        Writes what the buffer is to hold, given what was read and the buffer.
     """
 
     matrices: dict[str, Matrix]
     buffer: memoryview
     what: str
     check: bool = True
+    through: memoryview | None = None
+    then: Callable[[memoryview, memoryview], None] | None = None
     error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -54,7 +60,12 @@ class Request:
         """Return the bytes of one matrix."""
         first = next(iter(self.matrices.values())).offset
         m = self.matrices[name]
-        return self.buffer[m.offset - first: m.offset - first + m.nbytes]
+        return self.read_into[m.offset - first: m.offset - first + m.nbytes]
+
+    @property
+    def read_into(self) -> memoryview:
+        """What the bytes of the file are read into."""
+        return self.buffer if self.through is None else self.through
 
     def at(self, offset: int) -> str:
         """Return in words what lies at an offset of the file."""
@@ -186,12 +197,14 @@ class Reader:
             if crc32(request.part(name)) != m.crc:
                 raise FileError(f"{self.path} is altered: the checksum of {name} of {request.what}, at "
                                 f"{m.offset}, does not match")
+        if request.then is not None:
+            request.then(request.read_into, request.buffer)
 
     def _read_some(self, request: Request, offset: int, got: int, length: int) -> int:
         """Read once into what is left; a device's failure is tried again."""
         for left in range(RETRIES, -1, -1):
             try:
-                return os.preadv(self._file, [request.buffer[got:length]], offset)
+                return os.preadv(self._file, [request.read_into[got:length]], offset)
             except OSError as error:
                 if error.errno in REFUSED and self.direct:  # a short read left an odd offset
                     _set_direct(self._file, False)

@@ -15,6 +15,7 @@ from poise.errors import ConfigError, DataError, FileError, nearest
 from poise.options import options_of
 from poise.registry import build, entries
 from poise_edgemoe.store.layouts import Laid, laid
+from poise_edgemoe.store.planes import Planed, in_planes
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +151,8 @@ def written(quantizer: Any) -> dict[str, Any]:
         return {"entry": "raw", "kind": quantizer.kind, "bits": quantizer.bits}
     if hasattr(quantizer, "plain"):  # of which it chooses the scales (`rounding.Weighted`)
         return written(quantizer.plain)
+    if isinstance(quantizer, Planed):
+        return {**written(quantizer.quantizer), "planes": 2}
     if isinstance(quantizer, Laid):
         return {**written(quantizer.quantizer), "layout": quantizer.tag}
     for entry in entries("quantizer"):
@@ -169,8 +172,11 @@ def read_quantizer(said: Any, where: str) -> Any:
     """
     if not isinstance(said, dict) or not isinstance(said.get("entry"), str):
         raise FileError(f"{where} names no quantizer: {said!r}")
-    options = {k: v for k, v in said.items() if k not in ("entry", "layout")}
-    if said["entry"] == "raw":
+    options = {k: v for k, v in said.items() if k not in ("entry", "layout", "planes")}
+    if "planes" in said and (type(said["planes"]) is not int or said["planes"] != 2 or "layout" in said):
+        raise FileError(f"{where}: {said['planes']!r:.40} planes of experts are not known here: 2 in plain "
+                        f"order are")
+    if said["entry"] == "raw" and "planes" not in said:
         if options.get("kind") not in ("float32", "bfloat16", "float16"):
             raise FileError(f"{where}: raw weights of the type {options.get('kind')!r} are not known here")
         return Raw(options["kind"])
@@ -178,4 +184,13 @@ def read_quantizer(said: Any, where: str) -> Any:
         found = build("quantizer", said["entry"], **options)
     except (ConfigError, TypeError) as error:
         raise FileError(f"{where}: {error}") from None
+    if "planes" in said:
+        return _planed(found, where)
     return laid(found, said["layout"], where) if "layout" in said else found
+
+
+def _planed(quantizer: Any, where: str) -> Planed:
+    try:
+        return in_planes(quantizer, "a matrix", (16, 64))
+    except ConfigError as error:
+        raise FileError(f"{where}: {error}") from None

@@ -17,38 +17,35 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from poise.errors import ConfigError, DataError, FileError
+from poise.errors import ConfigError, FileError
 from poise.files import checksum, make_folder, sync_folder, write_json
 from poise.interfaces import Quantizer
 from poise.quantizers.whole import resolve
 from poise.registry import build
 from poise.walk import Weight
-from poise_edgemoe.store.blobs import bytes_of
-from poise_edgemoe.store.checksums import crc32
-from poise_edgemoe.store.hot import Read, finite, hot_reads, write_hot
+from poise_edgemoe.store.hot import Read, hot_reads, write_hot
 from poise_edgemoe.store.index import (
     CONFIG,
     DTYPES,
     EXPERTS,
     HOT,
     INDEX,
-    PAGE,
     VERSION,
     Index,
     Layer,
-    Matrix,
     padded,
     read_layer,
     write_index,
 )
-from poise_edgemoe.store.layouts import LAYOUTS, check_layout, lay_out
-from poise_edgemoe.store.schemes import BLOCKS, HOTS, RAW, Raw, bits_of, scheme_quantizer, stored, written
-from poise_edgemoe.store.source import MoELayer, Source, open_source
+from poise_edgemoe.store.layouts import LAYOUTS, check_layout
+from poise_edgemoe.store.planes import in_planes
+from poise_edgemoe.store.schemes import BLOCKS, HOTS, RAW, Raw, bits_of, scheme_quantizer, written
+from poise_edgemoe.store.source import Source, open_source
+from poise_edgemoe.store.writing import write_layer
 
 BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
           "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -60,7 +57,7 @@ Progress = Callable[[int, int], None]
 def convert(
     model: Any, path: Path | str, bits: int | None = None, plan: Mapping[str, Any] | None = None,
     scheme: str = "asym_group", group: int = 64, hot: Any = "bf16",
-    progress: Progress | None = None, layout: str = "auto",
+    progress: Progress | None = None, layout: str = "auto", planes: int = 1,
 ) -> Path:
     """Write a mixture-of-experts model as a store.
 
@@ -91,6 +88,10 @@ def convert(
         In which order bytes of packed experts lie, which changes no value (`layouts.lay_out`): "ggml"
         interleaves rows of q4_0; "torch" packs 4 bits in groups as torch does for this processor, and only
         its like can open the store.
+    planes : 1 or 2
+        2: each matrix of 4 or 8 bits in groups or channels lies in two halves, a base of 2 or 4 bits and
+        what refines it to exactly the ordinary store's, so that an engine may use the base at once
+        (`Engine.open(base_share=...)`). Decoders only, plain layout.
 
     Returns
     -------
@@ -112,11 +113,13 @@ def convert(
     path, bits = Path(path), bits_of(scheme, bits)
     hot = "raw" if bits == 32 and hot == "bf16" else _hot_form(hot)
     _refuse_taken(path)
-    source = open_source(model)
+    planed, source = _two_planes(planes), open_source(model)
     if (bound := getattr(plan, "for_source", None)) is not None:  # it knows which model it was made for
         plan = bound(source, scheme, group)
     forms, dtype = _forms(source, bits, plan, scheme, group), _dtype(source, hot)
     _check_layout(source, forms, layout)
+    if planed:
+        forms = _in_planes(source, forms, layout)
     partial = path.with_name(f"{path.name}.partial")
     with _full_disk(partial):
         make_folder(path.parent)
@@ -223,6 +226,22 @@ def _check_layout(source: Source, forms: dict[str, Any], layout: str) -> None:
                     raise ConfigError(f"{w.name}: {error}" if layout in LAYOUTS else str(error)) from None
 
 
+def _two_planes(planes: Any) -> bool:
+    if type(planes) is not int or planes not in (1, 2):
+        raise ConfigError(f"planes={planes!r} is not allowed: it must be 1, or 2: a base, and the rest")
+    return planes == 2
+
+
+def _in_planes(source: Source, forms: dict[str, Any], layout: str) -> dict[str, Any]:
+    """Return what stores each matrix in two planes; refuse what has none before anything is written."""
+    if source.config.is_encoder_decoder:
+        raise ConfigError(f"planes=2 does not fit {source.family}, an encoder-decoder: leave it out")
+    if layout not in ("auto", "plain"):
+        raise ConfigError(f"planes=2 does not fit layout={layout}: take plain, or leave planes out")
+    found = {w.name: w for layer in source.layers for one in layer.experts for w in one.values()}
+    return {name: in_planes(q, name, found[name].shape) for name, q in forms.items()}
+
+
 def unnamed(model: Any, plan: Mapping[str, Any]) -> list[str]:
     """Return the experts' matrices that a plan does not name; what it names may be of any bits."""
     found = [w for layer in open_source(model).layers for one in layer.experts for w in one.values()]
@@ -256,7 +275,7 @@ def _convert(
         for n, layer in enumerate(source.layers):
             if n >= len(layers):
                 own = biases.get(layer.path, {})
-                layers.append(_write_layer(f, layer, forms, own, quantizers, dtype, layout))
+                layers.append(write_layer(f, layer, forms, own, quantizers, dtype, layout))
                 f.flush()
                 os.fsync(f.fileno())
                 _note(folder, {"layer": asdict(layers[-1]), "quantizers": quantizers})
@@ -332,45 +351,7 @@ def _note(folder: Path, line: dict[str, Any]) -> None:
         os.fsync(f.fileno())
 
 
-# ------------------------------------------------------------------ experts
-
-
-def _write_layer(
-    f: BinaryIO, layer: MoELayer, forms: dict[str, Any], biases: dict[str, Tensor],
-    quantizers: list[dict[str, Any]], dtype: torch.dtype, layout: str,
-) -> Layer:
-    experts = []
-    for e, one in enumerate(layer.experts):
-        where = {}
-        for part, w in one.items():
-            name = f"{layer.path}.{part}_proj_bias"
-            bias = finite(biases[part][e].to(dtype), name) if part in biases else None
-            where[part] = _write_matrix(f, w, forms[w.name], bias, layer.transposed, quantizers, layout)
-        experts.append(where)
-    shapes = {part: list(w.shape) for part, w in layer.experts[0].items()}
-    return Layer(layer.path, layer.encoder, shapes, sorted(biases), layer.transposed, experts)
-
-
-def _write_matrix(
-    f: BinaryIO, w: Weight, quantizer: Any, bias: Tensor | None, transposed: bool,
-    quantizers: list[dict[str, Any]], layout: str,
-) -> Matrix:
-    matrix = w.read()
-    if isinstance(quantizer, Raw) and transposed:
-        matrix = w.plain(matrix)
-    try:
-        quantizer, made = stored(quantizer, matrix.contiguous())
-    except DataError as error:
-        raise DataError(f"weight {w.name} {error}") from None
-    quantizer, made = lay_out(quantizer, made, layout)
-    data = bytes_of(made, bias)
-    offset = f.tell()
-    f.write(data)
-    f.write(bytes(padded(len(data), PAGE) - len(data)))
-    said = written(quantizer)
-    if said not in quantizers:
-        quantizers.append(said)
-    return Matrix(offset, len(data), quantizers.index(said), crc32(data))
+# ------------------------------------------------------------------ all else
 
 
 def finish(
@@ -384,9 +365,6 @@ def finish(
         files[name]["sha256"] = checksum(folder / name)
     said = str(dtype).removeprefix("torch.")
     write_index(folder, Index(family, said, quantizers, layers, hot, files))
-
-
-# ------------------------------------------------------------------ all else
 
 
 def _copy_beside(source: Source, folder: Path) -> None:

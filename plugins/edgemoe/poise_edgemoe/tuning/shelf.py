@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poise.errors import RunError
+from poise.errors import ConfigError, RunError
 from poise_edgemoe.cache.forms import Forms
 from poise_edgemoe.store.index import padded, read_index
 from poise_edgemoe.store.reader import Reader, Request, mapped
@@ -48,6 +48,9 @@ class Shelf:
     def __init__(self, folder: Path | str, *, direct: bool = True) -> None:
         self.folder = Path(folder)
         self.index = read_index(folder)
+        if self.index.planes > 1:
+            raise ConfigError(f"{folder} holds experts in planes, which are served and not tuned: convert "
+                              f"the model with planes=1")
         self._forms = Forms(self.index)
         self.reader = Reader(self.folder, direct=direct)
         weakref.finalize(self, _close, self.reader, os.getpid())

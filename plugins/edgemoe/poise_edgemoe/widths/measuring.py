@@ -22,7 +22,6 @@ from poise_edgemoe.cache.residents import Resident
 from poise_edgemoe.cache.slots import ExpertCache, size_of
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.store.index import Index, read_index
-from poise_edgemoe.store.reader import Request
 from poise_edgemoe.store.schemes import stored
 from poise_edgemoe.widths.metrics import Measured, Metric, token_losses
 
@@ -43,8 +42,8 @@ class RoundingCache(ExpertCache):
 
     chosen: Choice = MappingProxyType({})
 
-    def _view(self, held: Resident, part: str, request: Request) -> tuple[Any, Tensor | None]:
-        matrix, bias = super()._view(held, part, request)
+    def _view(self, held: Resident, part: str) -> tuple[Any, Tensor | None]:
+        matrix, bias = super()._view(held, part)
         quantizer = self.chosen.get((*held.key, part))
         if quantizer is not None:
             flipped = self.index.layers[held.key[0]].transposed
