@@ -15,14 +15,13 @@ from poise.options import options_of
 from poise.registry import build
 from poise.runs.context import RunContext
 from poise_edgemoe import Engine, convert
-from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.components import ByteMoE
 from poise_edgemoe.drawn import write_drawn_store
 from poise_edgemoe.paper import comparing
 from poise_edgemoe.paper.components import EdgeMoEPaper
 from poise_edgemoe.paper.figures import ratios, report, summed
 from poise_edgemoe.paper.making import at_size, go_on, larger, load_profile
-from poise_edgemoe.paper.ways import BY_NAME, WAYS, RecordedLook
+from poise_edgemoe.paper.ways import BY_NAME, WAYS
 from poise_edgemoe.store.index import PAGE, padded, read_index
 
 MODEL = ByteMoE(layers=2, experts=4, hidden=32, inner=32, steps=2, length=32, batch_size=2)
@@ -150,22 +149,6 @@ def test_ratios_are_of_medians():
 def test_what_did_not_fit_once_has_no_speed():
     rows = [row("STI-like", None, 40, fits=False), row("EdgeMoE", 2.0, 40)]
     assert ratios(summed(rows)) == {}
-
-
-# ------------------------------------------------------------------ routers that are not the trained ones
-
-
-def test_routers_say_what_was_recorded():
-    trace = RoutingTrace(2, 4, (1, 1), (), (), looked=(((), (3,)), ((), (1,))))
-    asked = []
-    entrance = type("Entrance", (), {"chosen": lambda self, hidden: asked.append(hidden)})()
-    look = type("Look", (), {"found": [entrance, entrance]})()
-    state = type("State", (), {"tokens": 1})()
-    found = RecordedLook(look, trace, state).found
-    assert found[1].chosen(torch.zeros(1)).tolist() == [[3]]
-    state.tokens = 2
-    assert found[1].chosen(torch.zeros(1)).tolist() == [[1]]
-    assert len(asked) == 2  # for the time that it takes
 
 
 def test_texts_go_on_after_their_end(tmp_path):

@@ -13,7 +13,7 @@ from poise.errors import ConfigError
 from poise.testing.families import tiny
 from poise_edgemoe.cache import RoutingTrace, read_trace, simulate
 from poise_edgemoe.engine import Engine
-from poise_edgemoe.replay import mapped, replay
+from poise_edgemoe.replay import Recorded, Replay, mapped, replay
 from poise_edgemoe.store.writer import convert
 
 # 4 layers of 6 experts: a prompt, and three tokens
@@ -124,3 +124,19 @@ def test_what_cannot_be_replayed_is_refused(store, tmp_path):
     with Engine.open(switch) as engine, pytest.raises(ConfigError, match="is an encoder-decoder"), \
             replay(engine, TRACE):
         pass
+
+
+def test_routers_say_what_was_recorded_of_them_and_are_asked_all_the_same():
+    looked = (((), (3,)), ((), (1,)))
+    state = Replay(RoutingTrace(2, 4, (1, 1), (), ((0, 0), (1, 1), (0, 2), (1, 3)), looked=looked), 2, 4)
+    asked = []
+
+    class Entrance:
+        def chosen(self, hidden):
+            asked.append(hidden)
+            return torch.zeros(2, 1)
+
+    for said in (3, 1, 3):  # after the last token the first follows
+        state.begin(1)
+        assert Recorded(Entrance(), state, 1).chosen(torch.zeros(1)).tolist() == [[said], [said]]
+    assert len(asked) == 3 and Replay(state.trace, 3, 4).trace.looked == ()

@@ -26,7 +26,7 @@ from poise_edgemoe.generation import forget_peak, peak_bytes
 from poise_edgemoe.loading import give_back
 from poise_edgemoe.paper.figures import drawn, ratios, summed
 from poise_edgemoe.paper.making import Made, Settings, go_on, known, make
-from poise_edgemoe.paper.ways import WAYS, Known, Way, memory_at, open_way, put_look, too_small
+from poise_edgemoe.paper.ways import WAYS, Known, Way, memory_at, open_way, too_small
 from poise_edgemoe.replay import replay
 from poise_edgemoe.store.index import EXPERTS, read_index
 from poise_edgemoe.widths.journal import Journal
@@ -159,8 +159,7 @@ def _routed(engine: Engine, made: Made, scale: str) -> Iterator[None]:
     if scale == "trained":
         yield
         return
-    with replay(engine, made.test) as state:
-        put_look(engine, made.test, state)
+    with replay(engine, made.test):
         yield
 
 

@@ -9,18 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from poise.errors import ConfigError
 from poise_edgemoe.baselines import budget_of, open_baseline
 from poise_edgemoe.budget import Budget, plan_memory
 from poise_edgemoe.cache import DEFAULT_POLICY, Policy, policy_for
 from poise_edgemoe.cache.policy import Key
 from poise_edgemoe.cache.slots import STAGES, size_of
-from poise_edgemoe.cache.traces import RoutingTrace
 from poise_edgemoe.engine import Engine
 from poise_edgemoe.predictors import FromRouting
-from poise_edgemoe.replay import Replay
 from poise_edgemoe.store.index import Index, read_index
 
 STORES = ("raw", "int8", "int4", "paper", "ours")  # as trained, uniform, by the paper's plan, by ours
@@ -145,35 +141,3 @@ def _policy(way: Way, index: Index, known: Known, limit: int | None, source: Any
 def too_small(error: ConfigError) -> bool:
     """Return whether an engine was refused for want of memory."""
     return "is too small" in str(error)
-
-
-class RecordedLook:
-    """Asks routers of random weights, for the time that takes, and says what the trained ones did.
-
-    Parameters
-    ----------
-    look : LookAhead
-        The engine's.
-    state : Replay
-        Where the engine is in the trace.
-    """
-
-    def __init__(self, look: Any, trace: RoutingTrace, state: Replay) -> None:
-        self.found = [_Said(entrance, n, trace, state) for n, entrance in enumerate(look.found)]
-
-
-class _Said:
-    def __init__(self, entrance: Any, n: int, trace: RoutingTrace, state: Replay) -> None:
-        self.entrance, self.n, self.trace, self.state = entrance, n, trace, state
-
-    def chosen(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.entrance.chosen(hidden)
-        looked = self.trace.looked
-        return torch.tensor([looked[(self.state.tokens - 1) % len(looked)][self.n]])
-
-
-def put_look(engine: Engine, trace: RoutingTrace, state: Replay) -> None:
-    """Let an engine's source hear what the routers of the recorded model said, if it asks routers."""
-    source: Any = engine.ahead.source if engine.ahead is not None else None
-    if getattr(source, "looks", False) and trace.looked:
-        source.look = RecordedLook(source.look, trace, state)
