@@ -213,6 +213,7 @@ def _undo_last_stage():
         Path(folder, "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
 
 
+@pytest.mark.slow
 def test_stages_run_over_a_store_too_and_to_the_default_form(here):
     words = (*SERVED, "model=edgemoe_streamed", f"model.byte_moe={TINY}", "recipe.bits=4", "recipe.hot=raw")
     metrics = run(*words).metrics
