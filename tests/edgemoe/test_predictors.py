@@ -28,6 +28,7 @@ from poise_edgemoe.predictors.tables import PathTable
 from poise_edgemoe.prefetch import Seen
 
 LAYERS, EXPERTS = 3, 6
+needs_data = pytest.mark.skipif(not os.environ.get("POISE_DATA"), reason="POISE_DATA is not set")
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
@@ -359,6 +360,7 @@ def halved(name):
             len(found.prompt) + first)
 
 
+@needs_data
 @pytest.mark.parametrize(("name", "mebibytes"), some(
     product(("qwen", "gemma"), (1500, 2000, 2500, 3000, 3500, 4000)), [("qwen", 1500), ("gemma", 2500)]))
 def test_predicted_closes_a_quarter_of_the_distance_to_the_optimum(name, mebibytes):
@@ -370,6 +372,7 @@ def test_predicted_closes_a_quarter_of_the_distance_to_the_optimum(name, mebibyt
     assert ours - lru >= 0.25 * (best - lru)
 
 
+@needs_data
 @pytest.mark.parametrize(("name", "share"), some(
     product(("qwen", "gemma", "gptoss"), (2, 10, 30, 60, 90)), [("qwen", 30), ("gptoss", 10)]))
 def test_predicted_is_not_worse_than_expected(name, share):
