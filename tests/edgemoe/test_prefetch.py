@@ -279,7 +279,7 @@ def test_a_layer_is_not_asked_about_while_asking_takes_longer_than_reading():
         counts.needed_bytes += [100, 100, 0]  # 0.1 s, of which guesses may hide a half
         rule.asked(np.array([0.06, 0.04, 0.01]), per_byte)
         rule.token_done(1.0, per_byte)
-    assert rule.idle == {0, 2} and rule.off == set()
+    assert rule.idle == {0, 2} and rule.off == set() and rule.left() == ([], [0, 2])
     for _ in range(40):  # what it needs is known without asking
         counts.needed_bytes += [400, 100, 0]
         rule.asked(np.array([0.0, 0.04, 0.0]), per_byte)

@@ -36,6 +36,14 @@ def test_a_small_trace(tmp_path):
     assert found.expert_bytes == 20
 
 
+def test_a_prompt_in_pieces_is_no_tokens(tmp_path):
+    """What was computed in pieces of many tokens must not be read as so many tokens."""
+    pieces = ((0, 2), (0, 0), (1, 1), (0, 2), (0, 3), (1, 0))
+    write_trace(tmp_path / "t.csv.gz", RoutingTrace(2, 4, (10, 20), pieces, ((0, 1), (1, 2))))
+    found = read_trace(tmp_path / "t.csv.gz")
+    assert found.prompt == ((0, 0), (0, 2), (0, 3), (1, 0), (1, 1)) and found.prompt_tokens == ()
+
+
 def test_what_is_written_is_read_again(tmp_path):
     decode = ((0, 1), (0, 3), (1, 2), (0, 0), (1, 1), (1, 3))
     read, looked = (((2,), ()), ((2,), (0, 1))), (((), (3, 0)), ((), (2, 1)))

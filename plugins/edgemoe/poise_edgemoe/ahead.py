@@ -67,6 +67,10 @@ class Restraint:
             self._right[layer] += e in experts
             self._said[layer] += chance
 
+    def left(self) -> tuple[list[int], list[int]]:
+        """Return the layers that are left alone for good, and for now."""
+        return sorted(self.off), sorted(self.idle - self.off)
+
     def prompt_done(self) -> None:
         """Leave out of account what a prompt has needed: it is no token."""
         self._before = self._counted()
@@ -139,6 +143,7 @@ class Ahead:
         self._hidden: Tensor | None = None
         self._said: dict[int, dict[int, float]] = {}  # by layer to come: chances, 0: it was there
         self._sure: set[int] = set()  # layers to come of which all is known, and asked for
+        self._asked = {n for n, inside in enumerate(encoder) if not inside} or set(range(len(encoder)))
         self._asking = np.zeros(len(encoder))  # seconds in this token, by the layer that is asked about
         self._alone, self._always = set[int](), bool(getattr(source, "always", False))
         self._asleep = False  # nobody is asked about any layer
@@ -198,7 +203,7 @@ class Ahead:
         self.restraint.asked(self._asking, per_byte)
         self._asking[:] = 0
         self._alone = set() if self._always else self.restraint.off | self.restraint.idle
-        self._asleep = len(self._alone) == len(self._asking)
+        self._asleep = self._alone >= self._asked
         self.restraint.token_done(step.seconds - step.stall_seconds, per_byte)
 
     def _checked(self, layer: int, guesses: Iterable[Guess]) -> list[Guess]:

@@ -226,8 +226,8 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Return what was measured since the engine was opened, as plain JSON values."""
         with self._turn():
-            off = sorted(self.ahead.restraint.off) if self.ahead else []
-            return {**self.statistics.summary(off), "memory": self.budget.terms()}
+            off, idle = self.ahead.restraint.left() if self.ahead else ([], [])
+            return {**self.statistics.summary(off, idle), "memory": self.budget.terms()}
 
     def opening(self) -> str:
         """Return in one line what the limit is spent on."""

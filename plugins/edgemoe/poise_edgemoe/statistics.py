@@ -70,13 +70,14 @@ class Statistics:
             self.seconds += self.steps[-1].seconds
             self.faults += self.steps[-1].major_faults
 
-    def summary(self, off: list[int]) -> dict[str, Any]:
+    def summary(self, off: list[int], idle: list[int]) -> dict[str, Any]:
         """Return all of it as plain JSON values.
 
         Parameters
         ----------
-        off : list of int
-            Layers for which nothing is read ahead any more.
+        off, idle : list of int
+            Layers for which nothing is read ahead any more; about which nobody is asked now, as that costs
+            more than it gives.
         """
         cache = self.cache
         whole, each = cache.counts.layer(slice(None)), range(len(cache.index.layers))
@@ -85,7 +86,7 @@ class Statistics:
             "tokens": self.tokens, "seconds": self.seconds, "hits": hits, "misses": misses,
             "hit_rate": hits / (hits + misses) if hits else 0.0, "bytes_read": cache.reader.bytes_read,
             "stall_seconds": whole.pop("stall_seconds"), "major_faults": self.faults,
-            "direct": cache.reader.direct, "prefetch": {**whole, "off": off},
+            "direct": cache.reader.direct, "prefetch": {**whole, "off": off, "idle": idle},
             "layers": [cache.counts.layer(n) for n in each], "steps": [asdict(s) for s in self.steps],
             "planes": cache.planes(),
         }

@@ -108,7 +108,9 @@ def write_trace(path: Path | str, trace: RoutingTrace) -> None:
     lines += [] if trace.model is None else [f"# routers={trace.model}"]
     lines += [f"# layer={n} expert_bytes={size}" for n, size in enumerate(trace.layer_bytes)]
     lines.append(",".join(_COLUMNS))
-    whole = trace.prompt_tokens or tokens_of(trace.prompt, trace.layers)
+    # in pieces or not, what is not known token by token is one: steps are tokens
+    whole = trace.prompt_tokens or [[sorted({e for m, e in trace.prompt if m == n})
+                                     for n in range(trace.layers)]]
     phases: tuple[tuple[int, Sequence[Sequence[Sequence[int]]]], ...] = (
         (_PROMPT, whole), (_DECODE, tokens_of(trace.decode, trace.layers)), (_LOOKED, trace.looked))
     for phase, tokens in phases:

@@ -67,6 +67,9 @@ def _made(arrays: dict[str, np.ndarray], said: dict[str, Any]) -> FromRouting:
         own = {key: arrays[f"block.{name}.{key}"] for key in block.tensors()}
         for key, like in block.tensors().items():
             _check(_alike(own[key], like, name == "path"), f"{name}.{key}")
+        if name == "path":
+            rows = len(own["keys"])
+            _check(own["visits"].shape == (rows,) and own["counts"].shape == (rows, experts), "path")
         block.read(own)
     weights = [[_of(arrays[f"weights.{a}.{n}"], 1 + sum(blocks[b].features for b in METHODS[m]))
                 for n, m in enumerate(by_layer)] for a, by_layer in enumerate(methods)]
