@@ -313,7 +313,9 @@ def test_a_file_that_lies_is_refused(tmp_path):
     predictors.save(predictors.fit([trace(chain(40), 4, 8)], "table"), tmp_path / "p")
     arrays, said = load_arrays(tmp_path / "p")
     lies = {"again": np.zeros(3), "k": np.zeros((2, 2)), "weights.0.1": np.full(2, np.nan),
-            "block.usual.counts": -np.ones((4, 8)), "block.path.visits": np.zeros(2, np.int32), "block.path.counts": np.zeros((2, 8), np.int32),
+            "block.usual.counts": -np.ones((4, 8)),
+            "block.path.visits": np.zeros(2, np.int32),
+            "block.path.counts": np.zeros((2, 8), np.int32),
            
             "curve.0.scores": np.zeros(3), "block.usual.tokens": np.zeros(4, np.int32)}
     for name, lie in lies.items():
