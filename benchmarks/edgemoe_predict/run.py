@@ -253,8 +253,9 @@ def speed(smoke: bool, rounds: int, folder: str | None) -> dict[str, Any]:
     for (share, way, policy), line in lines.items():
         none, oracle = lines[share, "none", "expected"], lines[share, "oracle", "expected"]
         least = max(min(computing), none["MB"] / best)
-        line |= {"of_roofline": least / line["ms"], "of_none": line["ms"] / none["ms"],
-                 "of_oracles_gain": (none["ms"] - line["ms"]) / max(1e-9, none["ms"] - oracle["ms"])}
+        line |= {"of_roofline": least / line["ms"], "of_none": line["ms"] / none["ms"]}
+        if (gain := none["ms"] - oracle["ms"]) > 0:  # where there was something to be won
+            line["of_oracles_gain"] = (none["ms"] - line["ms"]) / gain
         said[f"{share} %, {way}, {policy}"] = {k: round(v, 3) for k, v in line.items()}
         print(share, way, policy, said[f"{share} %, {way}, {policy}"], flush=True)
     return {"computing_ms": computing, "GB/s": best, **said}
